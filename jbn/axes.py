@@ -1,0 +1,269 @@
+"""Which axes hold features, which are reduced, and every message about shapes."""
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, DType
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The shape of an input and the axes of it that hold features, in rising order."""
+
+    shape: tuple[int, ...]
+    feature_axes: tuple[int, ...]
+
+    @property
+    def reduction_axes(self) -> tuple[int, ...]:
+        """The axes that statistics are taken over: all but the feature axes."""
+        return tuple(a for a in range(len(self.shape)) if a not in self.feature_axes)
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The shape of a statistic or a parameter."""
+        return tuple(self.shape[a] for a in self.feature_axes)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The shape of one value a row: that of the input without its features."""
+        return tuple(self.shape[a] for a in self.reduction_axes)
+
+    def expand(self, stat: jax.Array) -> jax.Array:
+        """Reshapes `features` so that it broadcasts against the input."""
+        return jnp.expand_dims(stat, self.reduction_axes)
+
+    def squeeze(self, stat: jax.Array) -> jax.Array:
+        """Undoes `expand`, filling features that `stat` has only one entry for."""
+        return jnp.broadcast_to(jnp.squeeze(stat, self.reduction_axes), self.features)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The set of rows that share one mean: array axes here, mapped axes elsewhere.
+
+    Static and hashable, so that it can parametrize a derivative rule.
+    """
+
+    axes: tuple[int, ...]
+    axis_name: AxisName | None = None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+
+
+def layout(x: ArrayLike, axis: Axes) -> Layout:
+    """Resolves `axis` against the shape of `x`."""
+    if x.ndim == 0:
+        raise ValueError(
+            "`x` must have at least one axis, the features; got a scalar. Pass an"
+            " array of shape (..., num_features)."
+        )
+    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    resolved = []
+    for a in given:
+        try:
+            a = operator.index(a)
+        except TypeError:
+            raise TypeError(
+                f"`axis` must be an integer or a sequence of integers; got {axis!r}."
+            ) from None
+        if not -x.ndim <= a < x.ndim:
+            raise ValueError(
+                f"`axis` must name axes of `x`, which has shape {x.shape}; got"
+                f" axis={axis!r}. Pass values from {-x.ndim} to {x.ndim - 1}."
+            )
+        resolved.append(a % x.ndim)
+    if not resolved:
+        raise ValueError(
+            "`axis` must name at least one feature axis; got an empty sequence. Keep"
+            " an axis of size 1 for statistics over everything."
+        )
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(
+            f"`axis` must not name an axis of `x` twice; got axis={axis!r} for shape"
+            f" {x.shape}. Remove the repeated one."
+        )
+    return Layout(tuple(x.shape), tuple(sorted(resolved)))
+
+
+def check_features(stat: ArrayLike, name: str, lay: Layout, axis: Axes) -> None:
+    """Raises unless `stat` has one entry per feature."""
+    if tuple(stat.shape) != lay.features:
+        raise ValueError(
+            f"`{name}` must have one entry per feature: it has shape"
+            f" {tuple(stat.shape)}, but `x`, of shape {lay.shape}, has features of"
+            f" shape {lay.features} along axis={axis!r}. If the features of `x` are"
+            " elsewhere, pass `axis` (channels-first images: axis=1)."
+        )
+
+
+def check_real(stat: ArrayLike, name: str, real: bool) -> None:
+    """Raises if `stat` is of integers, or complex where it has to be `real`."""
+    allowed = jnp.floating if real else jnp.inexact
+    if not jnp.issubdtype(stat.dtype, allowed):
+        raise TypeError(
+            f"`{name}` must be of a floating dtype"
+            f"{', since `x` is not complex' if real else ''}; got {stat.dtype}."
+        )
+
+
+def check_inexact(x: ArrayLike) -> jax.Array:
+    """Converts `x` to an array, refusing integers and booleans."""
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"`x` must be of a floating or complex dtype; got {x.dtype}. Convert it"
+            " first, for example with `x.astype(jnp.float32)`."
+        )
+    return jnp.asarray(x)
+
+
+def as_inexact(x: ArrayLike, dtype: DType | None) -> jax.Array:
+    """Converts `x` to an array; integers and booleans to `dtype`, or float32."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    return x.astype(dtype or jnp.float32)
+
+
+def is_count(flag: Any) -> bool:
+    """Whether what should be a flag looks like a number of features."""
+    return isinstance(flag, int | np.integer | Sequence) and not isinstance(flag, bool)
+
+
+def element_weights(
+    mask: ArrayLike | None, weights: ArrayLike | None, lay: Layout
+) -> jax.Array | None:
+    """Checks `mask` or `weights` and gives it the rank of the input.
+
+    The result is boolean or floating, or `None` where every element counts alike.
+    """
+    if mask is not None and weights is not None:
+        raise ValueError(
+            "`mask` and `weights` both say which elements count; got both. Pass"
+            " `weights=weights * mask`."
+        )
+    if mask is not None:
+        return _expand_weights(_boolean(mask), "mask", lay)
+    if weights is None:
+        return None
+    values = known(weights)
+    if values is not None and np.iscomplexobj(values):
+        raise TypeError(f"`weights` must be real; got {values.dtype}.")
+    if values is not None and not np.all(values >= 0):
+        raise ValueError(
+            "`weights` must be non-negative; the smallest one given is"
+            f" {values.min()}. A weight of 0 leaves an element out."
+        )
+    weights = jnp.asarray(weights)
+    if not jnp.issubdtype(weights.dtype, jnp.inexact) and weights.dtype != bool:
+        weights = weights.astype(jnp.float32)
+    return _expand_weights(weights, "weights", lay)
+
+
+def _boolean(mask: ArrayLike) -> jax.Array:
+    """A mask as booleans; one of numbers is taken if it holds only 0 and 1."""
+    if jnp.asarray(mask).dtype == bool:
+        return jnp.asarray(mask)
+    values = known(mask)
+    if values is None:
+        # Cannot be looked into, and for 0 and 1 a weight is the same as a mask.
+        mask = jnp.asarray(mask)
+        return mask if jnp.issubdtype(mask.dtype, jnp.inexact) else mask != 0
+    if not np.all((values == 0) | (values == 1)):
+        raise ValueError(
+            "`mask` must be boolean: which elements count. Got numbers other than 0"
+            " and 1. To let elements count more or less, pass them as `weights`."
+        )
+    return jnp.asarray(values != 0)
+
+
+def _expand_weights(weights: ArrayLike, name: str, lay: Layout) -> jax.Array:
+    """Gives `weights` the rank of the input: each axis is the input's, or 1.
+
+    Two readings of a lower rank are taken where only one of them fits: one entry a
+    row, and NumPy's broadcasting against the last axes (which is Flax's).
+    """
+    weights = jnp.asarray(weights)
+    shape, rank = weights.shape, len(lay.shape)
+    fix = (
+        f" Give it the rank of `x`, with 1 where it does not vary: for one entry a row"
+        f" reshape it to {_row_shape(lay)}."
+    )
+
+    def fits(candidate: tuple[int, ...]) -> bool:
+        return len(candidate) == rank and all(
+            c in (1, s) for c, s in zip(candidate, lay.shape, strict=True)
+        )
+
+    if len(shape) == rank or not shape:
+        readings = [shape or (1,) * rank]
+    else:
+        readings = [(1,) * (rank - len(shape)) + shape]
+        if shape == lay.rows:
+            readings.append(_row_shape(lay))
+    readings = list(dict.fromkeys(r for r in readings if fits(r)))
+    if not readings:
+        raise ValueError(
+            f"`{name}` must broadcast to `x`: it has shape {shape}, and `x` has shape"
+            f" {lay.shape}.{fix}"
+        )
+    if len(readings) > 1:
+        raise ValueError(
+            f"`{name}` of shape {shape} is ambiguous for `x` of shape {lay.shape}: it"
+            f" could hold one entry a row, or be broadcast along the last axes.{fix}"
+        )
+    return weights.reshape(readings[0])
+
+
+def _row_shape(lay: Layout) -> tuple[int, ...]:
+    return tuple(1 if a in lay.feature_axes else n for a, n in enumerate(lay.shape))
+
+
+def rows(
+    lay: Layout,
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+) -> Rows:
+    """Names the rows that share one mean, checking that the mapped axes exist."""
+    if axis_name is None:
+        if axis_index_groups is not None:
+            raise ValueError(
+                "`axis_index_groups` partitions the mapped axis `axis_name`, which is"
+                " None. Pass `axis_name`, or drop `axis_index_groups`."
+            )
+        return Rows(lay.reduction_axes)
+    try:
+        size = int(jax.lax.axis_size(axis_name))
+    except NameError:
+        raise NameError(
+            f"`axis_name` must be an axis that is mapped around this call; got"
+            f" {axis_name!r}, which is not. Check the spelling in `shard_map`, `pmap`"
+            " or `vmap`. Under plain `jit` leave it None: the statistics of a sharded"
+            " `x` are already those of the whole batch."
+        ) from None
+    if axis_index_groups is None:
+        return Rows(lay.reduction_axes, axis_name)
+    groups = tuple(tuple(operator.index(i) for i in g) for g in axis_index_groups)
+    members = sorted(i for g in groups for i in g)
+    if members != list(range(size)):
+        raise ValueError(
+            "`axis_index_groups` must split the indices of the mapped axis"
+            f" {axis_name!r}, 0 to {size - 1}, into groups; got"
+            f" {axis_index_groups!r}. Name each index exactly once."
+        )
+    return Rows(lay.reduction_axes, axis_name, groups)
+
+
+def known(value: Any) -> np.ndarray | None:
+    """The value of a concrete array or number; `None` if it is traced."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return None
+    return np.asarray(value)

@@ -1,0 +1,183 @@
+"""Moments: what rows are summarized into, how they merge, how they vary with data."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jbn import axes, summary
+from jbn.axes import Rows
+from jbn.ops import xla
+from jbn.summary import Summary
+from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, Moments
+
+
+def moments(
+    x: ArrayLike,
+    *,
+    axis: Axes = -1,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+) -> Moments:
+    """Summarizes the rows of `x`: weight, mean and biased variance of each feature.
+
+    For each feature, with `w` the weights (1 where nothing is given),
+
+        weight = sum(w)
+        mean = sum(w * x) / weight
+        var = sum(w * abs(x - mean)**2) / weight
+
+    computed in float32 or wider, to a relative error of the variance below 1e-5 at
+    any mean up to 1e4 standard deviations. Differentiable in `x` and `weights`.
+
+    Args:
+        x: Input of shape (..., features, ...) and any floating or complex dtype.
+        axis: Feature axis or axes; the moments are taken over all others.
+        mask: Boolean; which elements count. See `jbn.batch_norm`.
+        weights: Non-negative real weight of each element. See `jbn.batch_norm`.
+        axis_name: Mapped axis or axes to take the moments over as well.
+        axis_index_groups: Groups of indices of `axis_name` to do so within.
+
+    Returns:
+        `Moments`, whose fields have the shape of the features, float32 or wider.
+
+    Raises:
+        TypeError: If `x` is of integers or booleans, or `mask` is not boolean.
+        ValueError: If axes or shapes do not fit, or weights are known to be negative.
+        NameError: If `axis_name` is not a mapped axis here.
+
+    Example:
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0], [jnp.nan, 0.0]])
+        >>> m = moments(x, mask=jnp.array([True, True, False]))
+        >>> print(m.weight, m.mean, m.var)
+        [2. 2.] [ 2. 20.] [  1. 100.]
+    """
+    x = axes.check_inexact(x)
+    lay = axes.layout(x, axis)
+    w = axes.element_weights(mask, weights, lay)
+    parts = row_moments(axes.rows(lay, axis_name, axis_index_groups), x, w)
+    return jax.tree.map(lay.squeeze, parts)
+
+
+def merge(*parts: Moments) -> Moments:
+    """Merges the moments of disjoint rows into those of all of them, exactly.
+
+    With W_k, mean_k and var_k those of part k (Chan, Golub and LeVeque, 1979),
+
+        weight = sum_k W_k
+        mean = sum_k W_k * mean_k / weight
+        var = sum_k W_k * (var_k + abs(mean_k - mean)**2) / weight
+
+    The result does not depend on the order of the parts, or on how they were merged
+    before. A part of zero weight changes nothing.
+
+    Args:
+        *parts: One or more moments of the same features.
+
+    Returns:
+        The moments of all rows.
+
+    Raises:
+        TypeError: If there is nothing to merge.
+        ValueError: If the features differ.
+
+    Example:
+        >>> one = moments(jnp.array([[0.0], [0.0]]))
+        >>> other = moments(jnp.array([[3.0]]))
+        >>> both = merge(one, other)
+        >>> print(both.weight, both.mean, both.var)
+        [3.] [1.] [2.]
+
+    References:
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
+        computing sample variances", 1979.
+    """
+    if not parts:
+        raise TypeError("`merge` takes at least one `Moments`; got none.")
+    shapes = {tuple(p.mean.shape) for p in parts}
+    if len(shapes) > 1:
+        raise ValueError(
+            "`merge` takes moments of the same features; got features of shapes"
+            f" {sorted(shapes)}."
+        )
+    dtype = functools.reduce(jnp.promote_types, (p.mean.dtype for p in parts))
+    mean = jnp.stack([p.mean.astype(dtype) for p in parts])
+    weight, var = (
+        jnp.stack([getattr(p, field).astype(xla.real_dtype(dtype)) for p in parts])
+        for field in ("weight", "var")
+    )
+    merged = summary.merge(Summary(weight, mean, jnp.zeros_like(mean), var))
+    return _as_moments(merged)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def row_moments(rows: Rows, x: jax.Array, weights: jax.Array | None) -> Moments:
+    """The moments of `x` over `rows`, with the reduced axes kept at size 1."""
+    return _as_moments(summary.summarize(x, weights, rows))
+
+
+@functools.partial(row_moments.defjvp, symbolic_zeros=True)
+def _row_moments_jvp(rows, primals, tangents):
+    x, weights = primals
+    parts = row_moments(rows, x, weights)
+    # Recomputed, not saved: of all that the tangent reads, only `x` is large.
+    tangent = jax.checkpoint(functools.partial(row_moments_tangent, rows))
+    dmean, dvar, dweight = tangent(x, weights, parts, *map(nonzero, tangents))
+    return parts, Moments(
+        jnp.zeros_like(parts.weight) if dweight is None else dweight, dmean, dvar
+    )
+
+
+def row_moments_tangent(
+    rows: Rows,
+    x: jax.Array,
+    weights: jax.Array | None,
+    parts: Moments,
+    dx: jax.Array | None,
+    dweights: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Derivatives of mean, variance and weight, linear in `dx` and `dweights`.
+
+    With d = x - mean, and <.> the weighted mean over the rows,
+
+        dmean = <dx> + sum(dw * d) / W
+        dvar = 2 * <re(conj(d) * dx)> + sum(dw * (abs(d)**2 - var)) / W
+
+    in one all-reduce. `parts` are the moments of `x`, and `None` is a zero tangent.
+    """
+    d = xla.center(x, parts.mean, weights)
+    ignored = xla.no_part(x, weights)
+    sums = [jnp.zeros_like(parts.mean), jnp.zeros_like(parts.var)]
+    if dx is not None:
+        dx = xla.wide(dx)
+        if ignored is not None:
+            dx = jnp.where(ignored, jnp.zeros_like(dx), dx)
+        for i, v in enumerate((dx, 2 * xla.real_product(d, dx))):
+            sums[i] += xla.weigh(v, weights).sum(rows.axes, keepdims=True)
+    if dweights is not None:
+        sums.append(xla.total_weight(x, dweights, rows.axes))
+        dw = jnp.broadcast_to(dweights.astype(parts.var.dtype), x.shape)
+        if ignored is not None:
+            dw = jnp.where(ignored, jnp.zeros_like(dw), dw)
+        for i, v in enumerate(
+            (dw.astype(d.dtype) * d, dw * (xla.abs_square(d) - parts.var))
+        ):
+            sums[i] += v.sum(rows.axes, keepdims=True)
+    if rows.axis_name is not None:
+        sums = summary.psum(sums, rows)
+    per_weight = xla.reciprocal(parts.weight)
+    dmean = sums[0] * per_weight.astype(sums[0].dtype)
+    dvar = sums[1] * per_weight
+    return dmean, dvar, sums[2] if dweights is not None else None
+
+
+def nonzero(tangent):
+    """The tangent, or `None` in place of one that is known to be zero."""
+    is_zero = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    return None if is_zero else tangent
+
+
+def _as_moments(parts: Summary) -> Moments:
+    return Moments(parts.weight, parts.shift + parts.offset, parts.var)

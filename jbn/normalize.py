@@ -1,0 +1,211 @@
+"""Normalize by a mean and a variance: the formula, and its derivative in every mode."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbn import axes
+from jbn.moments import nonzero, row_moments_tangent
+from jbn.ops import xla
+from jbn.typing import ArrayLike, Axes, BatchStats, DType, Moments, Params
+
+
+def normalize(
+    x: ArrayLike,
+    stats: Moments | BatchStats,
+    params: Params | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float | ArrayLike = 1e-5,
+    dtype: DType | None = None,
+) -> jax.Array:
+    """Normalizes each feature of `x` by a given mean and variance.
+
+    For each feature
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+    in float32 or wider, rounded once. Differentiable in every argument: with
+    `normalize(x, moments(x), params)` gradients pass through the moments as well.
+
+    Args:
+        x: Input of shape (..., features, ...) and any floating or complex dtype.
+        stats: Anything with the fields `mean` and `var`, one entry per feature.
+        params: Scale and bias, one entry per feature; `None` leaves them out.
+        axis: Feature axis or axes.
+        epsilon: Added to the variance, inside the square root.
+        dtype: Dtype of the output; that of `x` by default.
+
+    Returns:
+        The normalized array, of the shape of `x`.
+
+    Raises:
+        TypeError: If `x` is of integers or booleans.
+        ValueError: If axes or shapes do not fit, or `epsilon` is known to be negative.
+
+    Example:
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> print(normalize(x, moments(x), epsilon=0.0))
+        [[-1. -1.]
+         [ 1.  1.]]
+    """
+    x = axes.check_inexact(x)
+    lay = axes.layout(x, axis)
+    check_stats(stats, "stats", lay, axis, x.dtype)
+    return apply(
+        None,
+        jnp.dtype(dtype or x.dtype),
+        x,
+        None,
+        expand_stats(stats, lay, x.dtype),
+        *affine(params, lay, axis, x.dtype),
+        check_epsilon(epsilon),
+    )
+
+
+def check_stats(stats, name: str, lay: axes.Layout, axis: Axes, dtype: DType) -> None:
+    """Raises unless `stats` has a mean and a variance that fit an input of `dtype`."""
+    for field in ("mean", "var"):
+        stat = getattr(stats, field)
+        axes.check_features(stat, f"{name}.{field}", lay, axis)
+        real = field == "var" or not jnp.issubdtype(dtype, jnp.complexfloating)
+        axes.check_real(stat, f"{name}.{field}", real)
+
+
+def expand_stats(stats, lay: axes.Layout, dtype: DType) -> Moments:
+    """Mean and variance as `apply` takes them, for an input of `dtype`."""
+    mean, var = (
+        lay.expand(_as_statistic(jnp.asarray(v), dtype))
+        for v in (stats.mean, stats.var)
+    )
+    return Moments(jnp.ones_like(var), mean, var)
+
+
+def affine(
+    params: Params | None, lay: axes.Layout, axis: Axes, dtype: DType
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Scale and bias, checked, as `apply` takes them, for an input of `dtype`."""
+    found = []
+    for field in ("scale", "bias"):
+        param = None if params is None else getattr(params, field)
+        if param is not None:
+            axes.check_features(param, f"params.{field}", lay, axis)
+            real = not jnp.issubdtype(dtype, jnp.complexfloating)
+            axes.check_real(param, f"params.{field}", real)
+            param = lay.expand(_as_statistic(jnp.asarray(param), dtype))
+        found.append(param)
+    return found[0], found[1]
+
+
+def _as_statistic(v: jax.Array, dtype: DType) -> jax.Array:
+    """Casts `v` to the precision of statistics of `dtype`, real if it is real."""
+    wide = xla.wide_dtype(dtype)
+    return v.astype(wide if jnp.iscomplexobj(v) else xla.real_dtype(wide))
+
+
+def check_epsilon(epsilon: float | ArrayLike) -> jax.Array:
+    """Epsilon as an array, refused if it is known to be negative."""
+    value = axes.known(epsilon)
+    if value is not None and not value >= 0:
+        raise ValueError(
+            f"`epsilon` must not be negative; got {value}. It is added to the variance"
+            " inside the square root, 1e-5 by default."
+        )
+    return jnp.asarray(epsilon)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def apply(rows, dtype, x, weights, stats, scale, bias, epsilon):
+    """`scale * (x - mean) / sqrt(var + epsilon) + bias`, with the project's derivative.
+
+    If `rows` are given, `stats` must be the moments of `x` over them, and the
+    derivative goes through those moments; what comes in as the tangent of `stats` is
+    then left out, being counted already. Otherwise `stats` are independent of `x`.
+
+    Args:
+        rows: Which rows of `x` the `stats` are of; `None` if they are not of `x`.
+        dtype: Dtype of the output.
+        x: Input.
+        weights: Weights that the moments were taken with, or `None`.
+        stats: `Moments` with the reduced axes at size 1, float32 or wider.
+        scale: Scale that broadcasts to `x`, or `None`.
+        bias: Bias that broadcasts to `x`, or `None`.
+        epsilon: Added to the variance.
+
+    Returns:
+        The normalized array, of the shape of `x`.
+    """
+    del rows
+    y = xla.center(x, stats.mean, weights)
+    y = y * _gain(stats.var, epsilon, scale).astype(y.dtype)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return y.astype(dtype)
+
+
+@functools.partial(apply.defjvp, symbolic_zeros=True)
+def _apply_jvp(rows, dtype, primals, tangents):
+    x, weights, stats, scale, _, epsilon = primals
+    # Recomputed, not saved: of all that the tangent reads, only `x` is large.
+    tangent = jax.checkpoint(functools.partial(_tangent, rows, dtype))
+    dy = tangent((x, weights, stats, scale, epsilon), jax.tree.map(nonzero, tangents))
+    # The function itself, not its formula, or second derivatives would miss the rule.
+    return apply(rows, dtype, *primals), dy
+
+
+def _tangent(rows, dtype, primals, tangents):
+    """The derivative, linear in `tangents`, in which `None` stands for zero.
+
+    With d = x - mean, xh = d * rstd and gain = rstd * scale,
+
+        dy = gain * (dx - dmean - xh * rstd * dvar / 2) + xh * dscale + dbias
+
+    With the mean's and variance's own derivatives, <dx> and 2 * <d * dx>, this is
+
+        dy = gain * (dx - <dx> - xh * <xh * dx>) + xh * dscale + dbias
+
+    whose operator on dx is self-adjoint: its transpose is the backward pass of Ioffe
+    and Szegedy (2015) with its terms collected. All that belongs to a feature is
+    collected first, so that the transpose takes two sums over the rows and no more.
+    """
+    x, weights, stats, scale, epsilon = primals
+    dx, dweights, dstats, dscale, dbias, depsilon = tangents
+    dmean = dvar = None
+    if rows is None:
+        dmean, dvar = dstats.mean, dstats.var
+    elif dx is not None or dweights is not None:
+        dmean, dvar, _ = row_moments_tangent(rows, x, weights, stats, dx, dweights)
+    if depsilon is not None:
+        depsilon = jnp.broadcast_to(depsilon.astype(stats.var.dtype), stats.var.shape)
+        dvar = depsilon if dvar is None else dvar + depsilon
+
+    xh = xla.center(x, stats.mean, weights)
+    rstd = _gain(stats.var, epsilon, None).astype(xh.dtype)
+    gain = _gain(stats.var, epsilon, scale).astype(xh.dtype)
+    xh = xh * rstd
+    dgain = None if dscale is None else dscale.astype(xh.dtype)
+    if dvar is not None:
+        slope = -gain * rstd * (dvar / 2).astype(xh.dtype)
+        dgain = slope if dgain is None else dgain + slope
+    dshift = dbias = None if dbias is None else dbias.astype(xh.dtype)
+    if dmean is not None:
+        dshift = -gain * dmean if dshift is None else dshift - gain * dmean
+
+    dy = jnp.zeros_like(xh)
+    if dx is not None:
+        dy += gain * xla.wide(dx)
+    if dgain is not None:
+        dy += xh * dgain
+    if dshift is not None:
+        dy += dshift
+    ignored = xla.no_part(x, weights)
+    if ignored is not None:
+        dy = jnp.where(ignored, 0 if dbias is None else dbias, dy)
+    return dy.astype(dtype)
+
+
+def _gain(var, epsilon, scale):
+    rstd = lax.rsqrt(var + epsilon.astype(var.dtype))
+    return rstd if scale is None else rstd.astype(scale.dtype) * scale

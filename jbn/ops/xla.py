@@ -1,0 +1,157 @@
+"""The passes over memory, in plain JAX: what every kernel has to reproduce.
+
+Everything here is local to a device and keeps reduced axes with size 1, so that
+results broadcast against the input.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+# Rows that the shift is taken from: enough for its distance from the mean to be a
+# fraction of a standard deviation, few enough to cost nothing.
+_SAMPLE_ROWS = 64
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Casts to the dtype of statistics: 16-bit floats to float32, others kept."""
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype that statistics of `dtype` are computed in."""
+    # Not `promote_types`, which raises under strict dtype promotion.
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+def real_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype of the absolute value of `dtype`."""
+    return jnp.dtype(jnp.finfo(dtype).dtype)
+
+
+def abs_square(x: jax.Array) -> jax.Array:
+    """`abs(x)**2`, without the root."""
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def real_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The real part of `conj(x) * y`: the inner product of the plane."""
+    if jnp.iscomplexobj(x):
+        return x.real * y.real + x.imag * y.imag
+    return x * y
+
+
+def weigh(v: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """`weights * v`, and zero where the weight is, even if `v` is not finite there."""
+    if weights is None:
+        return v
+    if weights.dtype == bool:
+        return jnp.where(weights, v, jnp.zeros_like(v))
+    weighted = weights.astype(real_dtype(v.dtype)).astype(v.dtype) * v
+    return jnp.where(weights > 0, weighted, jnp.zeros_like(v))
+
+
+def total_weight(
+    x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]
+) -> jax.Array:
+    """The sum of the weights of the rows of `x`."""
+    dtype = real_dtype(wide_dtype(x.dtype))
+    if weights is None:
+        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return jnp.full(shape, math.prod(x.shape[a] for a in axes), dtype)
+    # Booleans are counted in integers: float32 stops counting at 2**24.
+    counted = weights.astype(jnp.int32) if weights.dtype == bool else wide(weights)
+    # Along an axis where the weights do not vary each stands for all of its rows.
+    repeats = math.prod(x.shape[a] for a in axes if weights.shape[a] != x.shape[a])
+    return counted.sum(axes, keepdims=True).astype(dtype) * repeats
+
+
+def center(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """`x - mean` in wide arithmetic; zero where a weightless `x` is not finite."""
+    d = wide(x) - mean
+    ignored = no_part(x, weights)
+    return d if ignored is None else jnp.where(ignored, jnp.zeros_like(d), d)
+
+
+def no_part(x: jax.Array, weights: jax.Array | None) -> jax.Array | None:
+    """The elements that take no part at all: weightless and not finite."""
+    if weights is None:
+        return None
+    weightless = ~weights if weights.dtype == bool else weights == 0
+    return weightless & ~jnp.isfinite(x)
+
+
+def reciprocal(total: jax.Array) -> jax.Array:
+    """`1 / total`, and 0 for a total of 0: averages over nothing are zero."""
+    some = total > 0
+    return jnp.where(some, 1 / jnp.where(some, total, jnp.ones_like(total)), 0)
+
+
+def difference(square: jax.Array, of_mean: jax.Array) -> jax.Array:
+    """The variance `square - of_mean`: not negative, and not NaN if it overflows."""
+    var = jnp.maximum(square - of_mean, 0)
+    return jnp.where(jnp.isinf(square), square, var)
+
+
+def summarize(
+    x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Takes `(weight, shift, offset, var)` of `x` over `axes`; mean = shift + offset.
+
+    One pass about a shift: `offset = <x - shift>` and
+    `var = <abs(x - shift)**2> - abs(offset)**2`, which loses nothing as long as the
+    shift is within a few standard deviations of the mean (Chan, Golub and LeVeque,
+    "Algorithms for computing the sample variance", 1983). The mean is returned in two
+    parts because its float32 rounding, squared, is what would spoil a later merge.
+    """
+    shift = _shift(x, weights, axes)
+    weight = total_weight(x, weights, axes)
+    per_weight = reciprocal(weight)
+    # Written out twice: XLA on CPU only fuses a sum with a prologue of its own.
+    offset = weigh(wide(x) - shift, weights).sum(axes, keepdims=True)
+    offset = offset * per_weight.astype(offset.dtype)
+    square = weigh(abs_square(wide(x) - shift), weights).sum(axes, keepdims=True)
+    var = difference(square * per_weight, abs_square(offset))
+    return weight, shift, offset, var
+
+
+def _shift(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """A cheap value near the mean: that of rows spread over `x`.
+
+    With weights it is the mean of all rows, since any few could be padding.
+    """
+    if weights is None:
+        index = [slice(None)] * x.ndim
+        wanted = _SAMPLE_ROWS
+        for a in axes:
+            taken = max(1, min(wanted, x.shape[a]))
+            step = max(1, x.shape[a] // taken)
+            index[a] = slice(step // 2, None, step)
+            wanted //= taken
+        x = x[tuple(index)]
+    total = weigh(wide(x), weights).sum(axes, keepdims=True)
+    per_weight = reciprocal(total_weight(x, weights, axes))
+    shift = total * per_weight.astype(total.dtype)
+    return coarse(shift)
+
+
+def coarse(shift: jax.Array) -> jax.Array:
+    """Drops the last bits of a shift, so that every use of it is the same number.
+
+    XLA copies the arithmetic that makes the shift into each loop that reads it, and
+    LLVM may contract it there to a fused multiply-add, which rounds differently. At a
+    mean of 1e4 standard deviations such a difference costs a relative 3e-4 of the
+    variance. Rounding in between cannot be contracted.
+    """
+    if jnp.iscomplexobj(shift):
+        return lax.complex(coarse(shift.real), coarse(shift.imag))
+    info = jnp.finfo(shift.dtype)
+    return lax.reduce_precision(
+        shift, exponent_bits=info.nexp, mantissa_bits=info.nmant - 3
+    )

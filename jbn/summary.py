@@ -1,0 +1,201 @@
+"""Exact summaries of rows: made in blocks, merged, and carried across devices."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jbn.axes import Rows
+from jbn.ops import xla
+
+
+# Longest plain sum. XLA on CPU adds rows one by one, and the rounding error of n such
+# additions grows like the root of n, or faster.
+_BLOCK_ROWS = 2048
+# Most summaries that travel in one all-reduce. Each has a slot of its own there, so
+# beyond this two all-reduces of fixed size are cheaper.
+_MOST_SLOTS = 32
+
+
+class Summary(NamedTuple):
+    """Weight, mean and variance, with the mean in two parts: `shift + offset`.
+
+    A mean of 1e4 standard deviations, rounded to float32, is off by 1e-3 of one. That
+    is harmless in an output, but not between the means of two parts that are merged.
+    """
+
+    weight: jax.Array
+    shift: jax.Array
+    offset: jax.Array
+    var: jax.Array
+
+
+def summarize(x: jax.Array, weights: jax.Array | None, rows: Rows) -> Summary:
+    """Summarizes all `rows` of `x`, keeping the reduced axes at size 1.
+
+    The rows are summarized in blocks, which are then merged. Blocks keep sums short,
+    and so exact. Where `x` may be sharded by plain `jit`, each block belongs to one
+    device, so that no statistic needs a second round of communication.
+    """
+    first = x.shape[rows.axes[0]] if rows.axes else 1
+    shards = math.gcd(first, _num_shards()) if first else 1
+    counts = _block_counts(x.shape, rows.axes, shards)
+    summary = _summarize_blocks(x, weights, rows.axes, counts)
+    summary = jax.tree.map(lambda v: v.reshape(shards, -1, *v.shape[1:]), summary)
+    summary = merge(Summary(*(jnp.swapaxes(v, 0, 1) for v in summary)))
+    if 1 < shards <= _MOST_SLOTS:
+        # GSPMD makes this sum over the shards one all-reduce, and the merge local.
+        index = np.arange(shards)
+        summary = jax.tree.map(
+            lambda v: _place(v[None], index[:, None], index[None]).sum(1), summary
+        )
+    summary = merge(summary)
+    if rows.axis_name is not None:
+        summary = _all_reduce(summary, rows)
+    return summary
+
+
+def merge(parts: Summary) -> Summary:
+    """Merges the summaries that are stacked along the first axis.
+
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+    sample variances", 1979.
+    """
+    if parts.weight.shape[0] > 1:
+        parts = _merge(
+            parts, lambda tree: jax.tree.map(lambda v: v.sum(0, keepdims=True), tree)
+        )
+    return Summary(*(v[0] for v in parts))
+
+
+def psum(tree: Any, rows: Rows) -> Any:
+    """Sums a tree of arrays over the mapped axes of `rows`, in one all-reduce."""
+    leaves, treedef = jax.tree.flatten(tree)
+    flat = [
+        part.ravel()
+        for leaf in leaves
+        for part in ((leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,))
+    ]
+    total = lax.psum(
+        jnp.concatenate(flat), rows.axis_name, axis_index_groups=rows.axis_index_groups
+    )
+    pieces = iter(jnp.split(total, np.cumsum([part.size for part in flat])[:-1]))
+    summed = [
+        (
+            lax.complex(next(pieces), next(pieces))
+            if jnp.iscomplexobj(leaf)
+            else next(pieces)
+        ).reshape(leaf.shape)
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(treedef, summed)
+
+
+def _merge(parts: Summary, total: Callable[[Any], Any]) -> Summary:
+    """Merges the summaries that `total` sums over."""
+    weight, moment = total((parts.weight, xla.weigh(parts.shift, parts.weight)))
+    per_weight = xla.reciprocal(weight)
+    # Any value near the mean will do for the common shift, so no gradient has to pass.
+    shift = xla.coarse(lax.stop_gradient(moment * per_weight.astype(moment.dtype)))
+    offset = (parts.shift - shift) + parts.offset
+    first, second = total(
+        (
+            xla.weigh(offset, parts.weight),
+            xla.weigh(parts.var + xla.abs_square(offset), parts.weight),
+        )
+    )
+    offset = first * per_weight.astype(first.dtype)
+    var = xla.difference(second * per_weight, xla.abs_square(offset))
+    return Summary(weight, shift, offset, var)
+
+
+def _all_reduce(summary: Summary, rows: Rows) -> Summary:
+    """Merges the summaries of all devices (or of all in the same group)."""
+    index = lax.axis_index(rows.axis_name)
+    if rows.axis_index_groups is None:
+        slots = int(lax.axis_size(rows.axis_name))
+        slot = index
+    else:
+        slots = max(len(group) for group in rows.axis_index_groups)
+        slot_of = {i: s for g in rows.axis_index_groups for s, i in enumerate(g)}
+        slot = jnp.asarray([slot_of[i] for i in sorted(slot_of)])[index]
+    if slots > _MOST_SLOTS:
+        return _merge(summary, lambda tree: psum(tree, rows))
+    slotted = jax.tree.map(lambda v: _place(v[None], np.arange(slots), slot), summary)
+    return merge(psum(slotted, rows))
+
+
+def _place(v: jax.Array, slots: np.ndarray, slot: jax.Array | np.ndarray) -> jax.Array:
+    """`v` where `slots == slot`, along the leading axes, and zero elsewhere."""
+    here = jnp.asarray(slots == slot)
+    return jnp.where(jnp.expand_dims(here, range(here.ndim, v.ndim)), v, 0)
+
+
+def _summarize_blocks(
+    x: jax.Array,
+    weights: jax.Array | None,
+    axes: tuple[int, ...],
+    counts: dict[int, int],
+) -> Summary:
+    """The summaries of `counts[a]` blocks along each axis `a`, stacked in front."""
+
+    def split(v: jax.Array) -> jax.Array:
+        shape: list[int] = []
+        for a, n in enumerate(v.shape):
+            if a not in axes:
+                shape.append(n)
+            elif n == x.shape[a]:
+                shape += [counts[a], n // counts[a]]
+            else:  # weights that do not vary along this axis
+                shape += [1, 1]
+        return v.reshape(shape)
+
+    block_axes = [a + i for i, a in enumerate(axes)]
+    parts = xla.summarize(
+        split(x),
+        None if weights is None else split(weights),
+        tuple(a + 1 for a in block_axes),
+    )
+    block_counts = [counts[a] for a in axes]
+
+    def stack(stat: jax.Array) -> jax.Array:
+        stat = jnp.moveaxis(stat, block_axes, range(len(axes)))
+        stat = jnp.broadcast_to(stat, (*block_counts, *stat.shape[len(axes) :]))
+        return stat.reshape(math.prod(block_counts), *stat.shape[len(axes) :])
+
+    return Summary(*map(stack, parts))
+
+
+def _num_shards() -> int:
+    """How many devices an array may be spread over that looks whole to this code."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count()
+    return math.prod(
+        size
+        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind != jax.sharding.AxisType.Manual
+    )
+
+
+def _block_counts(
+    shape: tuple[int, ...], axes: tuple[int, ...], shards: int
+) -> dict[int, int]:
+    """How many equal blocks to split each reduced axis into.
+
+    The first one, which is where batches are sharded, gets a multiple of `shards`.
+    """
+    wanted = math.prod(shape[a] for a in axes) / _BLOCK_ROWS
+    counts = {}
+    for a in axes:
+        base = shards if a == axes[0] else 1
+        last = min(shape[a], math.ceil(4 * wanted) * base)
+        divisors = [c for c in range(base, last + 1, base) if shape[a] % c == 0]
+        divisors = divisors or [base]
+        counts[a] = next((c for c in divisors if c >= wanted), divisors[-1])
+        wanted /= counts[a]
+    return counts

@@ -1,0 +1,57 @@
+"""The nouns: arrays, axes, and the three small records that functions pass around."""
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Inexact
+
+
+# What comes in may be NumPy's; what goes out is always JAX's.
+ArrayLike: TypeAlias = jax.Array | np.ndarray
+Axes: TypeAlias = int | Sequence[int]
+AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
+AxisIndexGroups: TypeAlias = Sequence[Sequence[int]]
+DType: TypeAlias = Any
+
+
+class Params(NamedTuple):
+    """What is learned: `y = scale * xh + bias`. A field that is `None` is left out.
+
+    `Params(**d)` and `p._asdict()` convert from and to Flax's `params` dict.
+    """
+
+    scale: Inexact[Array, "*features"] | None = None
+    bias: Inexact[Array, "*features"] | None = None
+
+
+class BatchStats(NamedTuple):
+    """What is remembered: the running mean and (biased, by default) variance.
+
+    `weight` is there only for the running rules that need it (see
+    `jbn.update_batch_stats`): how much data the statistics have seen. `None` means a
+    plain exponential average, whose state is Flax's: `mean` and `var` alone.
+    """
+
+    mean: Inexact[Array, "*features"]
+    var: Float[Array, "*features"]
+    weight: Float[Array, "*features"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What was seen: a weighted, mergeable summary of rows, one entry per feature.
+
+    Attributes:
+        weight: Total weight of the rows; their number where nothing is weighted.
+        mean: Weighted mean; 0 where the weight is 0. Complex if the data is.
+        var: Biased weighted variance, `sum(w * abs(x - mean)**2) / sum(w)`; 0 where
+            the weight is 0.
+    """
+
+    weight: Float[Array, "*features"]
+    mean: Inexact[Array, "*features"]
+    var: Float[Array, "*features"]
