@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, DType
 
@@ -262,7 +263,7 @@ def rows(
 
 def known(value: Any) -> np.ndarray | None:
     """The value of a concrete array or number; `None` if it is traced."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return None

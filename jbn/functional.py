@@ -187,33 +187,37 @@ def batch_norm(
     update_stats = _flag(update_stats, "update_stats")
     x = axes.check_inexact(x)
     lay = axes.layout(x, axis)
-    if batch_stats is not None:
-        check_stats(batch_stats, "batch_stats", lay, axis, x.dtype)
-        check_momentum(momentum, batch_stats)
-    elif use_running_average or update_stats:
-        raise ValueError(
-            "`batch_stats` must be given to normalize by the running statistics or to"
-            " update them; got None. Make them with `init`, or pass"
-            " `use_running_average=False` and `update_stats=False`."
-        )
+    if batch_stats is None:
+        if use_running_average or update_stats:
+            raise ValueError(
+                "`batch_stats` must be given to normalize by the running statistics or"
+                " to update them; got None. Make them with `init`, or pass"
+                " `use_running_average=False` and `update_stats=False`."
+            )
+        _, running = init(lay.features)
+    else:
+        running = batch_stats
+        check_stats(running, "batch_stats", lay, axis, x.dtype)
+        check_momentum(momentum, running)
     scale, bias = affine(params, lay, axis, x.dtype)
     epsilon = check_epsilon(epsilon)
     w = axes.element_weights(mask, weights, lay)
     rows = axes.rows(lay, axis_name, axis_index_groups)
 
-    batch = None
-    if update_stats or not use_running_average:
-        batch = row_moments(rows, x, w)
+    def normalize_by(stats: Moments, of_rows: axes.Rows | None) -> jax.Array:
+        out = jnp.dtype(dtype or x.dtype)
+        return apply(of_rows, out, x, w, stats, scale, bias, epsilon)
+
+    if use_running_average and not update_stats:
+        return normalize_by(expand_stats(running, lay, x.dtype), None), batch_stats
+    batch = row_moments(rows, x, w)
     if use_running_average:
-        stats, derivative_rows = expand_stats(batch_stats, lay, x.dtype), None
+        y = normalize_by(expand_stats(running, lay, x.dtype), None)
     else:
-        stats, derivative_rows = _or_running(batch, batch_stats, lay, x.dtype), rows
-    y = apply(
-        derivative_rows, jnp.dtype(dtype or x.dtype), x, w, stats, scale, bias, epsilon
-    )
+        y = normalize_by(_or_running(batch, running, lay, x.dtype), rows)
     if update_stats:
         batch_stats = update_batch_stats(
-            batch_stats,
+            running,
             jax.tree.map(lay.squeeze, batch),
             momentum=momentum,
             unbiased=unbiased,
@@ -222,17 +226,15 @@ def batch_norm(
 
 
 def _or_running(
-    batch: Moments, batch_stats: BatchStats | None, lay: axes.Layout, dtype: DType
+    batch: Moments, running: BatchStats, lay: axes.Layout, dtype: DType
 ) -> Moments:
     """The moments of the batch, and the running statistics where it has no weight."""
-    if batch_stats is None:
-        _, batch_stats = init(lay.features)
-    running = lax.stop_gradient(expand_stats(batch_stats, lay, dtype))
+    running_moments = lax.stop_gradient(expand_stats(running, lay, dtype))
     some = batch.weight > 0
     return Moments(
         batch.weight,
-        jnp.where(some, batch.mean, running.mean.astype(batch.mean.dtype)),
-        jnp.where(some, batch.var, running.var),
+        jnp.where(some, batch.mean, running_moments.mean.astype(batch.mean.dtype)),
+        jnp.where(some, batch.var, running_moments.var),
     )
 
 

@@ -72,6 +72,15 @@ class BatchNorm(nn.Module):
     unbiased: bool = False
     debias: bool = False
 
+    def __post_init__(self):
+        if axes.is_count(self.use_running_average):
+            raise TypeError(
+                "`BatchNorm` takes `use_running_average`, True or False, first; got"
+                f" {self.use_running_average!r}. A Linen module finds the number of"
+                " features in its input: leave it out."
+            )
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -94,12 +103,6 @@ class BatchNorm(nn.Module):
         Returns:
             The normalized array, of the shape of `x`.
         """
-        if axes.is_count(self.use_running_average):
-            raise TypeError(
-                "`BatchNorm` takes `use_running_average`, True or False, first; got"
-                f" {self.use_running_average!r}. A Linen module finds the number of"
-                " features in its input: leave it out."
-            )
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )

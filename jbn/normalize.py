@@ -172,6 +172,8 @@ def _tangent(rows, dtype, primals, tangents):
     """
     x, weights, stats, scale, epsilon = primals
     dx, dweights, dstats, dscale, dbias, depsilon = tangents
+    # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
+    dx = None if dx is None else xla.wide(dx)
     dmean = dvar = None
     if rows is None:
         dmean, dvar = dstats.mean, dstats.var
@@ -195,7 +197,7 @@ def _tangent(rows, dtype, primals, tangents):
 
     dy = jnp.zeros_like(xh)
     if dx is not None:
-        dy += gain * xla.wide(dx)
+        dy += gain * dx
     if dgain is not None:
         dy += xh * dgain
     if dshift is not None:

@@ -67,7 +67,7 @@ def update_batch_stats(
             "`batch_stats` and `moments` must be of the same features; got shapes"
             f" {tuple(batch_stats.mean.shape)} and {tuple(moments.mean.shape)}."
         )
-    momentum = check_momentum(momentum, batch_stats)
+    check_momentum(momentum, batch_stats)
     batch_stats, moments = lax.stop_gradient((batch_stats, moments))
     mean = _state(batch_stats.mean, moments.mean)
     var = _state(batch_stats.var, moments.var)
@@ -79,23 +79,25 @@ def update_batch_stats(
         has_var = seen > 1
         batch_var = batch_var * seen / jnp.where(has_var, seen - 1, 1)
 
-    if batch_stats.weight is None:
-        weight = None
-        keep = jnp.asarray(momentum, var.dtype)
-        # One minus the number itself: rounded first, 0.99 would leave 1e-2 off by 1e-6.
-        add = jnp.asarray(1 - momentum, var.dtype)
+    weight = batch_stats.weight
+    if weight is not None:
+        weight = _state(weight, moments.weight)
+    if momentum is None:
+        assert weight is not None  # by check_momentum
+        kept, added = weight, seen
     else:
-        weight = _state(batch_stats.weight, moments.weight)
-        if momentum is None:
-            kept, added = weight, seen
-        else:
-            # A cumulative weight above 1 counts as all the weight there can be.
-            kept = jnp.minimum(weight, 1) * jnp.asarray(momentum, var.dtype)
-            added = jnp.asarray(1 - momentum, var.dtype)
+        # One minus the number as it came: in float32, 1 - 0.99 is 1e-6 off.
+        added = jnp.asarray(1 - momentum, var.dtype)
+        kept = jnp.asarray(momentum, var.dtype)
+        if weight is not None:
+            # A weight above 1, of the cumulative rule, is all the weight there can be.
+            kept *= jnp.minimum(weight, 1)
+    if weight is None:
+        keep, add = kept, added
+    else:
         total = kept + added
         weight = jnp.where(some, total, weight)
-        per_weight = xla.reciprocal(total)
-        keep, add = kept * per_weight, added * per_weight
+        keep, add = (part * xla.reciprocal(total) for part in (kept, added))
     new_mean = keep.astype(mean.dtype) * mean + add.astype(mean.dtype) * batch_mean
     new_var = keep * var + add * batch_var
     if momentum is None:
@@ -106,9 +108,7 @@ def update_batch_stats(
     )
 
 
-def check_momentum(
-    momentum: float | ArrayLike | None, batch_stats: BatchStats
-) -> float | ArrayLike | None:
+def check_momentum(momentum: float | ArrayLike | None, batch_stats: BatchStats) -> None:
     """Refuses a momentum known to be outside [0, 1], or that lacks its state."""
     if momentum is None:
         if batch_stats.weight is None:
@@ -117,14 +117,13 @@ def check_momentum(
                 " statistics have seen; got `batch_stats.weight=None`. Make them with"
                 " `init(..., track_weight=True)`."
             )
-        return None
+        return
     value = axes.known(momentum)
     if value is not None and not ((value >= 0) & (value <= 1)).all():
         raise ValueError(
             "`momentum` is the weight of the old statistics and must be from 0 to 1;"
             f" got {value}. PyTorch's `momentum` is one minus this."
         )
-    return momentum
 
 
 def _state(old: jax.Array, batch: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """The nouns: arrays, axes, and the three small records that functions pass around."""
 
-import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -40,16 +39,12 @@ class BatchStats(NamedTuple):
     weight: Float[Array, "*features"] | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """What was seen: a weighted, mergeable summary of rows, one entry per feature.
 
-    Attributes:
-        weight: Total weight of the rows; their number where nothing is weighted.
-        mean: Weighted mean; 0 where the weight is 0. Complex if the data is.
-        var: Biased weighted variance, `sum(w * abs(x - mean)**2) / sum(w)`; 0 where
-            the weight is 0.
+    `weight` is the total weight of the rows, their number where nothing is weighted.
+    `mean` is complex if the data is, and `var` is the biased weighted variance,
+    `sum(w * abs(x - mean)**2) / sum(w)`. Both are 0 where the weight is.
     """
 
     weight: Float[Array, "*features"]

@@ -1,0 +1,31 @@
+"""Strict JAX, eight virtual CPU devices, and a generator seeded by the test's name."""
+
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+
+# Before any device is used. Tests take subsets of the eight.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def standard_promotion():
+    """For code of others, which does not hold to strict promotion."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

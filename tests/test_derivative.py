@@ -1,0 +1,342 @@
+"""The derivative rule: every mode, against float64 oracles and plain autodiff."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.test_util import check_grads
+
+import jbn
+
+
+pytestmark = pytest.mark.usefixtures("x64")
+SHAPE = (6, 5, 3)
+
+
+def plain(x, weights, scale, bias, epsilon):
+    """The formula, for JAX to differentiate."""
+    w = jnp.broadcast_to(weights, x.shape)
+    total = w.sum((0, 1), keepdims=True)
+    mean = (w * x).sum((0, 1), keepdims=True) / total
+    var = (w * jnp.square(x - mean)).sum((0, 1), keepdims=True) / total
+    xh = (x - mean) / jnp.sqrt(var + epsilon)
+    return xh * scale.reshape(1, 1, -1) + bias.reshape(1, 1, -1)
+
+
+def ours(x, weights, scale, bias, epsilon):
+    y, _ = jbn.batch_norm(
+        x,
+        jbn.Params(scale, bias),
+        None,
+        use_running_average=False,
+        weights=weights,
+        epsilon=epsilon,
+    )
+    return y
+
+
+@pytest.fixture
+def args(rng):
+    """Scale and bias differ, and epsilon is of the size of the variance."""
+    return tuple(
+        jnp.asarray(v)
+        for v in (
+            rng.standard_normal(SHAPE),
+            rng.uniform(0.1, 2.0, (*SHAPE[:2], 1)),
+            rng.standard_normal(SHAPE[-1]),
+            rng.standard_normal(SHAPE[-1]),
+            0.5,
+        )
+    )
+
+
+def modes(ct):
+    """Every way to differentiate, as functions of `f` and its arguments."""
+
+    def loss(f):
+        # Not a plain sum, whose gradient is zero whatever the bug.
+        return lambda *args: (jnp.sin(f(*args)) * ct).sum()
+
+    def along(f, args):
+        g = jax.grad(loss(f))
+        return jax.jvp(lambda x: g(x, *args[1:]), (args[0],), (ct,))[1]
+
+    def over_grad(f, args):
+        g = jax.grad(loss(f))
+        return jax.grad(lambda *a: (g(*a) * ct).sum(), argnums=range(5))(*args)
+
+    return {
+        "grad": lambda f, a: jax.grad(loss(f), argnums=range(5))(*a),
+        "grad of x alone": lambda f, a: jax.grad(loss(f))(*a),
+        "grad of affine alone": lambda f, a: jax.grad(loss(f), argnums=(2, 3))(*a),
+        "jvp": lambda f, a: jax.jvp(f, a, a),
+        "jacfwd": lambda f, a: jax.jacfwd(f, argnums=(0, 1, 2))(*a),
+        "jacrev": lambda f, a: jax.jacrev(f, argnums=(0, 1, 2))(*a),
+        "hessian": lambda f, a: jax.hessian(loss(f))(*a),
+        "hvp, forward over reverse": along,
+        "hvp, reverse over reverse": over_grad,
+        "third": lambda f, a: jax.grad(lambda *a: (along(f, a) * ct).sum())(*a),
+        "linearize": lambda f, a: jax.linearize(f, *a)[1](*a),
+        "linear_transpose": lambda f, a: jax.linear_transpose(
+            jax.linearize(lambda x: f(x, *a[1:]), a[0])[1], a[0]
+        )(ct),
+        "remat": lambda f, a: jax.grad(loss(jax.checkpoint(f)), argnums=range(5))(*a),
+        "jit inside": lambda f, a: jax.grad(loss(jax.jit(f)), argnums=range(5))(*a),
+        "vmap of grad": lambda f, a: jax.vmap(jax.grad(loss(f)), (0, *[None] * 4))(
+            jnp.stack([a[0], 2 * a[0]]), *a[1:]
+        ),
+        "grad of vmap": lambda f, a: jax.grad(
+            lambda x: jax.vmap(lambda x: loss(f)(x, *a[1:]))(x).sum()
+        )(jnp.stack([a[0], 2 * a[0]])),
+        "scan": lambda f, a: jax.grad(
+            lambda x: (
+                jax.lax.scan(lambda c, _: (f(c, *a[1:]), None), x, length=3)[0] * ct
+            ).sum()
+        )(a[0]),
+        "cond": lambda f, a: jax.grad(
+            lambda x: jax.lax.cond(
+                x[0, 0, 0] < 1e9, lambda x: loss(f)(x, *a[1:]), lambda x: x.sum(), x
+            )
+        )(a[0]),
+    }
+
+
+@pytest.mark.parametrize("mode", list(modes(0.0)))
+def test_every_mode_agrees_with_autodiff_of_the_formula(mode, args, rng):
+    derive = modes(jnp.asarray(rng.standard_normal(SHAPE)))[mode]
+    got = jax.jit(functools.partial(derive, ours))(args)
+    want = jax.jit(functools.partial(derive, plain))(args)
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-10), got, want
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("axis", [-1, 1, (0, 2)])
+def test_gradient_is_the_oracles(axis, weighted, rng):
+    x, dy = rng.standard_normal((2, *SHAPE))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    features = tuple(SHAPE[a] for a in axes)
+    scale = rng.standard_normal(features)
+    weights = rng.integers(0, 4, SHAPE).astype(float) if weighted else None
+
+    def loss(x, params):
+        y, _ = jbn.batch_norm(
+            x, params, None, use_running_average=False, axis=axis, weights=weights
+        )
+        return (y * dy).sum()
+
+    params = jbn.Params(jnp.asarray(scale), jnp.zeros(features))
+    dx, dparams = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, params)
+    want = oracle.input_gradient(x, dy, scale, weights, axis)
+    for got, expected in zip((dx, *dparams), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_numerical_derivatives(use_running_average, args):
+    x, weights, scale, bias, epsilon = args
+    running = jbn.BatchStats(scale + 2, jnp.square(bias) + 1)
+
+    def f(x, scale, bias, epsilon):
+        return jbn.batch_norm(
+            x,
+            jbn.Params(scale, bias),
+            running,
+            use_running_average=use_running_average,
+            weights=weights,
+            epsilon=epsilon,
+        )[0]
+
+    check_grads(f, (x, scale, bias, epsilon), order=2, modes=["fwd", "rev"])
+
+
+def test_moments_and_normalize_compose_to_the_same_gradient(args, rng):
+    ct = jnp.asarray(rng.standard_normal(SHAPE))
+
+    def composed(x, weights, scale, bias, epsilon):
+        m = jbn.moments(x, weights=weights)
+        return jbn.normalize(x, m, jbn.Params(scale, bias), epsilon=epsilon)
+
+    for derive in (modes(ct)[m] for m in ("grad", "jvp", "hessian")):
+        got, want = derive(composed, args), derive(plain, args)
+        jax.tree.map(
+            lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9),
+            got,
+            want,
+        )
+
+
+def test_moments_derivatives_are_numerical_ones(args):
+    x, weights, *_ = args
+    check_grads(
+        lambda x, w: jax.tree.leaves(jbn.moments(x, weights=w)),
+        (x, weights),
+        order=2,
+        modes=["fwd", "rev"],
+    )
+
+
+def test_evaluation_differentiates_by_the_running_statistics(args, rng):
+    x, _, scale, bias, _ = args
+    ct = jnp.asarray(rng.standard_normal(SHAPE))
+    var = jnp.square(bias) + 0.5
+
+    def loss(mean, var):
+        y, _ = jbn.batch_norm(
+            x,
+            jbn.Params(scale, bias),
+            jbn.BatchStats(mean, var),
+            use_running_average=True,
+        )
+        return (y * ct).sum()
+
+    dmean, dvar = jax.grad(loss, argnums=(0, 1))(scale, var)
+    x, ct, scale, var = map(np.asarray, (x, ct, scale, var))
+    rstd = 1 / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(dmean, -(ct * scale * rstd).sum((0, 1)), rtol=1e-10)
+    np.testing.assert_allclose(
+        dvar, (-0.5 * ct * scale * (x - scale) * rstd**3).sum((0, 1)), rtol=1e-10
+    )
+
+
+def test_no_gradient_passes_through_the_statistics_of_training(args):
+    x, _, scale, bias, _ = args
+    running = jbn.BatchStats(jnp.ones(3), jnp.full(3, 2.0))
+
+    def state(x, running, scale):
+        _, new = jbn.batch_norm(
+            x, jbn.Params(scale, bias), running, use_running_average=False
+        )
+        return sum(leaf.sum() for leaf in jax.tree.leaves(new))
+
+    def output(running):
+        return jbn.batch_norm(
+            x, jbn.Params(scale, bias), running, use_running_average=False
+        )[0].sum()
+
+    grads = jax.grad(state, argnums=(0, 1, 2))(x, running, scale)
+    grads = (*grads, jax.grad(output)(running))
+    assert all(not leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+def test_complex_gradient(rng):
+    """JAX's gradient of a real loss, from the real and imaginary parts' own."""
+    re, im, ct_re, ct_im = jnp.asarray(rng.standard_normal((4, 7, 3)))
+    scale, bias = jnp.asarray(rng.standard_normal((2, 3)))
+
+    def formula(re, im):
+        x = re + 1j * im
+        mean = x.mean(0, keepdims=True)
+        d = x - mean
+        var = (d.real**2 + d.imag**2).mean(0, keepdims=True)
+        y = d / jnp.sqrt(var + 1e-5) * scale[None] + bias[None]
+        return (y.real * ct_re + y.imag * ct_im).sum()
+
+    def layer(re, im):
+        y, _ = jbn.batch_norm(
+            jax.lax.complex(re, im),
+            jbn.Params(scale, bias),
+            None,
+            use_running_average=False,
+        )
+        return (y.real * ct_re + y.imag * ct_im).sum()
+
+    got = jax.grad(layer, argnums=(0, 1))(re, im)
+    with jax.numpy_dtype_promotion("standard"):
+        want = jax.grad(formula, argnums=(0, 1))(re, im)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_weightless_elements_leave_every_gradient_finite(bad, use_running_average, rng):
+    x = rng.standard_normal((8, 3))
+    mask = np.array([1, 1, 0, 1, 0, 1, 1, 1], bool)
+    dirty = np.where(mask[:, None], x, bad)
+    ct = jnp.asarray(rng.standard_normal((8, 3)))
+    running = jbn.BatchStats(jnp.ones(3), jnp.full(3, 2.0))
+
+    def loss(x, params):
+        y, _ = jbn.batch_norm(
+            x,
+            params,
+            running,
+            use_running_average=use_running_average,
+            mask=jnp.asarray(mask),
+        )
+        # As a user's loss would: by a sigmoid, which turns a NaN into a NaN
+        # cotangent, and a mask at the very end.
+        return jnp.where(mask[:, None], jax.nn.sigmoid(y) * ct, 0).sum()
+
+    params = jbn.Params(jnp.asarray([0.5, 1.5, 2.0]), jnp.asarray([0.1, 0.2, 0.3]))
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    got, want = grad(dirty, params), grad(x, params)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-12)
+    hvp = jax.jvp(lambda x: jax.grad(loss)(x, params), (dirty,), (ct,))[1]
+    assert np.isfinite(hvp).all()
+
+
+def test_all_weightless_gradient_is_that_of_the_running_statistics(rng):
+    x, ct = jnp.asarray(rng.standard_normal((2, 5, 3)))
+    running = jbn.BatchStats(jnp.ones(3), jnp.full(3, 2.0))
+
+    def loss(x, training):
+        y, _ = jbn.batch_norm(
+            x,
+            None,
+            running,
+            use_running_average=not training,
+            mask=jnp.zeros(5, bool),
+        )
+        return (y * ct).sum()
+
+    np.testing.assert_array_equal(jax.grad(loss)(x, True), jax.grad(loss)(x, False))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bit_gradients_are_rounded_once(dtype, rng):
+    x = jnp.asarray(rng.standard_normal((64, 8)), dtype)
+    dy = jnp.asarray(rng.standard_normal((64, 8)), dtype)
+    scale = np.linspace(0.5, 2, 8)
+    params = jbn.Params(jnp.asarray(scale, jnp.float32), jnp.zeros(8, jnp.float32))
+
+    def f(x, params):
+        return jbn.batch_norm(x, params, None, use_running_average=False)[0]
+
+    dx, dparams = jax.jit(lambda: jax.vjp(f, x, params)[1](dy))()
+    want, dscale, dbias = oracle.input_gradient(x, dy, scale)
+    assert dx.dtype == dtype
+    assert dparams.scale.dtype == jnp.float32
+    # Half a unit in the last place is what one rounding costs; a float32
+    # computation can tip a tie, no more.
+    ulp = np.abs(np.asarray(jnp.spacing(jnp.asarray(want, dtype)), np.float64))
+    assert (np.abs(np.asarray(dx, np.float64) - want) / ulp).max() < 0.51
+    np.testing.assert_allclose(dparams.scale, dscale, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dparams.bias, dbias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("use_running_average", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_backward_pass_keeps_x_and_little_else(dtype, use_running_average, masked, rng):
+    rows, features = 4096, 8
+    x = jnp.asarray(rng.standard_normal((rows, features)), dtype)
+    mask = jnp.arange(rows)[:, None] < rows - 7 if masked else None
+    params, running = jbn.init(features)
+
+    def f(x, params):
+        return jbn.batch_norm(
+            x, params, running, use_running_average=use_running_average, mask=mask
+        )[0]
+
+    _, vjp = jax.vjp(jax.jit(f), x, params)
+    kept = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(vjp)}
+    size = sum(leaf.nbytes for leaf in kept.values())
+    allowed = x.nbytes + (mask.nbytes if mask is not None else 0) + 64 * features
+    assert x.nbytes <= size <= allowed
