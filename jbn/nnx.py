@@ -64,7 +64,7 @@ class BatchNorm(nnx.Module):
 
     def __init__(
         self,
-        num_features: int,
+        num_features: int | tuple[int, ...],
         *,
         use_running_average: bool | None = False,
         axis: Axes = -1,

@@ -3,6 +3,7 @@
 import zlib
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -29,3 +30,11 @@ def standard_promotion():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def untyped():
+    """Without the type checks of the tests, to see the errors that users see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

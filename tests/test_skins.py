@@ -177,16 +177,15 @@ def test_every_argument_of_flax_by_name_position_and_default(ours, theirs):
 @pytest.mark.parametrize("dtype", [None, jnp.float32])
 def test_linen_checkpoint_of_flax_evaluates_equally_and_back(dtype, rng):
     x = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
-    theirs = flax.linen.BatchNorm(use_running_average=False, dtype=dtype)
-    ours = jbn.BatchNorm(use_running_average=False, dtype=dtype)
+    theirs, ours = flax.linen.BatchNorm(dtype=dtype), jbn.BatchNorm(dtype=dtype)
     with jax.numpy_dtype_promotion("standard"):
-        variables = theirs.init(jax.random.key(0), x)
-        _, new = theirs.apply(variables, x + 3, mutable=["batch_stats"])
+        variables = theirs.init(jax.random.key(0), x, False)
+        _, new = theirs.apply(variables, x + 3, False, mutable=["batch_stats"])
         trained = {**variables, **new}
         want = theirs.apply(trained, x, True)
-    assert_same_structure(ours.init(jax.random.key(0), x), variables)
+    assert_same_structure(ours.init(jax.random.key(0), x, False), variables)
     np.testing.assert_array_equal(ours.apply(trained, x, True), want)
-    _, again = ours.apply(variables, x + 3, mutable=["batch_stats"])
+    _, again = ours.apply(variables, x + 3, False, mutable=["batch_stats"])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), again, new)
 
 
@@ -246,6 +245,7 @@ def test_images_of_integers_are_taken_as_float32(dtype, rng):
     np.testing.assert_array_equal(jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(x), want)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_a_feature_count_in_place_of_a_flag_is_refused():
     with pytest.raises(TypeError, match="finds the number of features in its input"):
         jbn.BatchNorm(64)  # pyright: ignore[reportArgumentType]
