@@ -205,9 +205,10 @@ class BatchNorm(nnx.Module):
         """Sets the mode; called by `nnx.view`.
 
         Args:
-            use_running_average: Whether to normalize by the running statistics.
-            update_stats: Whether to fold the batch into them.
+          use_running_average: Whether to normalize by the running statistics.
+          update_stats: Whether to fold the batch into them.
         """
+        # `nnx.view_info` only finds arguments that are indented by two spaces.
         if use_running_average is not None:
             self.use_running_average = use_running_average
         if update_stats is not None:

@@ -63,6 +63,8 @@ PINNED_ERROR = "nan location mismatch"
 ROUNDED = {
     *(_EQUIVALENCE("batchnorm", i) for i in range(0, 16, 2)),
     *(_EQUIVALENCE("spectralnorm", i) for i in range(0, 16, 2)),
+    "examples/gemma/helpers_test.py::ModuleFromLinenVariablesTest"
+    "::test_different_structure0",
 }
 # How much of the last bit, in an array of size 1.
 ROUNDING = 16
@@ -131,7 +133,7 @@ class Plugin:
             items[:] = [
                 item
                 for item in items
-                if item.name.startswith(tests_that_can_reach("BatchNorm", item.path))
+                if item.name.startswith(reaching_tests("BatchNorm", item.path))
             ]
 
     @pytest.hookimpl(wrapper=True)
@@ -198,7 +200,7 @@ def replace_everywhere(original: type, replacement: type) -> None:
 
 
 @functools.cache
-def tests_that_can_reach(name: str, path: pathlib.Path) -> tuple[str, ...]:
+def reaching_tests(name: str, path: pathlib.Path) -> tuple[str, ...]:
     """Finds the tests of a file whose text can reach a class.
 
     A test can if its own text names the class. All tests of the file can if the text
@@ -292,7 +294,7 @@ def run(
     for path in sorted(source.rglob("*_test.py")):
         top = path.relative_to(source).parts[0]
         if only is None:
-            wanted = tests_that_can_reach("BatchNorm", path)
+            wanted = reaching_tests("BatchNorm", path)
         else:
             wanted = any(source / test.split("::")[0] == path for test in only)
         if wanted and top in ("tests", "examples"):

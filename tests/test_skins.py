@@ -299,6 +299,11 @@ class TestNnx:
         frozen(x)
         np.testing.assert_array_equal(net.norm.mean[...], before)
 
+    def test_view_info_explains_the_view(self):
+        info = nnx.view_info(Net(nnx.Rngs(0)))
+        assert "use_running_average: bool | None = None" in info
+        assert "Whether to normalize by the running statistics." in info
+
     def test_split_and_merge(self, x):
         net = Net(nnx.Rngs(0))
         graphdef, params, stats = nnx.split(net, nnx.Param, nnx.BatchStat)
