@@ -112,11 +112,14 @@ class BatchNorm(nn.Module):
             update_stats = not use_running_average
         x = axes.as_inexact(x, self.dtype)
         features = axes.layout(x, self.axis).features
-        _, fresh = init(features, track_weight=self.debias or self.momentum is None)
+        tracked = self.debias or self.momentum is None
+
+        def fresh(name: str) -> jax.Array:
+            return getattr(init(features, track_weight=True)[1], name)
+
         variables = {
-            name: self.variable("batch_stats", name, lambda value=value: value)
-            for name, value in fresh._asdict().items()
-            if value is not None
+            name: self.variable("batch_stats", name, fresh, name)
+            for name in ("mean", "var", *(["weight"] if tracked else []))
         }
         params = Params(
             self.param("scale", self.scale_init, features, self.param_dtype)

@@ -138,11 +138,7 @@ def apply(rows, dtype, x, weights, stats, scale, bias, epsilon):
         The normalized array, of the shape of `x`.
     """
     del rows
-    y = xla.center(x, stats.mean, weights)
-    y = y * _gain(stats.var, epsilon, scale).astype(y.dtype)
-    if bias is not None:
-        y = y + bias.astype(y.dtype)
-    return y.astype(dtype)
+    return _formula(dtype, x, weights, stats, scale, bias, epsilon)
 
 
 @functools.partial(apply.defjvp, symbolic_zeros=True)
@@ -206,6 +202,15 @@ def _tangent(rows, dtype, primals, tangents):
     if ignored is not None:
         dy = jnp.where(ignored, 0 if dbias is None else dbias, dy)
     return dy.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _formula(dtype, x, weights, stats, scale, bias, epsilon):
+    y = xla.center(x, stats.mean, weights)
+    y = y * _gain(stats.var, epsilon, scale).astype(y.dtype)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return y.astype(dtype)
 
 
 def _gain(var, epsilon, scale):

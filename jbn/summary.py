@@ -1,5 +1,6 @@
 """Exact summaries of rows: made in blocks, merged, and carried across devices."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ class Summary(NamedTuple):
     var: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames="rows")
 def summarize(x: jax.Array, weights: jax.Array | None, rows: Rows) -> Summary:
     """Summarizes all `rows` of `x`, keeping the reduced axes at size 1.
 

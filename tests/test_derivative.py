@@ -282,6 +282,34 @@ def test_weightless_elements_leave_every_gradient_finite(bad, use_running_averag
     assert np.isfinite(hvp).all()
 
 
+def test_what_takes_no_part_comes_out_as_the_bias_and_passes_nothing_else(rng):
+    x, ct = rng.standard_normal((2, 8, 3))
+    mask = np.array([1, 1, 0, 1, 0, 1, 1, 1], bool)
+    dirty = np.where(mask[:, None], x, np.nan)
+    scale, bias = jnp.asarray([0.5, 1.5, 2.0]), jnp.asarray([0.1, 0.2, 0.3])
+
+    def layer(x, params, mask=mask):
+        return jbn.batch_norm(x, params, None, use_running_average=False, mask=mask)[0]
+
+    params = jbn.Params(scale, bias)
+    y, vjp = jax.vjp(layer, dirty, params)
+    np.testing.assert_array_equal(y[2], bias)
+    dx, dparams = vjp(jnp.asarray(ct))  # nonzero for the rows that take no part, too
+    want_dx, want_dscale, want_dbias = oracle.input_gradient(x[mask], ct[mask], scale)
+    np.testing.assert_array_equal(dx[~mask], np.zeros((2, 3)))
+    np.testing.assert_allclose(dx[mask], want_dx, rtol=1e-10)
+    np.testing.assert_allclose(dparams.scale, want_dscale, rtol=1e-10)
+    np.testing.assert_allclose(dparams.bias, want_dbias + ct[~mask].sum(0), rtol=1e-10)
+    # Nor does anything come of the direction in which such a row is moved.
+    moved = np.where(mask[:, None], ct, np.nan)
+    _, dy = jax.jvp(lambda x: layer(x, params), (dirty,), (moved,))
+    _, want_dy = jax.jvp(
+        lambda x: layer(x, params, None), (x[mask],), (jnp.asarray(ct[mask]),)
+    )
+    np.testing.assert_array_equal(dy[~mask], np.zeros((2, 3)))
+    np.testing.assert_allclose(dy[mask], want_dy, rtol=1e-10)
+
+
 def test_all_weightless_gradient_is_that_of_the_running_statistics(rng):
     x, ct = jnp.asarray(rng.standard_normal((2, 5, 3)))
     running = jbn.BatchStats(jnp.ones(3), jnp.full(3, 2.0))

@@ -340,7 +340,7 @@ def test_one_all_reduce_forward_and_one_backward(kind, devices, masked):
     assert sum(map(np.prod, shapes)) <= (4 * shards + 2) * FEATURES
 
 
-def test_init_shape_is_found_under_explicit_sharding(rng):
+def test_explicit_sharding(rng):
     mesh = jax.make_mesh((4,), ("d",), (AxisType.Explicit,), devices=jax.devices()[:4])
     x = rng.standard_normal((16, 3)).astype("f")
     params, running = jbn.init(3)
