@@ -148,17 +148,15 @@ def row_moments_tangent(
     in one all-reduce. `parts` are the moments of `x`, and `None` is a zero tangent.
     """
     d = xla.center(x, parts.mean, weights)
-    ignored = xla.no_part(x, weights)
     sums = [jnp.zeros_like(parts.mean), jnp.zeros_like(parts.var)]
     if dx is not None:
         dx = xla.wide(dx)
-        if ignored is not None:
-            dx = jnp.where(ignored, jnp.zeros_like(dx), dx)
         for i, v in enumerate((dx, 2 * xla.real_product(d, dx))):
             sums[i] += xla.weigh(v, weights).sum(rows.axes, keepdims=True)
     if dweights is not None:
         sums.append(xla.total_weight(x, dweights, rows.axes))
         dw = jnp.broadcast_to(dweights.astype(parts.var.dtype), x.shape)
+        ignored = xla.no_part(x, weights)
         if ignored is not None:
             dw = jnp.where(ignored, jnp.zeros_like(dw), dw)
         for i, v in enumerate(

@@ -310,6 +310,24 @@ def test_what_takes_no_part_comes_out_as_the_bias_and_passes_nothing_else(rng):
     np.testing.assert_allclose(dy[mask], want_dy, rtol=1e-10)
 
 
+def test_gradient_of_weights_passes_by_what_is_not_finite(rng):
+    x, ct = rng.standard_normal((2, 6, 3))
+    weights = np.array([1.0, 2.0, 0.0, 3.0, 0.0, 0.5])
+    dirty = np.where(weights[:, None] > 0, x, np.inf)
+
+    def loss(weights, x, ct):
+        y, _ = jbn.batch_norm(
+            x, None, None, use_running_average=False, weights=weights[:, None]
+        )
+        return (y * ct).sum()
+
+    got = jax.grad(loss)(jnp.asarray(weights), dirty, ct)
+    some = weights > 0
+    want = jax.grad(loss)(jnp.asarray(weights[some]), x[some], ct[some])
+    np.testing.assert_allclose(got[some], want, rtol=1e-10)
+    np.testing.assert_array_equal(got[~some], np.zeros(2))
+
+
 def test_all_weightless_gradient_is_that_of_the_running_statistics(rng):
     x, ct = jnp.asarray(rng.standard_normal((2, 5, 3)))
     running = jbn.BatchStats(jnp.ones(3), jnp.full(3, 2.0))
