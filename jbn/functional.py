@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,10 @@ from jbn.typing import (
     Moments,
     Params,
 )
+
+
+# Statistics come out where they came in, and only there.
+_Stats = TypeVar("_Stats", bound=BatchStats | None)
 
 
 def init(
@@ -85,7 +90,7 @@ def init(
 def batch_norm(
     x: ArrayLike,
     params: Params | None,
-    batch_stats: BatchStats | None,
+    batch_stats: _Stats,
     *,
     use_running_average: bool,
     update_stats: bool | None = None,
@@ -98,7 +103,7 @@ def batch_norm(
     axis_index_groups: AxisIndexGroups | None = None,
     unbiased: bool = False,
     dtype: DType | None = None,
-) -> tuple[jax.Array, BatchStats | None]:
+) -> tuple[jax.Array, _Stats]:
     """Normalizes each feature of `x` by the mean and variance of the batch.
 
     For each feature, over all the other axes,
@@ -215,14 +220,12 @@ def batch_norm(
         y = normalize_by(expand_stats(running, lay, x.dtype), None)
     else:
         y = normalize_by(_or_running(batch, running, lay, x.dtype), rows)
-    if update_stats:
-        batch_stats = update_batch_stats(
-            running,
-            jax.tree.map(lay.squeeze, batch),
-            momentum=momentum,
-            unbiased=unbiased,
-        )
-    return y, batch_stats
+    if not update_stats:
+        return y, batch_stats
+    updated = update_batch_stats(
+        running, jax.tree.map(lay.squeeze, batch), momentum=momentum, unbiased=unbiased
+    )
+    return y, cast(_Stats, updated)
 
 
 def _or_running(

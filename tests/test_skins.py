@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+from typing import Any
 
+import flax.errors
 import flax.linen
 import flax.nnx
 import jax
@@ -28,7 +30,8 @@ def linen_run(x, params, stats, call, **options):
         "batch_stats": {k: v for k, v in stats._asdict().items() if v is not None},
     }
     y, new = layer.apply(variables, x, mutable=["batch_stats"], **call)
-    return y, jbn.BatchStats(**new["batch_stats"])
+    new_stats: Any = new["batch_stats"]
+    return y, jbn.BatchStats(**new_stats)
 
 
 def nnx_run(x, params, stats, call, **options):
@@ -79,7 +82,7 @@ def test_modules_are_the_function_bit_for_bit(run, options, counting, mode, rng)
         jnp.asarray(rng.uniform(1, 2, features), jnp.float32),
         jnp.full(features, 0.4) if tracked else None,
     )
-    call = dict(zip(("use_running_average", "update_stats"), mode, strict=True))
+    call: dict[str, Any] = {"use_running_average": mode[0], "update_stats": mode[1]}
     if counting == "mask":
         call["mask"] = jnp.asarray(rng.random(SHAPE) > 0.4)
     elif counting == "weights":
@@ -425,11 +428,10 @@ class TestLinen:
         )(use_running_average=False, axis_name="d")
         variables = layer.init(jax.random.key(0), x.reshape(4, 2, 3))
         y, new = layer.apply(variables, x.reshape(4, 2, 3), mutable=["batch_stats"])
+        new_stats: Any = new["batch_stats"]
         want, stats = jbn.batch_norm(x, *jbn.init(3), use_running_average=False)
         np.testing.assert_allclose(y.reshape(8, 3), want, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(
-            new["batch_stats"]["var"], stats.var, rtol=1e-6, atol=1e-7
-        )
+        np.testing.assert_allclose(new_stats["var"], stats.var, rtol=1e-6, atol=1e-7)
 
     def test_remat_updates_once(self, x):
         class Model(nn.Module):
