@@ -102,6 +102,15 @@ def check_features(stat: ArrayLike, name: str, lay: Layout, axis: Axes) -> None:
         )
 
 
+def check_record(record: Any, name: str, kind: type) -> None:
+    """Raises if `record` lacks the fields of `kind`, as one of Flax's dicts does."""
+    if not hasattr(record, kind._fields[0]):
+        raise TypeError(
+            f"`{name}` must be a `jbn.{kind.__name__}`; got {type(record).__name__}."
+            f" Make one of a dict by `jbn.{kind.__name__}(**{name})`."
+        )
+
+
 def check_real(stat: ArrayLike, name: str, real: bool) -> None:
     """Raises if `stat` is of integers, or complex where it has to be `real`."""
     allowed = jnp.floating if real else jnp.inexact

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jbn import axes
@@ -46,8 +47,9 @@ def normalize(
         ValueError: If axes or shapes do not fit, or `epsilon` is known to be negative.
 
     Example:
+        >>> import jbn
         >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-        >>> print(normalize(x, moments(x), epsilon=0.0))
+        >>> print(jbn.normalize(x, jbn.moments(x), epsilon=0.0))
         [[-1. -1.]
          [ 1.  1.]]
     """
@@ -67,19 +69,20 @@ def normalize(
 
 def check_stats(stats, name: str, lay: axes.Layout, axis: Axes, dtype: DType) -> None:
     """Raises unless `stats` has a mean and a variance that fit an input of `dtype`."""
-    for field in ("mean", "var"):
+    axes.check_record(stats, name, BatchStats)
+    tracked = getattr(stats, "weight", None) is not None
+    for field in ("mean", "var", *(["weight"] if tracked else [])):
         stat = getattr(stats, field)
         axes.check_features(stat, f"{name}.{field}", lay, axis)
-        real = field == "var" or not jnp.issubdtype(dtype, jnp.complexfloating)
+        real = field != "mean" or not jnp.issubdtype(dtype, jnp.complexfloating)
         axes.check_real(stat, f"{name}.{field}", real)
 
 
 def expand_stats(stats, lay: axes.Layout, dtype: DType) -> Moments:
     """Mean and variance as `apply` takes them, for an input of `dtype`."""
-    mean, var = (
-        lay.expand(_as_statistic(jnp.asarray(v), dtype))
-        for v in (stats.mean, stats.var)
-    )
+    wide = xla.wide_dtype(dtype)
+    mean = lay.expand(jnp.asarray(stats.mean).astype(wide))
+    var = lay.expand(jnp.asarray(stats.var).astype(xla.real_dtype(wide)))
     return Moments(jnp.ones_like(var), mean, var)
 
 
@@ -87,8 +90,10 @@ def affine(
     params: Params | None, lay: axes.Layout, axis: Axes, dtype: DType
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Scale and bias, checked, as `apply` takes them, for an input of `dtype`."""
+    if params is not None:
+        axes.check_record(params, "params", Params)
     found = []
-    for field in ("scale", "bias"):
+    for field in Params._fields:
         param = None if params is None else getattr(params, field)
         if param is not None:
             axes.check_features(param, f"params.{field}", lay, axis)
@@ -107,6 +112,10 @@ def _as_statistic(v: jax.Array, dtype: DType) -> jax.Array:
 
 def check_epsilon(epsilon: float | ArrayLike) -> jax.Array:
     """Epsilon as an array, refused if it is known to be negative."""
+    if np.shape(epsilon):
+        raise ValueError(
+            f"`epsilon` must be one number; got an array of shape {np.shape(epsilon)}."
+        )
     value = axes.known(epsilon)
     if value is not None and not value >= 0:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jbn import axes
@@ -118,6 +119,11 @@ def check_momentum(momentum: float | ArrayLike | None, batch_stats: BatchStats) 
                 " `init(..., track_weight=True)`."
             )
         return
+    if np.shape(momentum) not in ((), batch_stats.mean.shape):
+        raise ValueError(
+            "`momentum` must be one number, or one for each feature; got an array of"
+            f" shape {np.shape(momentum)} for {tuple(batch_stats.mean.shape)} features."
+        )
     value = axes.known(momentum)
     if value is not None and not ((value >= 0) & (value <= 1)).all():
         raise ValueError(

@@ -47,7 +47,10 @@ def summarize(x: jax.Array, weights: jax.Array | None, rows: Rows) -> Summary:
     shards = math.gcd(first, _num_shards()) if first else 1
     counts = _block_counts(x.shape, rows.axes, shards)
     summary = _summarize_blocks(x, weights, rows.axes, counts)
-    summary = jax.tree.map(lambda v: v.reshape(shards, -1, *v.shape[1:]), summary)
+    per_shard = math.prod(counts.values()) // shards
+    summary = jax.tree.map(
+        lambda v: v.reshape(shards, per_shard, *v.shape[1:]), summary
+    )
     summary = merge(Summary(*(jnp.swapaxes(v, 0, 1) for v in summary)))
     if 1 < shards <= _MOST_SLOTS:
         # GSPMD makes this sum over the shards one all-reduce, and the merge local.
@@ -99,10 +102,13 @@ def psum(tree: Any, rows: Rows) -> Any:
 
 def _merge(parts: Summary, total: Callable[[Any], Any]) -> Summary:
     """Merges the summaries that `total` sums over."""
-    weight, moment = total((parts.weight, xla.weigh(parts.shift, parts.weight)))
+    # Times their weight, means near the largest float would overflow.
+    small = 2.0**-32
+    weight, moment = total((parts.weight, xla.weigh(parts.shift * small, parts.weight)))
     per_weight = xla.reciprocal(weight)
+    shift = moment * per_weight.astype(moment.dtype) / small
     # Any value near the mean will do for the common shift, so no gradient has to pass.
-    shift = xla.coarse(lax.stop_gradient(moment * per_weight.astype(moment.dtype)))
+    shift = xla.coarse(lax.stop_gradient(shift))
     offset = (parts.shift - shift) + parts.offset
     first, second = total(
         (

@@ -16,14 +16,15 @@ def moments(x, weights=None, axis: int | tuple[int, ...] = -1):
             var = (weight * abs(column - mean) ** 2).sum() / total
             result[:, i] = total, mean, var
     weight, mean, var = (r.reshape(shape) for r in result)
-    return weight.real, mean, var.real
+    return np.real(weight), mean, np.real(var)
 
 
 def normalize(
     x, mean, var, scale=None, bias=None, axis: int | tuple[int, ...] = -1, epsilon=1e-5
 ):
     """`scale * (x - mean) / sqrt(var + epsilon) + bias`, element by element."""
-    x = _wide(x)
+    x, mean, var = _wide(x), _wide(mean), _wide(var)
+    scale, bias = (None if p is None else _wide(p) for p in (scale, bias))
     axes = _feature_axes(x, axis)
     y = np.empty_like(x)
     for index in np.ndindex(x.shape):
@@ -96,7 +97,7 @@ def _columns(x, weights, axis):
     axes = _feature_axes(x, axis)
     shape = tuple(x.shape[a] for a in axes)
     rest = [a for a in range(x.ndim) if a not in axes]
-    rows = int(np.prod([x.shape[a] for a in rest]))
-    columns = np.transpose(x, (*axes, *rest)).reshape(-1, rows)
-    w = np.transpose(w, (*axes, *rest)).reshape(-1, rows).astype(np.float64)
+    flat = int(np.prod(shape)), int(np.prod([x.shape[a] for a in rest]))
+    columns = np.transpose(x, (*axes, *rest)).reshape(flat)
+    w = np.transpose(w, (*axes, *rest)).reshape(flat).astype(np.float64)
     return list(columns), list(w), shape

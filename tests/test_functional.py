@@ -187,8 +187,8 @@ def test_scale_and_bias_are_optional(rng, fields, use_running_average):
 
 def test_init_is_the_identity_at_first():
     params, stats = jbn.init((2, 3), track_weight=True)
-    assert [v.shape for v in (*params, *stats)] == [(2, 3)] * 5
-    assert [float(v[0, 0]) for v in (*params, *stats)] == [1, 0, 0, 1, 0]
+    for v, value in zip((*params, *stats), (1, 0, 0, 1, 0), strict=True):
+        np.testing.assert_array_equal(v, np.full((2, 3), value))
     params, stats = jbn.init(4, use_scale=False, use_bias=False)
     assert params == Params(None, None)
     assert stats.weight is None
@@ -197,11 +197,11 @@ def test_init_is_the_identity_at_first():
 @pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
 def test_statistics_are_float32_whatever_the_parameters(param_dtype):
     params, stats = jbn.init(4, param_dtype=param_dtype, track_weight=True)
-    assert {v.dtype for v in params} == {jnp.dtype(param_dtype)}
-    assert {v.dtype for v in stats} == {jnp.dtype(jnp.float32)}
+    assert set(dtypes(params)) == {jnp.dtype(param_dtype)}
+    assert set(dtypes(stats)) == {jnp.dtype(jnp.float32)}
 
 
-def check_dtype(rng, dtype, param_dtype, wide):
+def check_dtype(rng, dtype, param_dtype, wide, use_running_average):
     x = rows_like(rng, (16, 3))
     if jnp.issubdtype(dtype, jnp.complexfloating):
         x = x + 1j * rows_like(rng, (16, 3))
@@ -211,39 +211,66 @@ def check_dtype(rng, dtype, param_dtype, wide):
     seen = np.asarray(x).astype(wide)
     scale, bias = (np.asarray(v).astype(wide) for v in params)
     _, mean, var = oracle.moments(seen)
-
-    y, new = train(x, params, stats, momentum=0.7)
-    assert y.dtype == x.dtype
-    expected = oracle.normalize(seen, mean, var, scale, bias)
-    np.testing.assert_allclose(np.asarray(y).astype(wide), expected, **tolerance(dtype))
-    # The state is float32 as `make` gives it, and stays of that precision.
-    assert_state(new, folded(stats, mean, var), **tolerance(jnp.float32))
-    assert new.var.dtype == jnp.float32
-
-    y, _ = evaluate(x, params, stats)
-    assert y.dtype == x.dtype
-    expected = oracle.normalize(
-        seen, np.asarray(stats.mean), np.asarray(stats.var), scale, bias
+    by = (stats.mean, stats.var) if use_running_average else (mean, var)
+    y, new = batch_norm(
+        x, params, stats, use_running_average=use_running_average, momentum=0.7
     )
+    assert y.dtype == x.dtype
+    expected = oracle.normalize(seen, by[0], by[1], scale, bias)
     np.testing.assert_allclose(np.asarray(y).astype(wide), expected, **tolerance(dtype))
+    if not use_running_average:
+        # The state is float32 as `make` gives it, and stays of that precision.
+        assert_state(new, folded(stats, mean, var), **tolerance(jnp.float32))
+        assert new.var.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_real_dtypes_are_right_to_their_last_bits(rng, dtype, param_dtype):
-    check_dtype(rng, dtype, param_dtype, np.float64)
+@pytest.mark.parametrize("use_running_average", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"),
+    [
+        (jnp.float16, jnp.float32),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.bfloat16, jnp.bfloat16),
+        (jnp.float32, jnp.bfloat16),
+    ],
+)
+def test_real_dtypes_are_right_to_their_last_bits(
+    rng, dtype, param_dtype, use_running_average
+):
+    check_dtype(rng, dtype, param_dtype, np.float64, use_running_average)
 
 
+@pytest.mark.parametrize("use_running_average", [False, True])
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.complex64])
-def test_complex_input_has_a_complex_mean_and_a_real_variance(rng, param_dtype):
-    check_dtype(rng, jnp.complex64, param_dtype, np.complex128)
+def test_complex_input_has_a_complex_mean_and_a_real_variance(
+    rng, param_dtype, use_running_average
+):
+    check_dtype(rng, jnp.complex64, param_dtype, np.complex128, use_running_average)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.complex128])
-def test_wide_dtypes_stay_wide(rng, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "use_running_average"),
+    [
+        (jnp.float64, False),
+        (jnp.float64, True),
+        (jnp.complex128, False),
+        (jnp.complex128, True),
+    ],
+)
+def test_wide_dtypes_stay_wide(rng, dtype, use_running_average):
     wide = np.complex128 if dtype == jnp.complex128 else np.float64
-    check_dtype(rng, dtype, jnp.float64, wide)
+    check_dtype(rng, dtype, jnp.float64, wide, use_running_average)
+
+
+def test_complex_input_is_evaluated_by_a_complex_mean(rng):
+    x = (rng.normal(size=(6, 3)) + 1j * rng.normal(size=(6, 3))).astype(np.complex64)
+    params, stats = make(rng, 3)
+    stats = stats._replace(mean=stats.mean.astype(jnp.complex64) * (1 - 0.5j))
+    y, same = evaluate(x, params, stats)
+    expected = oracle.normalize(x, stats.mean, stats.var, params.scale, params.bias)
+    np.testing.assert_allclose(y, expected, **tolerance(x.dtype))
+    assert_identical(same, stats)
 
 
 @pytest.mark.usefixtures("x64")
@@ -513,6 +540,24 @@ def test_a_variance_that_overflows_gives_bias_and_no_nan(rng, dtype):
     assert not np.isnan(evaluate(x, params, new)[0].astype(np.float32)).any()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("value", [1e37, 3e38])
+def test_a_sum_that_overflows_gives_no_nan(value, masked):
+    params, stats = jbn.init(3)
+    mask = np.ones((64, 1), bool) if masked else None
+    x = np.full((64, 3), value, np.float32)
+    y, new = train(x, params, stats, mask=mask)
+    assert not np.isnan(y).any()
+    assert not np.isnan(jax.tree.leaves(new)).any()
+
+
+def test_there_may_be_no_features():
+    params, stats = jbn.init(0)
+    y, new = train(jnp.zeros((4, 0)), params, stats)
+    assert y.shape == (4, 0)
+    assert new.mean.shape == (0,)
+
+
 @pytest.mark.parametrize("use_running_average", [False, True])
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-5, 1e-7])
 def test_epsilon_is_added_inside_the_root(rng, epsilon, use_running_average):
@@ -533,7 +578,7 @@ def test_epsilon_is_added_inside_the_root(rng, epsilon, use_running_average):
 
 @pytest.mark.parametrize(
     ("use_running_average", "update_stats", "masked"),
-    [(False, True, False), (False, True, True), (True, False, False)],
+    [(False, True, True), (True, False, False)],
 )
 def test_jit_changes_nothing_but_rounding(
     rng, use_running_average, update_stats, masked

@@ -114,8 +114,7 @@ def summarize(
     weight = total_weight(x, weights, axes)
     per_weight = reciprocal(weight)
     # Written out twice: XLA on CPU only fuses a sum with a prologue of its own.
-    offset = weigh(wide(x) - shift, weights).sum(axes, keepdims=True)
-    offset = offset * per_weight.astype(offset.dtype)
+    offset = _mean(wide(x) - shift, weights, per_weight, axes)
     square = weigh(abs_square(wide(x) - shift), weights).sum(axes, keepdims=True)
     var = difference(square * per_weight, abs_square(offset))
     return weight, shift, offset, var
@@ -135,10 +134,18 @@ def _shift(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> ja
             index[a] = slice(step // 2, None, step)
             wanted //= taken
         x = x[tuple(index)]
-    total = weigh(wide(x), weights).sum(axes, keepdims=True)
     per_weight = reciprocal(total_weight(x, weights, axes))
-    shift = total * per_weight.astype(total.dtype)
-    return coarse(shift)
+    return coarse(_mean(wide(x), weights, per_weight, axes))
+
+
+def _mean(
+    v: jax.Array,
+    weights: jax.Array | None,
+    per_weight: jax.Array,
+    axes: tuple[int, ...],
+) -> jax.Array:
+    """The weighted mean, divided before it is summed, so that no sum overflows."""
+    return (weigh(v, weights) * per_weight.astype(v.dtype)).sum(axes, keepdims=True)
 
 
 def coarse(shift: jax.Array) -> jax.Array:

@@ -1,0 +1,67 @@
+"""Which rows make up each batch: a pure function of seed, epoch and sizes."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Row numbers and weights of a number of batches, both of shape (steps, rows).
+
+    Rows that only fill up a batch have weight zero and row number zero. So do all the
+    rows of the steps that only fill up the last chunk.
+    """
+
+    indices: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps are not only there to fill up."""
+        return int((self.weights.sum(axis=1) > 0).sum())
+
+    def without_weight(self) -> "Plan":
+        """A plan of the same shape that changes nothing."""
+        return Plan(self.indices, np.zeros_like(self.weights))
+
+
+def plan_epoch(order: np.ndarray, batch_size: int, *, multiple: int) -> Plan:
+    """Cuts `order` into batches, without leaving a row out.
+
+    Args:
+        order: Row numbers, in the order in which to visit them.
+        batch_size: Rows in each batch; the last one may have fewer.
+        multiple: What the length of each batch is filled up to a multiple of: the
+            number of devices.
+
+    Returns:
+        The plan, in which each batch is filled up to the same length.
+    """
+    batch_size = min(batch_size, len(order))
+    steps = -(-len(order) // batch_size)
+    rows = -(-batch_size // multiple) * multiple
+    indices = np.zeros((steps, rows), np.int32)
+    weights = np.zeros((steps, rows), np.float32)
+    for step in range(steps):
+        batch = order[step * batch_size : (step + 1) * batch_size]
+        indices[step, : len(batch)] = batch
+        weights[step, : len(batch)] = 1
+    return Plan(indices, weights)
+
+
+def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """The order of an epoch, which depends on nothing but the arguments."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def chunks(plan: Plan, max_steps: int) -> Iterator[Plan]:
+    """Cuts a plan into pieces of one length, of at most `max_steps` steps."""
+    steps = len(plan.indices)
+    count = -(-steps // max_steps)
+    length = -(-steps // count)
+    fill = ((0, count * length - steps), (0, 0))
+    indices, weights = np.pad(plan.indices, fill), np.pad(plan.weights, fill)
+    for start in range(0, count * length, length):
+        yield Plan(indices[start : start + length], weights[start : start + length])

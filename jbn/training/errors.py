@@ -1,0 +1,9 @@
+"""Errors that end a run with a message for the person who started it."""
+
+
+class UsageError(Exception):
+    """The run cannot start as asked: the message says why and what to do."""
+
+
+class NonFiniteLossError(Exception):
+    """The loss became infinite or not a number: the message names the step."""
