@@ -15,7 +15,7 @@ from jbn.linen import BatchNorm
 from jbn.models import MLP
 from jbn.training.batches import Plan, chunks, permutation, plan_epoch
 from jbn.training.checkpoint import Checkpoints
-from jbn.training.config import Config, parse_config, save_config
+from jbn.training.config import Config, claim_workdir, parse_config
 from jbn.training.data import load_dataset
 from jbn.training.devices import describe, select_devices
 from jbn.training.errors import NonFiniteLossError, UsageError
@@ -30,16 +30,13 @@ EVAL_BATCH_SIZE = 1024
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line, or `args` in its place; returns the exit status."""
-    workdir = None
     try:
-        config = parse_config(args)
-        workdir = config.workdir
-        train(config)
+        train(parse_config(args))
     except (UsageError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print(f"interrupted; to go on: --resume --workdir={workdir}", file=sys.stderr)
+        print("interrupted; --resume and --workdir=FOLDER go on", file=sys.stderr)
         return 130
     return 0
 
@@ -47,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def train(config: Config) -> list[EpochMetrics]:
     """Trains as `config` says.
 
-    Writes configuration, metrics, curves and checkpoints to `config.workdir`.
+    Writes configuration, metrics, curves and checkpoints to the folder of the run.
 
     Args:
         config: From `parse_config`.
@@ -88,10 +85,7 @@ def train(config: Config) -> list[EpochMetrics]:
 
     # ---- Where the results go --------------------------------------------------------
 
-    workdir = config.workdir
-    assert workdir is not None
-    workdir.mkdir(parents=True, exist_ok=True)
-    save_config(config, workdir / "config.json")
+    workdir = claim_workdir(config)
     metrics_file = MetricsFile(workdir / "metrics.jsonl")
     print(
         f"data     {dataset.name}: {num_train:,} training and {num_test:,} test images "

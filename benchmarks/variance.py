@@ -11,11 +11,11 @@ import platform
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import linen as nn, nnx  # noqa: E402
+import jax
+import numpy as np
+from flax import linen as nn, nnx
 
-import jbn  # noqa: E402
+import jbn
 
 
 SHAPES = [(4096, 8), (64, 56, 56, 64)]

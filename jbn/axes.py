@@ -133,6 +133,18 @@ def check_inexact(x: ArrayLike) -> jax.Array:
     return jnp.asarray(x)
 
 
+def output_dtype(dtype: DType | None, of_x: np.dtype, name: str = "dtype") -> np.dtype:
+    """The dtype asked for, or that of `x`, refused if it cannot hold the output."""
+    if dtype is None:
+        return of_x
+    dtype = jnp.dtype(dtype)
+    is_complex = jnp.issubdtype(of_x, jnp.complexfloating)
+    if not jnp.issubdtype(dtype, jnp.complexfloating if is_complex else jnp.inexact):
+        kind = "complex, like `x`" if is_complex else "a floating or complex dtype"
+        raise TypeError(f"`{name}` must be {kind}; got {dtype}.")
+    return dtype
+
+
 def as_inexact(x: ArrayLike, dtype: DType | None) -> jax.Array:
     """Converts `x` to an array; integers and booleans to `dtype`, or float32."""
     x = jnp.asarray(x)
@@ -165,10 +177,10 @@ def element_weights(
     values = known(weights)
     if values is not None and np.iscomplexobj(values):
         raise TypeError(f"`weights` must be real; got {values.dtype}.")
-    if values is not None and not np.all(values >= 0):
+    if values is not None and not np.all((values >= 0) & (values < np.inf)):
         raise ValueError(
-            "`weights` must be non-negative; the smallest one given is"
-            f" {values.min()}. A weight of 0 leaves an element out."
+            "`weights` must be non-negative and finite; those given go from"
+            f" {values.min()} to {values.max()}. A weight of 0 leaves an element out."
         )
     weights = jnp.asarray(weights)
     if not jnp.issubdtype(weights.dtype, jnp.inexact) and weights.dtype != bool:

@@ -44,7 +44,9 @@ def init(
             order of the axes in the input.
         use_scale: Whether to learn a scale, at first 1.
         use_bias: Whether to learn a bias, at first 0.
-        param_dtype: Dtype of scale and bias. Statistics are always float32.
+        param_dtype: Dtype of scale and bias. Statistics are always float32. (Complex
+            data make the mean complex at the first update. A `scan` has to carry it so
+            from the start: `batch_stats._replace(mean=batch_stats.mean + 0j)`.)
         track_weight: Whether the running statistics know how much they have seen,
             which the debiased and cumulative rules need: see `jbn.update_batch_stats`.
 
@@ -52,7 +54,8 @@ def init(
         `Params` and `BatchStats`: mean 0 and variance 1.
 
     Raises:
-        TypeError: If `num_features` is not one or several integers.
+        TypeError: If `num_features` is not one or several integers, or `param_dtype`
+            is not a floating or complex dtype.
         ValueError: If `num_features` is negative.
 
     Example:
@@ -72,6 +75,7 @@ def init(
             "`num_features` must be an integer, or a sequence of them for several"
             f" feature axes; got {num_features!r}."
         ) from None
+    axes.output_dtype(param_dtype, jnp.dtype(jnp.float32), "param_dtype")
     if any(n < 0 for n in shape):
         raise ValueError(f"`num_features` must not be negative; got {num_features!r}.")
     return (
@@ -95,8 +99,8 @@ def batch_norm(
     use_running_average: bool,
     update_stats: bool | None = None,
     axis: Axes = -1,
-    momentum: float | ArrayLike | None = 0.99,
-    epsilon: float | ArrayLike = 1e-5,
+    momentum: float | int | ArrayLike | None = 0.99,
+    epsilon: float | int | ArrayLike = 1e-5,
     mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     axis_name: AxisName | None = None,
@@ -133,8 +137,8 @@ def batch_norm(
         x: Input of shape (..., features, ...) and any floating or complex dtype.
         params: Scale and bias, one entry per feature. A field that is `None`, or
             `None` for both, is left out of the formula.
-        batch_stats: Running mean and variance, one entry per feature. `None` if there
-            are none to keep, which is possible in training only.
+        batch_stats: Running mean and variance, one entry per feature, kept in float32
+            or wider. `None` if there are none to keep, in training only.
         use_running_average: Whether to normalize by the running statistics instead of
             the batch's.
         update_stats: Whether to fold the batch into the running statistics. By default
@@ -163,10 +167,12 @@ def batch_norm(
         The normalized array, of the shape of `x`, and the running statistics, new or
         as they came. No gradient flows into or out of the statistics of training. A
         feature whose elements all have weight zero is normalized by its running
-        statistics, which stay as they were.
+        statistics (by mean 0 and variance 1 if there are none), which keep their
+        values.
 
     Raises:
-        TypeError: If `x` is of integers or booleans, or a flag is not a boolean.
+        TypeError: If `x` is of integers or booleans, a flag is not a boolean, or
+            `dtype` cannot hold the output.
         ValueError: If axes, shapes or ranges do not fit, or `batch_stats` is missing.
         NameError: If `axis_name` is not a mapped axis here.
 
@@ -206,11 +212,11 @@ def batch_norm(
         check_momentum(momentum, running)
     scale, bias = affine(params, lay, axis, x.dtype)
     epsilon = check_epsilon(epsilon)
+    out = axes.output_dtype(dtype, x.dtype)
     w = axes.element_weights(mask, weights, lay)
     rows = axes.rows(lay, axis_name, axis_index_groups)
 
     def normalize_by(stats: Moments, of_rows: axes.Rows | None) -> jax.Array:
-        out = jnp.dtype(dtype or x.dtype)
         return apply(of_rows, out, x, w, stats, scale, bias, epsilon)
 
     if use_running_average and not update_stats:

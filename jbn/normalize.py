@@ -19,7 +19,7 @@ def normalize(
     params: Params | None = None,
     *,
     axis: Axes = -1,
-    epsilon: float | ArrayLike = 1e-5,
+    epsilon: float | int | ArrayLike = 1e-5,
     dtype: DType | None = None,
 ) -> jax.Array:
     """Normalizes each feature of `x` by a given mean and variance.
@@ -43,7 +43,7 @@ def normalize(
         The normalized array, of the shape of `x`.
 
     Raises:
-        TypeError: If `x` is of integers or booleans.
+        TypeError: If `x` is of integers or booleans, or `dtype` cannot hold the output.
         ValueError: If axes or shapes do not fit, or `epsilon` is known to be negative.
 
     Example:
@@ -58,7 +58,7 @@ def normalize(
     check_stats(stats, "stats", lay, axis, x.dtype)
     return apply(
         None,
-        jnp.dtype(dtype or x.dtype),
+        axes.output_dtype(dtype, x.dtype),
         x,
         None,
         expand_stats(stats, lay, x.dtype),
@@ -110,7 +110,7 @@ def _as_statistic(v: jax.Array, dtype: DType) -> jax.Array:
     return v.astype(wide if jnp.iscomplexobj(v) else xla.real_dtype(wide))
 
 
-def check_epsilon(epsilon: float | ArrayLike) -> jax.Array:
+def check_epsilon(epsilon: float | int | ArrayLike) -> jax.Array:
     """Epsilon as an array, refused if it is known to be negative."""
     if np.shape(epsilon):
         raise ValueError(
@@ -223,5 +223,8 @@ def _formula(dtype, x, weights, stats, scale, bias, epsilon):
 
 
 def _gain(var, epsilon, scale):
-    rstd = lax.rsqrt(var + epsilon.astype(var.dtype))
+    total = var + epsilon.astype(var.dtype)
+    # A constant feature without epsilon: 0 / 0 is 0. (Two selects, for derivatives.)
+    zero = total == 0
+    rstd = jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, total)))
     return rstd if scale is None else rstd.astype(scale.dtype) * scale

@@ -14,7 +14,7 @@ def update_batch_stats(
     batch_stats: BatchStats,
     moments: Moments,
     *,
-    momentum: float | ArrayLike | None = 0.99,
+    momentum: float | int | ArrayLike | None = 0.99,
     unbiased: bool = False,
 ) -> BatchStats:
     """Folds the moments of a batch into the running statistics.
@@ -33,15 +33,17 @@ def update_batch_stats(
     after one step it equals the batch, after many it equals the plain one. `weight` is
     then `1 - momentum**steps`, and the statistics are always ready to be used.
 
-    Where the moments have no weight the statistics stay as they were. No gradient
+    Where the moments have no weight the statistics keep their values. No gradient
     passes.
 
     Args:
         batch_stats: The running statistics.
         moments: The moments of a batch, for the same features.
         momentum: Weight of the *old* statistics, from 0 to 1, as in Flax and Keras
-            (PyTorch's is one minus this); a traced value does not recompile. `None`
-            is the cumulative rule (as in PyTorch, but weighted by rows, not batches).
+            (PyTorch's is one minus this); a traced value does not recompile, and is
+            rounded to float32, which a Python number near 1 is only after it was
+            subtracted from 1. `None` is the cumulative rule (as in PyTorch, but
+            weighted by rows, not batches).
         unbiased: Fold in the unbiased variance, `var * n / (n - 1)` with `n` the
             weight of the moments, as PyTorch does. Where `n` is not above 1 there is
             none, and the running variance stays as it was.
@@ -109,7 +111,9 @@ def update_batch_stats(
     )
 
 
-def check_momentum(momentum: float | ArrayLike | None, batch_stats: BatchStats) -> None:
+def check_momentum(
+    momentum: float | int | ArrayLike | None, batch_stats: BatchStats
+) -> None:
     """Refuses a momentum known to be outside [0, 1], or that lacks its state."""
     if momentum is None:
         if batch_stats.weight is None:

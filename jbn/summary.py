@@ -110,14 +110,14 @@ def _merge(parts: Summary, total: Callable[[Any], Any]) -> Summary:
     # Any value near the mean will do for the common shift, so no gradient has to pass.
     shift = xla.coarse(lax.stop_gradient(shift))
     offset = (parts.shift - shift) + parts.offset
-    first, second = total(
+    share = parts.weight * per_weight
+    offset, square = total(
         (
-            xla.weigh(offset, parts.weight),
-            xla.weigh(parts.var + xla.abs_square(offset), parts.weight),
+            xla.weigh(offset, share),
+            xla.weigh(parts.var + xla.abs_square(offset), share),
         )
     )
-    offset = first * per_weight.astype(first.dtype)
-    var = xla.difference(second * per_weight, xla.abs_square(offset))
+    var = xla.difference(square, xla.abs_square(offset))
     return Summary(weight, shift, offset, var)
 
 

@@ -29,6 +29,36 @@ def in_vmap(**kwargs):
 
 
 MISTAKES = {
+    "infinite weights": (
+        lambda: train(weights=np.asarray([[1.0], [np.inf], [0.0], [1.0]])),
+        ValueError,
+        "from 0.0 to inf",
+        "A weight of 0 leaves an element out",
+    ),
+    "integer output": (
+        lambda: train(dtype=jnp.int32),
+        TypeError,
+        "got int32",
+        "`dtype` must be a floating or complex dtype",
+    ),
+    "real output of complex input": (
+        lambda: train(X.astype(np.complex64), dtype=jnp.float32),
+        TypeError,
+        "got float32",
+        "`dtype` must be complex, like `x`",
+    ),
+    "integer parameters": (
+        lambda: jbn.init(3, param_dtype=jnp.int32),
+        TypeError,
+        "got int32",
+        "`param_dtype` must be a floating or complex dtype",
+    ),
+    "a list of moments": (
+        lambda: jbn.merge([jbn.moments(X)]),
+        TypeError,
+        "got list",
+        "merge(*parts)",
+    ),
     "scalar input": (
         lambda: train(np.float32(1.0)),
         ValueError,
@@ -200,7 +230,7 @@ MISTAKES = {
     "negative weights": (
         lambda: train(weights=np.asarray([1, 1, -0.25, 1], np.float32)),
         ValueError,
-        "the smallest one given is -0.25",
+        "go from -0.25 to 1.0",
         "A weight of 0 leaves an element out",
     ),
     "weights that are not numbers": (

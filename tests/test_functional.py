@@ -540,6 +540,19 @@ def test_a_variance_that_overflows_gives_bias_and_no_nan(rng, dtype):
     assert not np.isnan(evaluate(x, params, new)[0].astype(np.float32)).any()
 
 
+@pytest.mark.parametrize("row", [0, 7, 999])
+def test_one_row_that_is_huge_gives_no_nan(rng, row):
+    # Wherever the shift is taken from, the mean may be so far off that its square
+    # overflows as well: inf - inf.
+    x = rng.normal(size=(1000, 3)).astype(np.float32)
+    x[row] = 1e25
+    params, stats = make(rng, 3)
+    y, new = train(x, params, stats)
+    assert not np.isnan(y).any()
+    np.testing.assert_array_equal(new.var, np.inf)
+    np.testing.assert_allclose(new.mean, 0.01 * 1e22, rtol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("value", [1e37, 3e38])
 def test_a_sum_that_overflows_gives_no_nan(value, masked):
@@ -699,3 +712,23 @@ def test_the_output_does_not_notice_a_large_mean(rng, shift):
     # What is left is the rounding of the mean itself.
     atol = 2 * shift * np.finfo(np.float32).eps
     np.testing.assert_allclose(y, oracle.batch_norm(x), rtol=1e-5, atol=atol)
+
+
+def test_a_variance_that_float32_can_hold_is_not_infinite(rng):
+    x = (2e18 * rng.normal(size=(4096, 2))).astype(np.float32)
+    got = jbn.moments(x)
+    np.testing.assert_allclose(got.var, oracle.moments(x)[2], rtol=1e-5)
+
+
+def test_a_constant_feature_without_epsilon_is_the_bias():
+    params, _ = jbn.init(2)
+
+    def loss(x):
+        y, _ = jbn.batch_norm(x, params, None, use_running_average=False, epsilon=0.0)
+        return (jnp.sin(y) * x).sum(), y
+
+    x = jnp.full((4, 2), 3.0)
+    (_, y), dx = jax.value_and_grad(loss, has_aux=True)(x)
+    np.testing.assert_array_equal(y, np.zeros((4, 2)))
+    np.testing.assert_array_equal(dx, np.zeros((4, 2)))
+    assert np.isfinite(jax.hessian(lambda x: loss(x)[0])(x)).all()

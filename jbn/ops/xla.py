@@ -115,8 +115,8 @@ def summarize(
     per_weight = reciprocal(weight)
     # Written out twice: XLA on CPU only fuses a sum with a prologue of its own.
     offset = _mean(wide(x) - shift, weights, per_weight, axes)
-    square = weigh(abs_square(wide(x) - shift), weights).sum(axes, keepdims=True)
-    var = difference(square * per_weight, abs_square(offset))
+    square = _mean(abs_square(wide(x) - shift), weights, per_weight, axes)
+    var = difference(square, abs_square(offset))
     return weight, shift, offset, var
 
 

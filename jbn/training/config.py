@@ -113,7 +113,7 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
         args: Instead of the command line.
 
     Returns:
-        The configuration, in which `workdir` is set. The folder is not made.
+        The configuration, in which `workdir` may still be `None`.
 
     Raises:
         UsageError: If a value is out of range, if there is a run in `workdir` already,
@@ -121,7 +121,7 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
     """
     config = _parse(args, Config())
     if config.workdir is None:
-        return dataclasses.replace(config, workdir=_new_workdir(config))
+        return config
     path = config.workdir / "config.json"
     if config.resume:
         if not path.exists():
@@ -144,14 +144,36 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Writes the configuration as JSON."""
-    values = dataclasses.asdict(config) | {"resume": False}
-    path.write_text(json.dumps(values, indent=2, default=str) + "\n")
+def claim_workdir(config: Config) -> Path:
+    """Makes the folder of the run, for it alone, and saves the configuration there.
+
+    Args:
+        config: From `parse_config`. Without `workdir`, the folder is a new one.
+
+    Returns:
+        The folder, with `config.json` in it.
+
+    Raises:
+        UsageError: If another run has been faster to claim it.
+    """
+    workdir = config.workdir
+    if workdir is None:
+        workdir = _new_workdir(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    values = dataclasses.asdict(config) | {"workdir": workdir, "resume": False}
+    text = json.dumps(values, indent=2, default=str) + "\n"
+    try:
+        with (workdir / "config.json").open("w" if config.resume else "x") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise UsageError(
+            f"--workdir={workdir} has just been taken by another run. Choose another."
+        ) from error
+    return workdir
 
 
 def load_config(path: Path) -> Config:
-    """Reads what `save_config` wrote."""
+    """Reads what `claim_workdir` wrote."""
     values: dict[str, Any] = json.loads(path.read_text())
     for name in ("data_dir", "manual_dir", "workdir"):
         if values[name] is not None:
@@ -168,11 +190,15 @@ def _new_workdir(config: Config) -> Path:
     name = config.dataset.replace("/", "-").replace(":", "-")
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     first = Path("runs") / f"{name}-mlp-seed{config.seed}-{now}"
+    first.parent.mkdir(exist_ok=True)
     path, count = first, 1
-    while path.exists():
-        count += 1
-        path = first.with_name(f"{first.name}-{count}")
-    return path
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:  # A run that was started in the same second.
+            count += 1
+            path = first.with_name(f"{first.name}-{count}")
 
 
 def _check(config: Config, name: str, valid: bool, range_text: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jbn.training.config import Config, load_config, parse_config, save_config
+from jbn.training.config import Config, claim_workdir, load_config, parse_config
 from jbn.training.errors import UsageError
 
 
@@ -22,9 +22,14 @@ def test_every_field_is_explained(capsys: pytest.CaptureFixture[str]):
 
 
 def test_written_and_read_again(tmp_path: Path):
-    config = Config(dataset="mnist", data_dir=tmp_path, workdir=tmp_path, seed=3)
-    save_config(config, tmp_path / "config.json")
-    assert load_config(tmp_path / "config.json") == config
+    workdir = tmp_path / "run"
+    config = Config(dataset="mnist", data_dir=tmp_path, workdir=workdir, seed=3)
+    assert claim_workdir(config) == workdir
+    assert load_config(workdir / "config.json") == config
+    with pytest.raises(UsageError, match="has just been taken by another run"):
+        claim_workdir(config)
+    claim_workdir(dataclasses.replace(config, resume=True))
+    assert load_config(workdir / "config.json") == config
 
 
 def test_every_run_has_a_folder_of_its_own(
@@ -33,11 +38,11 @@ def test_every_run_has_a_folder_of_its_own(
     monkeypatch.chdir(tmp_path)
     seen = set()
     for _ in range(3):  # In one and the same second.
-        workdir = parse_config(["--dataset=emnist/letters", "--seed=7"]).workdir
-        assert workdir is not None
+        config = parse_config(["--dataset=emnist/letters", "--seed=7"])
+        workdir = claim_workdir(config)
+        assert load_config(workdir / "config.json").workdir == workdir
         assert workdir.parent == Path("runs")
         assert workdir.name.startswith("emnist-letters-mlp-seed7-")
-        workdir.mkdir(parents=True)
         seen.add(workdir)
     assert len(seen) == 3
 
@@ -66,7 +71,7 @@ def test_resuming_takes_the_flags_of_the_run(tmp_path: Path):
     with pytest.raises(UsageError, match="there is no run in"):
         parse_config(["--resume", workdir])
     first = parse_config([workdir, "--seed=5", "--learning-rate=0.01", "--epochs=3"])
-    save_config(first, tmp_path / "config.json")
+    claim_workdir(first)
     with pytest.raises(UsageError, match="is not empty"):
         parse_config([workdir])
     again = parse_config(["--resume", workdir, "--epochs=9", "--parallel=jit"])
