@@ -54,7 +54,7 @@ MISTAKES = {
         "`param_dtype` must be a floating or complex dtype",
     ),
     "a list of moments": (
-        lambda: jbn.merge([jbn.moments(X)]),
+        lambda: jbn.merge([jbn.moments(X)]),  # pyright: ignore[reportArgumentType]
         TypeError,
         "got list",
         "merge(*parts)",
