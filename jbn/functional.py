@@ -238,12 +238,12 @@ def _or_running(
     batch: Moments, running: BatchStats, lay: axes.Layout, dtype: DType
 ) -> Moments:
     """The moments of the batch, and the running statistics where it has no weight."""
-    running_moments = lax.stop_gradient(expand_stats(running, lay, dtype))
+    instead = lax.stop_gradient(expand_stats(running, lay, dtype))
     some = batch.weight > 0
     return Moments(
         batch.weight,
-        jnp.where(some, batch.mean, running_moments.mean.astype(batch.mean.dtype)),
-        jnp.where(some, batch.var, running_moments.var),
+        jnp.where(some, batch.mean, instead.mean),
+        jnp.where(some, batch.var, instead.var),
     )
 
 

@@ -1,5 +1,7 @@
 """Strict JAX, eight virtual CPU devices, and a generator seeded by the test's name."""
 
+import importlib
+import warnings
 import zlib
 
 import jax
@@ -38,3 +40,18 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def keras(monkeypatch: pytest.MonkeyPatch):
+    """Keras 3 on JAX; the test is skipped without it."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    try:
+        keras = importlib.import_module("keras")
+    except ImportError as error:
+        pytest.skip(f"no Keras: {error}")
+    if keras.backend.backend() != "jax":
+        pytest.skip("Keras was imported with another backend")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*__array__ implementation doesn't accept")
+        yield keras

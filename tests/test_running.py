@@ -1,8 +1,6 @@
 """`jbn.update_batch_stats`: each rule, and the trajectories of other libraries."""
 
-import importlib
 import itertools
-import warnings
 from typing import Any
 
 import jax
@@ -345,20 +343,6 @@ def test_torch_trajectory(rng, momentum, shape, axis):
         y, stats = step(x, stats, **now)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
         assert_stats(stats, peer.running_mean.numpy(), peer.running_var.numpy())
-
-
-@pytest.fixture
-def keras(monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
-    try:
-        keras = importlib.import_module("keras")
-    except ImportError as error:
-        pytest.skip(f"no Keras: {error}")
-    if keras.backend.backend() != "jax":
-        pytest.skip("Keras was imported with another backend")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*__array__ implementation doesn't accept")
-        yield keras
 
 
 @pytest.mark.usefixtures("standard_promotion")
