@@ -217,7 +217,7 @@ def batch_norm(
     rows = axes.rows(lay, axis_name, axis_index_groups)
 
     def normalize_by(stats: Moments, of_rows: axes.Rows | None) -> jax.Array:
-        return apply(of_rows, out, x, w, stats, scale, bias, epsilon)
+        return apply(of_rows, out, x, w, None, stats, scale, bias, epsilon)
 
     if use_running_average and not update_stats:
         return normalize_by(expand_stats(running, lay, x.dtype), None), batch_stats

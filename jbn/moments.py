@@ -9,6 +9,7 @@ import numpy as np
 from jbn import axes, summary
 from jbn.axes import Rows
 from jbn.ops import xla
+from jbn.ops.segments import Segments, spread, total
 from jbn.summary import Summary
 from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, Moments
 
@@ -120,22 +121,26 @@ def merge(*parts: Moments) -> Moments:
         for field in ("weight", "var")
     )
     merged = summary.merge(Summary(weight, mean, jnp.zeros_like(mean), var))
-    return _as_moments(merged)
+    return as_moments(merged)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def row_moments(rows: Rows, x: jax.Array, weights: jax.Array | None) -> Moments:
+def row_moments(
+    rows: Rows,
+    x: jax.Array,
+    weights: jax.Array | None,
+    segments: Segments | None = None,
+) -> Moments:
     """The moments of `x` over `rows`, with the reduced axes kept at size 1."""
-    return _as_moments(summary.summarize(x, weights, rows))
+    return as_moments(summary.summarize(x, weights, rows, segments))
 
 
 @functools.partial(row_moments.defjvp, symbolic_zeros=True)
 def _row_moments_jvp(rows, primals, tangents):
-    x, weights = primals
-    parts = row_moments(rows, x, weights)
+    parts = row_moments(rows, *primals)
     # Recomputed, not saved: of all that the tangent reads, only `x` is large.
     tangent = jax.checkpoint(functools.partial(row_moments_tangent, rows))
-    dmean, dvar, dweight = tangent(x, weights, parts, *map(nonzero, tangents))
+    dmean, dvar, dweight = tangent(*primals, parts, *map(nonzero, tangents[:2]))
     return parts, Moments(
         jnp.zeros_like(parts.weight) if dweight is None else dweight, dmean, dvar
     )
@@ -145,6 +150,7 @@ def row_moments_tangent(
     rows: Rows,
     x: jax.Array,
     weights: jax.Array | None,
+    segments: Segments | None,
     parts: Moments,
     dx: jax.Array | None,
     dweights: jax.Array | None,
@@ -158,22 +164,21 @@ def row_moments_tangent(
 
     in one all-reduce. `parts` are the moments of `x`, and `None` is a zero tangent.
     """
-    d = xla.center(x, parts.mean, weights)
+    d = xla.center(x, parts.mean, weights, segments)
     sums = [jnp.zeros_like(parts.mean), jnp.zeros_like(parts.var)]
     if dx is not None:
         dx = xla.wide(dx)
         for i, v in enumerate((dx, 2 * xla.real_product(d, dx))):
-            sums[i] += xla.weigh(v, weights).sum(rows.axes, keepdims=True)
+            sums[i] += total(xla.weigh(v, weights), rows.axes, segments)
     if dweights is not None:
-        sums.append(xla.total_weight(x, dweights, rows.axes))
+        sums.append(xla.total_weight(x, dweights, rows.axes, segments))
         dw = jnp.broadcast_to(dweights.astype(parts.var.dtype), x.shape)
         ignored = xla.no_part(x, weights)
         if ignored is not None:
             dw = jnp.where(ignored, jnp.zeros_like(dw), dw)
-        for i, v in enumerate(
-            (dw.astype(d.dtype) * d, dw * (xla.abs_square(d) - parts.var))
-        ):
-            sums[i] += v.sum(rows.axes, keepdims=True)
+        excess = xla.abs_square(d) - spread(parts.var, segments)
+        for i, v in enumerate((dw.astype(d.dtype) * d, dw * excess)):
+            sums[i] += total(v, rows.axes, segments)
     if rows.axis_name is not None:
         sums = summary.psum(sums, rows)
     per_weight = xla.reciprocal(parts.weight)
@@ -188,5 +193,6 @@ def nonzero(tangent):
     return None if is_zero else tangent
 
 
-def _as_moments(parts: Summary) -> Moments:
+def as_moments(parts: Summary) -> Moments:
+    """The moments that a summary describes, its mean rounded."""
     return Moments(parts.weight, parts.shift + parts.offset, parts.var)

@@ -10,6 +10,7 @@ from jax import lax
 from jbn import axes
 from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
+from jbn.ops.segments import spread
 from jbn.typing import ArrayLike, Axes, BatchStats, DType, Moments, Params
 
 
@@ -60,6 +61,7 @@ def normalize(
         None,
         axes.output_dtype(dtype, x.dtype),
         x,
+        None,
         None,
         expand_stats(stats, lay, x.dtype),
         *affine(params, lay, axis, x.dtype),
@@ -126,7 +128,7 @@ def check_epsilon(epsilon: float | int | ArrayLike) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def apply(rows, dtype, x, weights, stats, scale, bias, epsilon):
+def apply(rows, dtype, x, weights, segments, stats, scale, bias, epsilon):
     """`scale * (x - mean) / sqrt(var + epsilon) + bias`, with the project's derivative.
 
     If `rows` are given, `stats` must be the moments of `x` over them, and the
@@ -138,6 +140,9 @@ def apply(rows, dtype, x, weights, stats, scale, bias, epsilon):
         dtype: Dtype of the output.
         x: Input.
         weights: Weights that the moments were taken with, or `None`.
+        segments: Which statistics each row is normalized by, or `None`. With them,
+            `stats`, `scale` and `bias` have one more axis, in front: of size
+            `segments.num`, or of size 1 if they are the same for all.
         stats: `Moments` with the reduced axes at size 1, float32 or wider.
         scale: Scale that broadcasts to `x`, or `None`.
         bias: Bias that broadcasts to `x`, or `None`.
@@ -147,15 +152,17 @@ def apply(rows, dtype, x, weights, stats, scale, bias, epsilon):
         The normalized array, of the shape of `x`.
     """
     del rows
-    return _formula(dtype, x, weights, stats, scale, bias, epsilon)
+    return _formula(dtype, x, weights, segments, stats, scale, bias, epsilon)
 
 
 @functools.partial(apply.defjvp, symbolic_zeros=True)
 def _apply_jvp(rows, dtype, primals, tangents):
-    x, weights, stats, scale, _, epsilon = primals
+    x, weights, segments, stats, scale, _, epsilon = primals
     # Recomputed, not saved: of all that the tangent reads, only `x` is large.
     tangent = jax.checkpoint(functools.partial(_tangent, rows, dtype))
-    dy = tangent((x, weights, stats, scale, epsilon), jax.tree.map(nonzero, tangents))
+    dy = tangent(
+        (x, weights, segments, stats, scale, epsilon), jax.tree.map(nonzero, tangents)
+    )
     # The function itself, not its formula, or second derivatives would miss the rule.
     return apply(rows, dtype, *primals), dy
 
@@ -175,23 +182,25 @@ def _tangent(rows, dtype, primals, tangents):
     and Szegedy (2015) with its terms collected. All that belongs to a feature is
     collected first, so that the transpose takes two sums over the rows and no more.
     """
-    x, weights, stats, scale, epsilon = primals
-    dx, dweights, dstats, dscale, dbias, depsilon = tangents
+    x, weights, segments, stats, scale, epsilon = primals
+    dx, dweights, _, dstats, dscale, dbias, depsilon = tangents
     # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
     dx = None if dx is None else xla.wide(dx)
     dmean = dvar = None
     if rows is None:
         dmean, dvar = dstats.mean, dstats.var
     elif dx is not None or dweights is not None:
-        dmean, dvar, _ = row_moments_tangent(rows, x, weights, stats, dx, dweights)
+        dmean, dvar, _ = row_moments_tangent(
+            rows, x, weights, segments, stats, dx, dweights
+        )
     if depsilon is not None:
         depsilon = jnp.broadcast_to(depsilon.astype(stats.var.dtype), stats.var.shape)
         dvar = depsilon if dvar is None else dvar + depsilon
 
-    xh = xla.center(x, stats.mean, weights)
+    xh = xla.center(x, stats.mean, weights, segments)
     rstd = _gain(stats.var, epsilon, None).astype(xh.dtype)
     gain = _gain(stats.var, epsilon, scale).astype(xh.dtype)
-    xh = xh * rstd
+    xh = xh * spread(rstd, segments)
     dgain = None if dscale is None else dscale.astype(xh.dtype)
     if dvar is not None:
         slope = -gain * rstd * (dvar / 2).astype(xh.dtype)
@@ -202,23 +211,23 @@ def _tangent(rows, dtype, primals, tangents):
 
     dy = jnp.zeros_like(xh)
     if dx is not None:
-        dy += gain * dx
+        dy += spread(gain, segments) * dx
     if dgain is not None:
-        dy += xh * dgain
+        dy += xh * spread(dgain, segments)
     if dshift is not None:
-        dy += dshift
+        dy += spread(dshift, segments)
     ignored = xla.no_part(x, weights)
     if ignored is not None:
-        dy = jnp.where(ignored, 0 if dbias is None else dbias, dy)
+        dy = jnp.where(ignored, 0 if dbias is None else spread(dbias, segments), dy)
     return dy.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _formula(dtype, x, weights, stats, scale, bias, epsilon):
-    y = xla.center(x, stats.mean, weights)
-    y = y * _gain(stats.var, epsilon, scale).astype(y.dtype)
+def _formula(dtype, x, weights, segments, stats, scale, bias, epsilon):
+    y = xla.center(x, stats.mean, weights, segments)
+    y = y * spread(_gain(stats.var, epsilon, scale).astype(y.dtype), segments)
     if bias is not None:
-        y = y + bias.astype(y.dtype)
+        y = y + spread(bias.astype(y.dtype), segments)
     return y.astype(dtype)
 
 

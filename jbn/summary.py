@@ -12,6 +12,7 @@ from jax import lax
 
 from jbn.axes import Rows
 from jbn.ops import xla
+from jbn.ops.segments import Segments
 
 
 # Longest plain sum. XLA on CPU adds rows one by one, and the rounding error of n such
@@ -36,17 +37,30 @@ class Summary(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def summarize(x: jax.Array, weights: jax.Array | None, rows: Rows) -> Summary:
+def summarize(
+    x: jax.Array,
+    weights: jax.Array | None,
+    rows: Rows,
+    segments: Segments | None = None,
+) -> Summary:
     """Summarizes all `rows` of `x`, keeping the reduced axes at size 1.
 
     The rows are summarized in blocks, which are then merged. Blocks keep sums short,
     and so exact. Where `x` may be sharded by plain `jit`, each block belongs to one
-    device, so that no statistic needs a second round of communication.
+    device, so that no statistic needs a second round of communication. With
+    `segments`, the rows of each have a summary of their own.
     """
     first = x.shape[rows.axes[0]] if rows.axes else 1
     shards = math.gcd(first, _num_shards()) if first else 1
-    counts = _block_counts(x.shape, rows.axes, shards)
-    summary = _summarize_blocks(x, weights, rows.axes, counts)
+    wanted = math.prod(x.shape[a] for a in rows.axes) / _BLOCK_ROWS
+    if segments is None:
+        counts = _block_counts(x.shape, rows.axes, shards, wanted)
+        summary = _summarize_blocks(x, weights, rows.axes, counts)
+    else:
+        # Every block has all the segments: no more blocks than make that little.
+        wanted = min(wanted, segments.ids.size / (8 * segments.num))
+        counts = _block_counts(x.shape, rows.axes[:1], shards, wanted)
+        summary = _summarize_segment_blocks(x, weights, rows.axes, counts, segments)
     per_shard = math.prod(counts.values()) // shards
     summary = jax.tree.map(
         lambda v: v.reshape(shards, per_shard, *v.shape[1:]), summary
@@ -60,7 +74,7 @@ def summarize(x: jax.Array, weights: jax.Array | None, rows: Rows) -> Summary:
         )
     summary = merge(summary)
     if rows.axis_name is not None:
-        summary = _all_reduce(summary, rows)
+        summary = all_reduce(summary, rows)
     return summary
 
 
@@ -121,7 +135,7 @@ def _merge(parts: Summary, total: Callable[[Any], Any]) -> Summary:
     return Summary(weight, shift, offset, var)
 
 
-def _all_reduce(summary: Summary, rows: Rows) -> Summary:
+def all_reduce(summary: Summary, rows: Rows) -> Summary:
     """Merges the summaries of all devices (or of all in the same group)."""
     index = lax.axis_index(rows.axis_name)
     if rows.axis_index_groups is None:
@@ -178,6 +192,33 @@ def _summarize_blocks(
     return Summary(*map(stack, parts))
 
 
+def _summarize_segment_blocks(
+    x: jax.Array,
+    weights: jax.Array | None,
+    axes: tuple[int, ...],
+    counts: dict[int, int],
+    segments: Segments,
+) -> Summary:
+    """The summaries of the blocks along the one axis in `counts`, stacked in front."""
+
+    def split(v: jax.Array) -> jax.Array:
+        for a, count in counts.items():
+            if v.shape[a] == x.shape[a]:
+                shape = (*v.shape[:a], count, v.shape[a] // count, *v.shape[a + 1 :])
+                return jnp.moveaxis(v.reshape(shape), a, 0)
+        # No rows to split, or ids and weights that are the same in every block.
+        count = math.prod(counts.values())
+        return jnp.broadcast_to(v[None], (count, *v.shape))
+
+    def summarize_block(x, weights, ids) -> Summary:
+        block = Segments(ids, segments.num)
+        return Summary(*xla.summarize(x, weights, axes, block))
+
+    return jax.vmap(summarize_block)(
+        split(x), None if weights is None else split(weights), split(segments.ids)
+    )
+
+
 def _num_shards() -> int:
     """How many devices an array may be spread over that looks whole to this code."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -191,13 +232,12 @@ def _num_shards() -> int:
 
 
 def _block_counts(
-    shape: tuple[int, ...], axes: tuple[int, ...], shards: int
+    shape: tuple[int, ...], axes: tuple[int, ...], shards: int, wanted: float
 ) -> dict[int, int]:
-    """How many equal blocks to split each reduced axis into.
+    """How many equal blocks to split each reduced axis into, to have those `wanted`.
 
     The first one, which is where batches are sharded, gets a multiple of `shards`.
     """
-    wanted = math.prod(shape[a] for a in axes) / _BLOCK_ROWS
     counts = {}
     for a in axes:
         base = shards if a == axes[0] else 1

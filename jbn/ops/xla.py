@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jbn.ops.segments import Segments, spread, total
+
 
 # Rows that the shift is taken from: enough for its distance from the mean to be a
 # fraction of a standard deviation, few enough to cost nothing.
@@ -58,23 +60,36 @@ def weigh(v: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 
 def total_weight(
-    x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]
+    x: jax.Array,
+    weights: jax.Array | None,
+    axes: tuple[int, ...],
+    segments: Segments | None = None,
 ) -> jax.Array:
     """The sum of the weights of the rows of `x`."""
     dtype = real_dtype(wide_dtype(x.dtype))
-    if weights is None:
+    if weights is None and segments is None:
         shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
         return jnp.full(shape, math.prod(x.shape[a] for a in axes), dtype)
+    if weights is None:
+        weights = jnp.ones((1,) * x.ndim, bool)
     # Booleans are counted in integers: float32 stops counting at 2**24.
     counted = weights.astype(jnp.int32) if weights.dtype == bool else wide(weights)
+    if segments is not None:
+        shape = jnp.broadcast_shapes(counted.shape, segments.ids.shape)
+        counted = jnp.broadcast_to(counted, shape)
     # Along an axis where the weights do not vary each stands for all of its rows.
-    repeats = math.prod(x.shape[a] for a in axes if weights.shape[a] != x.shape[a])
-    return counted.sum(axes, keepdims=True).astype(dtype) * repeats
+    repeats = math.prod(x.shape[a] for a in axes if counted.shape[a] != x.shape[a])
+    return total(counted, axes, segments).astype(dtype) * repeats
 
 
-def center(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
+def center(
+    x: jax.Array,
+    mean: jax.Array,
+    weights: jax.Array | None,
+    segments: Segments | None = None,
+) -> jax.Array:
     """`x - mean` in wide arithmetic; zero where a weightless `x` is not finite."""
-    d = wide(x) - mean
+    d = wide(x) - spread(mean, segments)
     ignored = no_part(x, weights)
     return d if ignored is None else jnp.where(ignored, jnp.zeros_like(d), d)
 
@@ -100,7 +115,10 @@ def difference(square: jax.Array, of_mean: jax.Array) -> jax.Array:
 
 
 def summarize(
-    x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]
+    x: jax.Array,
+    weights: jax.Array | None,
+    axes: tuple[int, ...],
+    segments: Segments | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Takes `(weight, shift, offset, var)` of `x` over `axes`; mean = shift + offset.
 
@@ -110,42 +128,42 @@ def summarize(
     "Algorithms for computing the sample variance", 1983). The mean is returned in two
     parts because its float32 rounding, squared, is what would spoil a later merge.
     """
-    shift = _shift(x, weights, axes)
-    weight = total_weight(x, weights, axes)
-    per_weight = reciprocal(weight)
+    weight = total_weight(x, weights, axes, segments)
+    per_weight = spread(reciprocal(weight), segments)
+
+    def mean(v: jax.Array) -> jax.Array:
+        return total(_share(v, weights, per_weight), axes, segments)
+
+    if weights is None and segments is None:
+        shift = coarse(_sample_mean(x, axes))
+    else:
+        # Of all rows, since any few could be padding.
+        shift = coarse(mean(wide(x)))
+    around = spread(shift, segments)
     # Written out twice: XLA on CPU only fuses a sum with a prologue of its own.
-    offset = _mean(wide(x) - shift, weights, per_weight, axes)
-    square = _mean(abs_square(wide(x) - shift), weights, per_weight, axes)
+    offset = mean(wide(x) - around)
+    square = mean(abs_square(wide(x) - around))
     var = difference(square, abs_square(offset))
     return weight, shift, offset, var
 
 
-def _shift(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    """A cheap value near the mean: that of rows spread over `x`.
-
-    With weights it is the mean of all rows, since any few could be padding.
-    """
-    if weights is None:
-        index = [slice(None)] * x.ndim
-        wanted = _SAMPLE_ROWS
-        for a in axes:
-            taken = max(1, min(wanted, x.shape[a]))
-            step = max(1, x.shape[a] // taken)
-            index[a] = slice(step // 2, None, step)
-            wanted //= taken
-        x = x[tuple(index)]
-    per_weight = reciprocal(total_weight(x, weights, axes))
-    return coarse(_mean(wide(x), weights, per_weight, axes))
+def _sample_mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """A cheap value near the mean: that of some rows, spread over `x`."""
+    index = [slice(None)] * x.ndim
+    wanted = _SAMPLE_ROWS
+    for a in axes:
+        taken = max(1, min(wanted, x.shape[a]))
+        step = max(1, x.shape[a] // taken)
+        index[a] = slice(step // 2, None, step)
+        wanted //= taken
+    x = x[tuple(index)]
+    per_weight = reciprocal(total_weight(x, None, axes))
+    return total(_share(wide(x), None, per_weight), axes)
 
 
-def _mean(
-    v: jax.Array,
-    weights: jax.Array | None,
-    per_weight: jax.Array,
-    axes: tuple[int, ...],
-) -> jax.Array:
-    """The weighted mean, divided before it is summed, so that no sum overflows."""
-    return (weigh(v, weights) * per_weight.astype(v.dtype)).sum(axes, keepdims=True)
+def _share(v: jax.Array, weights: jax.Array | None, per_weight: jax.Array) -> jax.Array:
+    """What each element adds to the mean: divided first, so that no sum overflows."""
+    return weigh(v, weights) * per_weight.astype(v.dtype)
 
 
 def coarse(shift: jax.Array) -> jax.Array:

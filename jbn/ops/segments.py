@@ -1,0 +1,70 @@
+"""Sums and statistics by segment: rows that share an id share a mean.
+
+A statistic of segments has one more axis than the input, in front: one entry a
+segment, and then what it would have without segments, reduced axes at size 1.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Which segment each row belongs to.
+
+    `ids` has the rank of the input, with size 1 where it does not vary, which includes
+    the features. An id that is not in 0 to `num - 1` is of no segment.
+    """
+
+    ids: jax.Array
+    num: int = dataclasses.field(metadata={"static": True})
+
+
+def total(
+    v: jax.Array, axes: tuple[int, ...], segments: Segments | None = None
+) -> jax.Array:
+    """Sums `v` over `axes`, which stay at size 1; with `segments`, within each."""
+    if segments is None:
+        return v.sum(axes, keepdims=True)
+    ids = segments.ids
+    # What shares an id is summed densely first: images by pixel, then by domain.
+    v = v.sum([a for a in axes if ids.shape[a] == 1], keepdims=True)
+    v = jnp.broadcast_to(v, jnp.broadcast_shapes(v.shape, ids.shape))
+    # Take each axis apart into that of the ids and that of the statistic.
+    sizes = zip(v.shape, ids.shape, strict=True)
+    pairs = [(n, 1) if varies > 1 else (1, n) for n, varies in sizes]
+    v = v.reshape([n for pair in pairs for n in pair])
+    v = v.transpose([*range(0, v.ndim, 2), *range(1, v.ndim, 2)])
+    v = v.reshape(ids.size, *v.shape[ids.ndim :])
+    return jax.ops.segment_sum(v, _known(segments).ravel(), segments.num)
+
+
+def spread(stat: jax.Array, segments: Segments | None = None) -> jax.Array:
+    """Gives each row the statistic of its segment, so that it broadcasts to the input.
+
+    A row of no segment gets that of the last one. A statistic with one entry in front
+    is that of every segment.
+    """
+    if segments is None:
+        return stat
+    if stat.shape[0] == 1:
+        return stat[0]
+    ids = segments.ids
+    v = jnp.take(stat, _known(segments), axis=0, mode="clip")
+    pairs = list(zip(ids.shape, stat.shape[1:], strict=True))
+    v = v.transpose([a for i in range(ids.ndim) for a in (i, ids.ndim + i)])
+    return v.reshape([math.prod(pair) for pair in pairs])
+
+
+def inside(segments: Segments) -> jax.Array:
+    """Which rows belong to a segment; of the shape of the ids."""
+    return (segments.ids >= 0) & (segments.ids < segments.num)
+
+
+def _known(segments: Segments) -> jax.Array:
+    """The ids, with all that are of no segment beyond the last one."""
+    return jnp.where(inside(segments), segments.ids, segments.num)
