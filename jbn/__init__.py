@@ -1,28 +1,70 @@
 """Batch normalization for JAX: `(x, params, batch_stats) -> (y, batch_stats)`."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from jbn.functional import batch_norm as batch_norm, init as init
 from jbn.moments import merge as merge, moments as moments
 from jbn.normalize import normalize as normalize
-from jbn.running import update_batch_stats as update_batch_stats
+from jbn.packed import segment_ids as segment_ids
+from jbn.robust import trimmed_weights as trimmed_weights
+from jbn.running import (
+    commit as commit,
+    update_batch_stats as update_batch_stats,
+)
+from jbn.shrink import shrink as shrink
 from jbn.typing import (
     BatchStats as BatchStats,
     Moments as Moments,
     Params as Params,
 )
+from jbn.variants.conditional import (
+    conditional_batch_norm as conditional_batch_norm,
+)
+from jbn.variants.domain import domain_batch_norm as domain_batch_norm
+from jbn.variants.frozen import frozen_batch_norm as frozen_batch_norm
+from jbn.variants.ghost import ghost_batch_norm as ghost_batch_norm
+from jbn.variants.renorm import batch_renorm as batch_renorm
+from jbn.weighting import (
+    group_weights as group_weights,
+    sample_weights as sample_weights,
+)
 
 
 if TYPE_CHECKING:
-    from jbn.linen import BatchNorm as BatchNorm
+    from jbn.linen import (
+        BatchNorm as BatchNorm,
+        BatchRenorm as BatchRenorm,
+        ConditionalBatchNorm as ConditionalBatchNorm,
+        DomainBatchNorm as DomainBatchNorm,
+        FrozenBatchNorm as FrozenBatchNorm,
+        GhostBatchNorm as GhostBatchNorm,
+    )
+    from jbn.variants.sparse import (
+        SparseOutput as SparseOutput,
+        sparse_batch_norm as sparse_batch_norm,
+    )
 
 __version__ = "0.1.0"
 
+# Imported on first use, so that `import jbn` needs nothing but JAX, and is quick.
+_LATE = {
+    **dict.fromkeys(
+        (
+            "BatchNorm",
+            "BatchRenorm",
+            "ConditionalBatchNorm",
+            "DomainBatchNorm",
+            "FrozenBatchNorm",
+            "GhostBatchNorm",
+        ),
+        "jbn.linen",
+    ),
+    **dict.fromkeys(("SparseOutput", "sparse_batch_norm"), "jbn.variants.sparse"),
+}
+
 
 def __getattr__(name: str):
-    # Imported on first use, so that `import jbn` needs nothing but JAX.
-    if name == "BatchNorm":
-        from jbn.linen import BatchNorm
-
-        return BatchNorm
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

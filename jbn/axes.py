@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,19 @@ class Layout:
         return tuple(self.shape[a] for a in self.reduction_axes)
 
     def expand(self, stat: jax.Array) -> jax.Array:
-        """Reshapes `features` so that it broadcasts against the input."""
-        return jnp.expand_dims(stat, self.reduction_axes)
+        """Reshapes `features` so that it broadcasts against the input.
+
+        Axes in front of the features, as that of the domains, stay in front.
+        """
+        extra = stat.ndim - len(self.feature_axes)
+        return jnp.expand_dims(stat, [extra + a for a in self.reduction_axes])
 
     def squeeze(self, stat: jax.Array) -> jax.Array:
         """Undoes `expand`, filling features that `stat` has only one entry for."""
-        return jnp.broadcast_to(jnp.squeeze(stat, self.reduction_axes), self.features)
+        extra = stat.ndim - len(self.shape)
+        shape = (*stat.shape[:extra], *self.features)
+        stat = jnp.squeeze(stat, [extra + a for a in self.reduction_axes])
+        return jnp.broadcast_to(stat, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Rows:
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
 
 
-def layout(x: ArrayLike, axis: Axes) -> Layout:
+def layout(x: ArrayLike | jax.ShapeDtypeStruct, axis: Axes) -> Layout:
     """Resolves `axis` against the shape of `x`."""
     if x.ndim == 0:
         raise ValueError(
@@ -91,8 +98,19 @@ def layout(x: ArrayLike, axis: Axes) -> Layout:
     return Layout(tuple(x.shape), tuple(sorted(resolved)))
 
 
-def check_features(stat: ArrayLike, name: str, lay: Layout, axis: Axes) -> None:
-    """Raises unless `stat` has one entry per feature."""
+def check_features(
+    stat: ArrayLike, name: str, lay: Layout, axis: Axes, num_domains: int | None = None
+) -> None:
+    """Raises unless `stat` has one entry per feature, or per domain and feature."""
+    if num_domains is not None:
+        if tuple(stat.shape) != (num_domains, *lay.features):
+            raise ValueError(
+                f"`{name}` must have one entry per domain and feature: it has shape"
+                f" {tuple(stat.shape)}, but there are {num_domains} domains, and `x`,"
+                f" of shape {lay.shape}, has features of shape {lay.features} along"
+                f" axis={axis!r}. Make it by `init(({num_domains}, ...))`."
+            )
+        return
     if tuple(stat.shape) != lay.features:
         raise ValueError(
             f"`{name}` must have one entry per feature: it has shape"
@@ -121,8 +139,18 @@ def check_real(stat: ArrayLike, name: str, real: bool) -> None:
         )
 
 
-def check_inexact(x: ArrayLike) -> jax.Array:
-    """Converts `x` to an array, refusing integers and booleans."""
+@overload
+def check_inexact(x: ArrayLike) -> jax.Array: ...
+@overload
+def check_inexact(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct: ...
+def check_inexact(x: Any) -> Any:
+    """Converts `x` to an array, refusing integers and booleans.
+
+    What is only described, as sparse arrays are, is checked and returned as it is.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        check_inexact(np.empty(0, x.dtype))
+        return x
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         x = np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -241,6 +269,47 @@ def _expand_weights(weights: ArrayLike, name: str, lay: Layout) -> jax.Array:
             f" could hold one entry a row, or be broadcast along the last axes.{fix}"
         )
     return weights.reshape(readings[0])
+
+
+def row_ids(ids: ArrayLike | int, name: str, lay: Layout) -> jax.Array:
+    """Checks integers that each row has one of, and gives them the rank of the input.
+
+    They may have fewer axes than the rows: those in front, as one id an image.
+    """
+    ids = np.asarray(ids) if isinstance(ids, int) else ids
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"`{name}` must be of integers; got {ids.dtype}.")
+    shape, rank = tuple(ids.shape), len(lay.shape)
+    if len(shape) == rank:
+        allowed = _row_shape(lay)
+        fits = all(n in (1, m) for n, m in zip(shape, allowed, strict=True))
+    else:
+        fits = shape == lay.rows[: len(shape)]
+    if not fits:
+        raise ValueError(
+            f"`{name}` must have one entry for each row of `x`, or for each entry of"
+            f" its leading axes: it has shape {shape}, and the rows of `x`, of shape"
+            f" {lay.shape}, have shape {lay.rows}."
+        )
+    if len(shape) < rank:
+        sizes = iter(shape)
+        shape = [
+            1 if a in lay.feature_axes else next(sizes, 1)
+            for a in range(len(lay.shape))
+        ]
+    return jnp.asarray(ids).reshape(shape)
+
+
+def check_number(value: Any, name: str, least: float | int, why: str) -> jax.Array:
+    """One number as an array, refused if it is known to be below `least`, or NaN."""
+    if np.shape(value):
+        raise ValueError(
+            f"`{name}` must be one number; got an array of shape {np.shape(value)}."
+        )
+    number = known(value)
+    if number is not None and not number >= least:
+        raise ValueError(f"`{name}` must be at least {least:g}; got {number}. {why}")
+    return jnp.asarray(value)
 
 
 def _row_shape(lay: Layout) -> tuple[int, ...]:

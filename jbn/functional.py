@@ -2,17 +2,12 @@
 
 import operator
 from collections.abc import Sequence
-from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from jbn import axes
-from jbn.moments import row_moments
-from jbn.normalize import affine, apply, check_epsilon, check_stats, expand_stats
-from jbn.running import check_momentum, update_batch_stats
+from jbn.call import Stats, prepare, thread
 from jbn.typing import (
     ArrayLike,
     Axes,
@@ -25,10 +20,6 @@ from jbn.typing import (
 )
 
 
-# Statistics come out where they came in, and only there.
-_Stats = TypeVar("_Stats", bound=BatchStats | None)
-
-
 def init(
     num_features: int | Sequence[int],
     *,
@@ -36,6 +27,7 @@ def init(
     use_bias: bool = True,
     param_dtype: DType = jnp.float32,
     track_weight: bool = False,
+    accumulate: bool = False,
 ) -> tuple[Params, BatchStats]:
     """Makes the parameters and running statistics of a batch norm.
 
@@ -49,6 +41,8 @@ def init(
             from the start: `batch_stats._replace(mean=batch_stats.mean + 0j)`.)
         track_weight: Whether the running statistics know how much they have seen,
             which the debiased and cumulative rules need: see `jbn.update_batch_stats`.
+        accumulate: Whether training only gathers moments, for `jbn.commit` to fold
+            into the running statistics once per optimizer step.
 
     Returns:
         `Params` and `BatchStats`: mean 0 and variance 1.
@@ -78,15 +72,18 @@ def init(
     axes.output_dtype(param_dtype, jnp.dtype(jnp.float32), "param_dtype")
     if any(n < 0 for n in shape):
         raise ValueError(f"`num_features` must not be negative; got {num_features!r}.")
+    # An array of its own for each: a buffer cannot be donated twice.
+    zeros = lambda: jnp.zeros(shape, jnp.float32)
     return (
         Params(
             jnp.ones(shape, param_dtype) if use_scale else None,
             jnp.zeros(shape, param_dtype) if use_bias else None,
         ),
         BatchStats(
-            jnp.zeros(shape, jnp.float32),
+            zeros(),
             jnp.ones(shape, jnp.float32),
-            jnp.zeros(shape, jnp.float32) if track_weight else None,
+            zeros() if track_weight else None,
+            Moments(zeros(), zeros(), zeros()) if accumulate else None,
         ),
     )
 
@@ -94,7 +91,7 @@ def init(
 def batch_norm(
     x: ArrayLike,
     params: Params | None,
-    batch_stats: _Stats,
+    batch_stats: Stats,
     *,
     use_running_average: bool,
     update_stats: bool | None = None,
@@ -106,8 +103,13 @@ def batch_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     unbiased: bool = False,
+    reference_weight: float | int | ArrayLike | None = None,
+    second_moment: bool = False,
+    tau: float | int | ArrayLike = 0.0,
+    min_weight: float | int | ArrayLike = 0.0,
+    trim: float | int | ArrayLike | None = None,
     dtype: DType | None = None,
-) -> tuple[jax.Array, _Stats]:
+) -> tuple[jax.Array, Stats]:
     """Normalizes each feature of `x` by the mean and variance of the batch.
 
     For each feature, over all the other axes,
@@ -161,6 +163,22 @@ def batch_norm(
         axis_index_groups: Partition of the indices of `axis_name` into groups that
             each take their own statistics.
         unbiased: Fold the unbiased variance into the running one, as PyTorch does.
+        reference_weight: The weight of a batch that `momentum` is meant for; others
+            count by their weight. See `jbn.update_batch_stats`, as for the next.
+        second_moment: Let the running variance be that of all rows, with the scatter of
+            the batches' means.
+        tau: Draws the statistics that normalize in training towards the running ones,
+            as `tau` more rows of these would: for batches, domains or groups so small
+            that theirs are mostly noise. 0 is batch norm, infinity normalizes by the
+            running statistics. What is folded into these is the batch. See
+            `jbn.shrink`.
+        min_weight: A feature whose elements have no more weight than this in all is
+            treated as if they had none. 1 is the policy for batches of one row, whose
+            variance is 0 and whose output is all `bias` otherwise.
+        trim: Elements further than this many running standard deviations from the
+            running mean do not count in the statistics, so that an outlier cannot move
+            them, unless most elements are that far. Takes one more all-reduce, and
+            keeps a mask for the backward pass. See `jbn.trimmed_weights`.
         dtype: Dtype of the output; that of `x` by default.
 
     Returns:
@@ -192,65 +210,25 @@ def batch_norm(
         Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by
         Reducing Internal Covariate Shift", 2015. https://arxiv.org/abs/1502.03167
     """
-    use_running_average = _flag(use_running_average, "use_running_average")
-    if update_stats is None:
-        update_stats = batch_stats is not None and not use_running_average
-    update_stats = _flag(update_stats, "update_stats")
-    x = axes.check_inexact(x)
-    lay = axes.layout(x, axis)
-    if batch_stats is None:
-        if use_running_average or update_stats:
-            raise ValueError(
-                "`batch_stats` must be given to normalize by the running statistics or"
-                " to update them; got None. Make them with `init`, or pass"
-                " `use_running_average=False` and `update_stats=False`."
-            )
-        _, running = init(lay.features)
-    else:
-        running = batch_stats
-        check_stats(running, "batch_stats", lay, axis, x.dtype)
-        check_momentum(momentum, running)
-    scale, bias = affine(params, lay, axis, x.dtype)
-    epsilon = check_epsilon(epsilon)
-    out = axes.output_dtype(dtype, x.dtype)
-    w = axes.element_weights(mask, weights, lay)
-    rows = axes.rows(lay, axis_name, axis_index_groups)
-
-    def normalize_by(stats: Moments, of_rows: axes.Rows | None) -> jax.Array:
-        return apply(of_rows, out, x, w, None, stats, scale, bias, epsilon)
-
-    if use_running_average and not update_stats:
-        return normalize_by(expand_stats(running, lay, x.dtype), None), batch_stats
-    batch = row_moments(rows, x, w)
-    if use_running_average:
-        y = normalize_by(expand_stats(running, lay, x.dtype), None)
-    else:
-        y = normalize_by(_or_running(batch, running, lay, x.dtype), rows)
-    if not update_stats:
-        return y, batch_stats
-    updated = update_batch_stats(
-        running, jax.tree.map(lay.squeeze, batch), momentum=momentum, unbiased=unbiased
+    call = prepare(
+        x,
+        params,
+        batch_stats,
+        use_running_average=use_running_average,
+        update_stats=update_stats,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased=unbiased,
+        reference_weight=reference_weight,
+        second_moment=second_moment,
+        tau=tau,
+        min_weight=min_weight,
+        trim=trim,
+        dtype=dtype,
     )
-    return y, cast(_Stats, updated)
-
-
-def _or_running(
-    batch: Moments, running: BatchStats, lay: axes.Layout, dtype: DType
-) -> Moments:
-    """The moments of the batch, and the running statistics where it has no weight."""
-    instead = lax.stop_gradient(expand_stats(running, lay, dtype))
-    some = batch.weight > 0
-    return Moments(
-        batch.weight,
-        jnp.where(some, batch.mean, instead.mean),
-        jnp.where(some, batch.var, instead.var),
-    )
-
-
-def _flag(value: bool, name: str) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(
-            f"`{name}` must be True or False when the function is traced; got"
-            f" {value!r}. Make it a static argument of `jit`."
-        )
-    return bool(value)
+    return thread(call)

@@ -124,7 +124,6 @@ def merge(*parts: Moments) -> Moments:
     return as_moments(merged)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def row_moments(
     rows: Rows,
     x: jax.Array,
@@ -132,18 +131,29 @@ def row_moments(
     segments: Segments | None = None,
 ) -> Moments:
     """The moments of `x` over `rows`, with the reduced axes kept at size 1."""
-    return as_moments(summary.summarize(x, weights, rows, segments))
+    return as_moments(row_summary(rows, x, weights, segments))
 
 
-@functools.partial(row_moments.defjvp, symbolic_zeros=True)
-def _row_moments_jvp(rows, primals, tangents):
-    parts = row_moments(rows, *primals)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def row_summary(
+    rows: Rows,
+    x: jax.Array,
+    weights: jax.Array | None,
+    segments: Segments | None = None,
+) -> Summary:
+    """Likewise, not yet rounded, so that it can be merged further."""
+    return summary.summarize(x, weights, rows, segments)
+
+
+@functools.partial(row_summary.defjvp, symbolic_zeros=True)
+def _row_summary_jvp(rows, primals, tangents):
+    parts = row_summary(rows, *primals)
     # Recomputed, not saved: of all that the tangent reads, only `x` is large.
     tangent = jax.checkpoint(functools.partial(row_moments_tangent, rows))
-    dmean, dvar, dweight = tangent(*primals, parts, *map(nonzero, tangents[:2]))
-    return parts, Moments(
-        jnp.zeros_like(parts.weight) if dweight is None else dweight, dmean, dvar
-    )
+    moments = as_moments(parts)
+    dmean, dvar, dweight = tangent(*primals, moments, *map(nonzero, tangents[:2]))
+    dweight = jnp.zeros_like(parts.weight) if dweight is None else dweight
+    return parts, Summary(dweight, jnp.zeros_like(dmean), dmean, dvar)
 
 
 def row_moments_tangent(

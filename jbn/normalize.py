@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jbn import axes
@@ -69,15 +68,25 @@ def normalize(
     )
 
 
-def check_stats(stats, name: str, lay: axes.Layout, axis: Axes, dtype: DType) -> None:
+def check_stats(
+    stats,
+    name: str,
+    lay: axes.Layout,
+    axis: Axes,
+    dtype: DType,
+    num_domains: int | None = None,
+) -> None:
     """Raises unless `stats` has a mean and a variance that fit an input of `dtype`."""
     axes.check_record(stats, name, BatchStats)
     tracked = getattr(stats, "weight", None) is not None
     for field in ("mean", "var", *(["weight"] if tracked else [])):
         stat = getattr(stats, field)
-        axes.check_features(stat, f"{name}.{field}", lay, axis)
+        axes.check_features(stat, f"{name}.{field}", lay, axis, num_domains)
         real = field != "mean" or not jnp.issubdtype(dtype, jnp.complexfloating)
         axes.check_real(stat, f"{name}.{field}", real)
+    pending = getattr(stats, "pending", None)
+    if pending is not None:
+        check_stats(pending, f"{name}.pending", lay, axis, dtype, num_domains)
 
 
 def expand_stats(stats, lay: axes.Layout, dtype: DType) -> Moments:
@@ -89,24 +98,35 @@ def expand_stats(stats, lay: axes.Layout, dtype: DType) -> Moments:
 
 
 def affine(
-    params: Params | None, lay: axes.Layout, axis: Axes, dtype: DType
+    params: Params | None,
+    lay: axes.Layout,
+    axis: Axes,
+    dtype: DType,
+    num_domains: int | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Scale and bias, checked, as `apply` takes them, for an input of `dtype`."""
+    """Scale and bias, checked, as `apply` takes them, for an input of `dtype`.
+
+    With domains they may be the same for all, or each domain's own.
+    """
     if params is not None:
         axes.check_record(params, "params", Params)
     found = []
     for field in Params._fields:
         param = None if params is None else getattr(params, field)
         if param is not None:
-            axes.check_features(param, f"params.{field}", lay, axis)
+            if num_domains is not None and param.ndim == len(lay.features):
+                param = param[None]
+            own = num_domains is not None and param.shape[0] != 1
+            front = num_domains if own else None if num_domains is None else 1
+            axes.check_features(param, f"params.{field}", lay, axis, front)
             real = not jnp.issubdtype(dtype, jnp.complexfloating)
             axes.check_real(param, f"params.{field}", real)
-            param = lay.expand(_as_statistic(jnp.asarray(param), dtype))
+            param = lay.expand(as_statistic(jnp.asarray(param), dtype))
         found.append(param)
     return found[0], found[1]
 
 
-def _as_statistic(v: jax.Array, dtype: DType) -> jax.Array:
+def as_statistic(v: jax.Array, dtype: DType) -> jax.Array:
     """Casts `v` to the precision of statistics of `dtype`, real if it is real."""
     wide = xla.wide_dtype(dtype)
     return v.astype(wide if jnp.iscomplexobj(v) else xla.real_dtype(wide))
@@ -114,17 +134,8 @@ def _as_statistic(v: jax.Array, dtype: DType) -> jax.Array:
 
 def check_epsilon(epsilon: float | int | ArrayLike) -> jax.Array:
     """Epsilon as an array, refused if it is known to be negative."""
-    if np.shape(epsilon):
-        raise ValueError(
-            f"`epsilon` must be one number; got an array of shape {np.shape(epsilon)}."
-        )
-    value = axes.known(epsilon)
-    if value is not None and not value >= 0:
-        raise ValueError(
-            f"`epsilon` must not be negative; got {value}. It is added to the variance"
-            " inside the square root, 1e-5 by default."
-        )
-    return jnp.asarray(epsilon)
+    why = "It is added to the variance inside the square root, 1e-5 by default."
+    return axes.check_number(epsilon, "epsilon", 0, why)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -170,13 +181,13 @@ def _apply_jvp(rows, dtype, primals, tangents):
 def _tangent(rows, dtype, primals, tangents):
     """The derivative, linear in `tangents`, in which `None` stands for zero.
 
-    With d = x - mean, xh = d * rstd and gain = rstd * scale,
+    With d = x - mean, xh = d * rstd and slope = rstd * scale,
 
-        dy = gain * (dx - dmean - xh * rstd * dvar / 2) + xh * dscale + dbias
+        dy = slope * (dx - dmean - xh * rstd * dvar / 2) + xh * dscale + dbias
 
     With the mean's and variance's own derivatives, <dx> and 2 * <d * dx>, this is
 
-        dy = gain * (dx - <dx> - xh * <xh * dx>) + xh * dscale + dbias
+        dy = slope * (dx - <dx> - xh * <xh * dx>) + xh * dscale + dbias
 
     whose operator on dx is self-adjoint: its transpose is the backward pass of Ioffe
     and Szegedy (2015) with its terms collected. All that belongs to a feature is
@@ -198,20 +209,20 @@ def _tangent(rows, dtype, primals, tangents):
         dvar = depsilon if dvar is None else dvar + depsilon
 
     xh = xla.center(x, stats.mean, weights, segments)
-    rstd = _gain(stats.var, epsilon, None).astype(xh.dtype)
-    gain = _gain(stats.var, epsilon, scale).astype(xh.dtype)
+    rstd = gain(stats.var, epsilon, None).astype(xh.dtype)
+    slope = gain(stats.var, epsilon, scale).astype(xh.dtype)
     xh = xh * spread(rstd, segments)
     dgain = None if dscale is None else dscale.astype(xh.dtype)
     if dvar is not None:
-        slope = -gain * rstd * (dvar / 2).astype(xh.dtype)
-        dgain = slope if dgain is None else dgain + slope
+        of_var = -slope * rstd * (dvar / 2).astype(xh.dtype)
+        dgain = of_var if dgain is None else dgain + of_var
     dshift = dbias = None if dbias is None else dbias.astype(xh.dtype)
     if dmean is not None:
-        dshift = -gain * dmean if dshift is None else dshift - gain * dmean
+        dshift = -slope * dmean if dshift is None else dshift - slope * dmean
 
     dy = jnp.zeros_like(xh)
     if dx is not None:
-        dy += spread(gain, segments) * dx
+        dy += spread(slope, segments) * dx
     if dgain is not None:
         dy += xh * spread(dgain, segments)
     if dshift is not None:
@@ -225,13 +236,14 @@ def _tangent(rows, dtype, primals, tangents):
 @functools.partial(jax.jit, static_argnums=0)
 def _formula(dtype, x, weights, segments, stats, scale, bias, epsilon):
     y = xla.center(x, stats.mean, weights, segments)
-    y = y * spread(_gain(stats.var, epsilon, scale).astype(y.dtype), segments)
+    y = y * spread(gain(stats.var, epsilon, scale).astype(y.dtype), segments)
     if bias is not None:
         y = y + spread(bias.astype(y.dtype), segments)
     return y.astype(dtype)
 
 
-def _gain(var, epsilon, scale):
+def gain(var: jax.Array, epsilon: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """`scale / sqrt(var + epsilon)`: what an input is multiplied by."""
     total = var + epsilon.astype(var.dtype)
     # A constant feature without epsilon: 0 / 0 is 0. (Two selects, for derivatives.)
     zero = total == 0

@@ -26,19 +26,6 @@ class Params(NamedTuple):
     bias: Inexact[Array, "*features"] | None = None
 
 
-class BatchStats(NamedTuple):
-    """What is remembered: the running mean and (biased, by default) variance.
-
-    `weight` is there only for the running rules that need it (see
-    `jbn.update_batch_stats`): how much data the statistics have seen. `None` means a
-    plain exponential average, whose state is Flax's: `mean` and `var` alone.
-    """
-
-    mean: Inexact[Array, "*features"]
-    var: Float[Array, "*features"]
-    weight: Float[Array, "*features"] | None = None
-
-
 class Moments(NamedTuple):
     """What was seen: a weighted, mergeable summary of rows, one entry per feature.
 
@@ -50,3 +37,20 @@ class Moments(NamedTuple):
     weight: Float[Array, "*features"]
     mean: Inexact[Array, "*features"]
     var: Float[Array, "*features"]
+
+
+class BatchStats(NamedTuple):
+    """What is remembered: the running mean and (biased, by default) variance.
+
+    `weight` is there only for the running rules that need it (see
+    `jbn.update_batch_stats`): how much data the statistics have seen. `None` means a
+    plain exponential average, whose state is Flax's: `mean` and `var` alone.
+
+    `pending` is there only where gradients are accumulated (see `jbn.commit`): the
+    moments of the microbatches that the running statistics have yet to take up.
+    """
+
+    mean: Inexact[Array, "*features"]
+    var: Float[Array, "*features"]
+    weight: Float[Array, "*features"] | None = None
+    pending: Moments | None = None

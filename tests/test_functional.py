@@ -77,7 +77,7 @@ def assert_identical(actual, expected):
 
 
 def dtypes(tree):
-    return jax.tree.map(lambda v: v.dtype, tree)
+    return [v.dtype for v in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_scale_and_bias_are_optional(rng, fields, use_running_average):
 
 def test_init_is_the_identity_at_first():
     params, stats = jbn.init((2, 3), track_weight=True)
-    for v, value in zip((*params, *stats), (1, 0, 0, 1, 0), strict=True):
+    for v, value in zip(jax.tree.leaves((params, stats)), (1, 0, 0, 1, 0), strict=True):
         np.testing.assert_array_equal(v, np.full((2, 3), value))
     params, stats = jbn.init(4, use_scale=False, use_bias=False)
     assert params == Params(None, None)

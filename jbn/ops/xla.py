@@ -60,7 +60,7 @@ def weigh(v: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 
 def total_weight(
-    x: jax.Array,
+    x: jax.Array | jax.ShapeDtypeStruct,
     weights: jax.Array | None,
     axes: tuple[int, ...],
     segments: Segments | None = None,

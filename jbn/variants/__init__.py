@@ -1,0 +1,1 @@
+"""Methods of their own, one a file, each made of the pieces of batch norm."""

@@ -1,0 +1,161 @@
+"""Conditional batch norm: a scale and bias for each label, or for each place."""
+
+import dataclasses
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbn import axes
+from jbn.axes import Layout
+from jbn.call import Options, Stats, prepare, thread
+from jbn.normalize import affine, as_statistic
+from jbn.ops.segments import Segments, spread
+from jbn.typing import ArrayLike, Params
+
+
+def conditional_batch_norm(
+    x: ArrayLike,
+    params: Params | None,
+    batch_stats: Stats,
+    *,
+    use_running_average: bool,
+    labels: ArrayLike | int | None = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    one_plus: bool = False,
+    **options: Unpack[Options],
+) -> tuple[jax.Array, Stats]:
+    """Normalizes each feature, with a scale and bias that depend on more than it.
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+    Statistics are those of `jbn.batch_norm`. Scale and bias are
+
+    - by label: `params[labels]`, from tables of shape (num_classes, *features)
+      (Dumoulin et al., 2017; class-conditional GANs). Labels may be of rows, or of
+      whole images, or a map of them;
+    - or given: arrays that broadcast to `x`, made by the caller from whatever they
+      depend on, such as a convolution of a segmentation map (SPADE, Park et al., 2019),
+      or a projection of an embedding, as BigGAN (Brock et al., 2019) has it. Then
+      `params` must be `None`.
+
+    Args:
+        x: Input of shape (..., features, ...) and any floating or complex dtype.
+        params: Tables of scale and bias, one row a label. A field that is `None` is
+            left out, and one without labels is shared by all.
+        batch_stats: Running mean and variance, one entry per feature, or `None`.
+        use_running_average: `False` in training, `True` at inference.
+        labels: Integers for the rows, or for their leading axes only (one an image:
+            shape (batch,)), or one for all. Traced labels out of range get the nearest.
+        scale: Scale of the rank of `x`, with size 1 where it does not vary.
+        bias: Bias likewise.
+        one_plus: Whether tables and `scale` hold gamma of `1 + gamma`, so that zero,
+            where initializers start and weight decay leads, is the identity.
+        **options: Everything else that `jbn.batch_norm` takes.
+
+    Returns:
+        The normalized array and the running statistics, as `jbn.batch_norm`.
+
+    Raises:
+        TypeError: If `labels` are not integers, `scale` or `bias` not floating, or as
+            `jbn.batch_norm` does.
+        ValueError: If neither or both of `labels` and `scale` or `bias` are given, if
+            shapes do not fit, if labels are known to be out of range, or as
+            `jbn.batch_norm` does.
+        NameError: As `jbn.batch_norm` does.
+
+    Example:
+        >>> import jbn
+        >>> x = jnp.array([[0.0], [2.0]])
+        >>> params = Params(jnp.array([[1.0], [8.0]]), jnp.array([[0.0], [5.0]]))
+        >>> y, _ = conditional_batch_norm(
+        ...     x,
+        ...     params,
+        ...     None,
+        ...     use_running_average=False,
+        ...     labels=jnp.array([0, 1]),
+        ...     epsilon=0.0,
+        ... )
+        >>> print(y.ravel())
+        [-1. 13.]
+
+    References:
+        Dumoulin, Shlens and Kudlur, "A Learned Representation For Artistic Style",
+        2017. https://arxiv.org/abs/1610.07629
+        Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization",
+        2019. https://arxiv.org/abs/1903.07291
+        Brock, Donahue and Simonyan, "Large Scale GAN Training for High Fidelity Natural
+        Image Synthesis", 2019. https://arxiv.org/abs/1809.11096
+    """
+    given = scale is not None or bias is not None
+    if (labels is not None) == given:
+        raise ValueError(
+            "`conditional_batch_norm` takes either `labels`, for tables in `params`, or"
+            f" `scale` and `bias`; got {'both' if given else 'neither'}. Without a"
+            " condition use `batch_norm`."
+        )
+    if given and params is not None:
+        raise ValueError(
+            "`params` are tables for `labels`, and must be None where `scale` or `bias`"
+            " are given. Put learned factors into what is given."
+        )
+    call = prepare(
+        x, None, batch_stats, use_running_average=use_running_average, **options
+    )
+    if given:
+        scale = _per_call(scale, "scale", call.lay, call.x.dtype)
+        bias = _per_call(bias, "bias", call.lay, call.x.dtype)
+    else:
+        assert labels is not None
+        axis = options.get("axis", -1)
+        scale, bias = _by_label(params, labels, call.lay, axis, call.x.dtype)
+    if one_plus and scale is not None:
+        scale = 1 + scale
+    return thread(dataclasses.replace(call, scale=scale, bias=bias))
+
+
+def _by_label(params: Params | None, labels: ArrayLike | int, lay: Layout, axis, dtype):
+    """Scale and bias of each row, from tables."""
+    if params is not None:
+        axes.check_record(params, "params", Params)
+    rank = len(lay.features) + 1
+    tables = [t for t in params or () if t is not None and t.ndim == rank]
+    if not tables:
+        raise ValueError(
+            "`params` must have tables of one row a label, of shape (num_classes,"
+            f" *features) with features {lay.features}; got none. Make them by"
+            " `init((num_classes, num_features))`."
+        )
+    num_classes = tables[0].shape[0]
+    ids = axes.row_ids(labels, "labels", lay)
+    values = axes.known(labels)
+    if values is not None and not ((values >= 0) & (values < num_classes)).all():
+        raise ValueError(
+            f"`labels` must be from 0 to {num_classes - 1}, as the tables in `params`"
+            f" have {num_classes} rows; those given go from {values.min()} to"
+            f" {values.max()}."
+        )
+    # JAX would read -1 as the last one; clipped, the nearest is the first.
+    segments = Segments(jnp.maximum(ids, 0), num_classes)
+    found = affine(params, lay, axis, dtype, num_classes)
+    return [None if table is None else spread(table, segments) for table in found]
+
+
+def _per_call(v: ArrayLike | None, name: str, lay: Layout, dtype) -> jax.Array | None:
+    """A scale or bias of the caller's, checked to broadcast to the input."""
+    if v is None:
+        return None
+    v = v if hasattr(v, "dtype") else np.asarray(v)
+    axes.check_real(v, f"{name}", not jnp.issubdtype(dtype, jnp.complexfloating))
+    shape = tuple(v.shape)
+    fits = len(shape) == len(lay.shape) and all(
+        n in (1, m) for n, m in zip(shape, lay.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must have the rank of `x`, with size 1 where it does not vary;"
+            f" got shape {shape} for `x` of shape {lay.shape}."
+        )
+    return as_statistic(jnp.asarray(v), dtype)

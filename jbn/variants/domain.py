@@ -1,0 +1,115 @@
+"""Domain-specific batch norm (Chang et al., 2019): statistics for each domain."""
+
+import operator
+from typing import Unpack
+
+import jax
+
+from jbn.call import Options, Stats, prepare, thread
+from jbn.typing import ArrayLike, Params
+
+
+def domain_batch_norm(
+    x: ArrayLike,
+    params: Params | None,
+    batch_stats: Stats,
+    *,
+    use_running_average: bool,
+    domain: ArrayLike | int,
+    num_domains: int | None = None,
+    **options: Unpack[Options],
+) -> tuple[jax.Array, Stats]:
+    """Normalizes the rows of each domain by the domain's own mean and variance.
+
+    Domains may be mixed in one batch. The result, the running statistics and the
+    gradients are those of one `jbn.batch_norm` for each domain, called with its rows. A
+    domain that is absent keeps its running statistics. One function for
+
+    - split batch norm, AdvProp (Xie et al., 2020): 0 for clean, 1 for adversarial rows;
+    - domain-specific batch norm (Chang et al., 2019), batch correction: rows by source;
+    - a discriminator that sees real and fake in one batch: 0 and 1;
+    - MAML's statistics for each inner step (Antoniou et al., 2019): `domain=step`, one
+      number, for the whole batch;
+    - instance norm on packed data: rows by sample, and `batch_stats=None`.
+
+    Make the statistics by `init((num_domains, num_features))`. Parameters are shared
+    (`init(num_features)`) or each domain's own, with the shape of the statistics.
+
+    Args:
+        x: Input of shape (..., features, ...) and any floating or complex dtype.
+        params: Scale and bias, one entry per feature, or per domain and feature; `None`
+            leaves them out.
+        batch_stats: Running mean and variance, one entry per domain and feature.
+        use_running_average: `False` in training, `True` at inference.
+        domain: Which domain each row belongs to: integers for the rows, or for their
+            leading axes only (one an image: shape (batch,)), or one for all; may be
+            traced. A row of a domain outside of 0 to `num_domains - 1` is of none, as
+            padding: it does not count, and is normalized by the last domain.
+        num_domains: Needed where `batch_stats` are `None`.
+        **options: Everything else that `jbn.batch_norm` takes. Domains of few rows
+            benefit from `tau` and `min_weight`.
+
+    Returns:
+        The normalized array and the running statistics, as `jbn.batch_norm`.
+
+    Raises:
+        TypeError: If `domain` is not of integers, or as `jbn.batch_norm` does.
+        ValueError: If `domain` does not fit the rows, if `num_domains` is missing or
+            not that of `batch_stats`, or as `jbn.batch_norm` does.
+        NameError: As `jbn.batch_norm` does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jbn
+        >>> x = jnp.array([[0.0], [10.0], [2.0], [30.0]])
+        >>> _, stats = jbn.init((3, 1))
+        >>> y, stats = domain_batch_norm(
+        ...     x,
+        ...     None,
+        ...     stats,
+        ...     use_running_average=False,
+        ...     domain=jnp.array([0, 1, 0, 1]),
+        ...     momentum=0.5,
+        ... )
+        >>> print(y.ravel().round(3))
+        [-1. -1.  1.  1.]
+        >>> print(stats.mean.ravel(), stats.var.ravel())
+        [ 0.5 10.   0. ] [ 1.  50.5  1. ]
+
+    References:
+        Chang et al., "Domain-Specific Batch Normalization for Unsupervised Domain
+        Adaptation", 2019. https://arxiv.org/abs/1906.03950
+        Xie et al., "Adversarial Examples Improve Image Recognition", 2020.
+        https://arxiv.org/abs/1911.09665
+        Antoniou, Edwards and Storkey, "How to train your MAML", 2019.
+        https://arxiv.org/abs/1810.09502
+    """
+    if domain is None:
+        raise TypeError(
+            "`domain` must be given: which domain each row, each entry of the leading"
+            " axes, or the whole of `x` belongs to."
+        )
+    if batch_stats is not None and batch_stats.mean.ndim:
+        num_domains = num_domains or batch_stats.mean.shape[0]
+    if num_domains is None:
+        raise ValueError(
+            "`num_domains` must be given where `batch_stats` do not tell it; got None."
+        )
+    try:
+        num_domains = operator.index(num_domains)
+    except TypeError:
+        raise TypeError(
+            f"`num_domains` must be an integer; got {num_domains!r}."
+        ) from None
+    if num_domains < 1:
+        raise ValueError(f"`num_domains` must be at least 1; got {num_domains}.")
+    call = prepare(
+        x,
+        params,
+        batch_stats,
+        use_running_average=use_running_average,
+        domain=domain,
+        num_domains=num_domains,
+        **options,
+    )
+    return thread(call)

@@ -1,0 +1,86 @@
+"""Frozen batch norm: what is learned, remembered or chosen, each kept as it is."""
+
+from typing import Unpack
+
+import jax
+from jax import lax
+
+from jbn.call import Options, Stats, flag, prepare, thread
+from jbn.typing import ArrayLike, Params
+
+
+def frozen_batch_norm(
+    x: ArrayLike,
+    params: Params | None,
+    batch_stats: Stats,
+    *,
+    use_running_average: bool | None = None,
+    freeze_affine: bool = True,
+    freeze_stats: bool = True,
+    freeze_mode: bool = True,
+    **options: Unpack[Options],
+) -> tuple[jax.Array, Stats]:
+    """Normalizes by statistics that stay as they are.
+
+    For fine-tuning, in a model whose layers are told to train. Three things are frozen,
+    independently:
+
+    | | what is frozen |
+    |---|---|
+    | `freeze_mode` | the running statistics normalize, whatever is asked for |
+    | `freeze_stats` | they are not updated, whatever is asked for |
+    | `freeze_affine` | no gradient reaches `params` |
+
+    With all three the layer is a fixed affine map, and keeps O(features) numbers for
+    the backward pass. With `freeze_stats=False` the statistics adapt to new data while
+    the old ones normalize (both switches as asked for, see `jbn.batch_norm`).
+
+    A frozen parameter has a gradient of zero. An optimizer with weight decay moves it
+    all the same: leave it out there, too.
+
+    Args:
+        x: Input of shape (..., features, ...) and any floating or complex dtype.
+        params: Scale and bias, one entry per feature; `None` leaves them out.
+        batch_stats: Running mean and variance, one entry per feature.
+        use_running_average: What to normalize by; needed unless `freeze_mode`.
+        freeze_affine: Whether `params` are constants.
+        freeze_stats: Whether `batch_stats` are returned as they came.
+        freeze_mode: Whether to normalize by the running statistics in any case.
+        **options: Everything else that `jbn.batch_norm` takes.
+
+    Returns:
+        The normalized array and the running statistics, as `jbn.batch_norm`.
+
+    Raises:
+        TypeError: If a flag is not a boolean, or as `jbn.batch_norm` does.
+        ValueError: As `jbn.batch_norm` does.
+        NameError: As `jbn.batch_norm` does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jbn
+        >>> x = jnp.array([[3.0], [5.0]])
+        >>> stats = jbn.BatchStats(jnp.array([1.0]), jnp.array([4.0]))
+        >>> y, same = frozen_batch_norm(x, None, stats, epsilon=0.0)
+        >>> print(y.ravel(), same is stats)
+        [1. 2.] True
+    """
+    update_stats = options.get("update_stats")
+    if flag(freeze_affine, "freeze_affine"):
+        params = lax.stop_gradient(params)
+    if flag(freeze_mode, "freeze_mode"):
+        if update_stats is None:
+            # A call for training updates, unless it says otherwise.
+            update_stats = use_running_average is False
+        use_running_average = True
+    if flag(freeze_stats, "freeze_stats"):
+        update_stats = False
+    options["update_stats"] = update_stats
+    call = prepare(
+        x,
+        params,
+        batch_stats,
+        use_running_average=flag(use_running_average, "use_running_average"),
+        **options,
+    )
+    return thread(call)

@@ -1,0 +1,158 @@
+"""Ghost batch norm (Hoffer, Hubara and Soudry, 2017), or virtual batches."""
+
+import dataclasses
+import operator
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbn import summary
+from jbn.axes import Layout, Rows
+from jbn.call import Call, Options, Stats, prepare, thread
+from jbn.moments import as_moments
+from jbn.summary import Summary
+from jbn.typing import ArrayLike, Moments, Params
+
+
+def ghost_batch_norm(
+    x: ArrayLike,
+    params: Params | None,
+    batch_stats: Stats,
+    *,
+    use_running_average: bool,
+    num_groups: int,
+    **options: Unpack[Options],
+) -> tuple[jax.Array, Stats]:
+    """Normalizes each of several groups of the batch by its own mean and variance.
+
+    In training the batch is cut into `num_groups` groups along its first axis, so that
+    a large batch has the noise of a small one. Groups are contiguous and of
+    `ceil(n / num_groups)` entries; where that does not divide the batch, the last ones
+    have fewer, or none. Entries are those of the first axis that is not a feature axis
+    (images, sequences), and come whole.
+
+    Running statistics are those of the whole batch, exactly: the moments of the groups
+    are merged, with the scatter of their means. At inference there are no groups.
+
+    With `axis_name` each device cuts its own share, and groups do not cross devices, so
+    that normalizing needs no communication; one all-reduce merges the moments for the
+    running statistics. Under plain `jit` the groups are those of the whole batch; a
+    number that is a multiple of the devices keeps each on one.
+
+    Args:
+        x: Input of shape (batch, ..., features, ...) and any floating or complex dtype.
+        params: Scale and bias, one entry per feature; `None` leaves them out.
+        batch_stats: Running mean and variance, one entry per feature, or `None`.
+        use_running_average: `False` in training, `True` at inference.
+        num_groups: Number of groups (on each device, with `axis_name`); static.
+        **options: Everything else that `jbn.batch_norm` takes. A group of no weight is
+            normalized by the running statistics.
+
+    Returns:
+        The normalized array and the running statistics, as `jbn.batch_norm`.
+
+    Raises:
+        TypeError: If `num_groups` is not an integer, or as `jbn.batch_norm` does.
+        ValueError: If `num_groups` is below 1, if `x` has only feature axes, or as
+            `jbn.batch_norm` does.
+        NameError: As `jbn.batch_norm` does.
+
+    Example:
+        >>> import jbn
+        >>> x = jnp.array([[0.0], [2.0], [10.0], [30.0]])
+        >>> _, stats = jbn.init(1)
+        >>> y, stats = ghost_batch_norm(
+        ...     x,
+        ...     None,
+        ...     stats,
+        ...     use_running_average=False,
+        ...     num_groups=2,
+        ...     momentum=0.0,
+        ... )
+        >>> print(y.ravel().round(3), stats.mean, stats.var)
+        [-1.  1. -1.  1.] [10.5] [140.75]
+
+    References:
+        Hoffer, Hubara and Soudry, "Train longer, generalize better: closing the
+        generalization gap in large batch training of neural networks", 2017, algorithm
+        1 (whose running statistics average the groups). https://arxiv.org/abs/1705.08741
+    """
+    try:
+        num_groups = operator.index(num_groups)
+    except TypeError:
+        raise TypeError(
+            f"`num_groups` must be an integer; got {num_groups!r}."
+        ) from None
+    if num_groups < 1:
+        raise ValueError(f"`num_groups` must be at least 1; got {num_groups}.")
+    call = prepare(
+        x, params, batch_stats, use_running_average=use_running_average, **options
+    )
+    if call.use_running_average:
+        return thread(call)
+    if not call.rows.axes:
+        raise ValueError(
+            "`ghost_batch_norm` cuts the batch into groups along the first axis that is"
+            f" not a feature axis, and `x`, of shape {call.lay.shape}, has none."
+        )
+    axis = call.rows.axes[0]
+    size = call.lay.shape[axis]
+    grouped = _grouped(call, axis, num_groups)
+    groups = grouped.summarize()
+    y = grouped.by_batch(groups)
+    padded = y.shape[axis] * y.shape[axis + 1]
+    y = y.reshape(*y.shape[:axis], padded, *y.shape[axis + 2 :])
+    y = lax.slice_in_dim(y, 0, size, axis=axis)
+    if not call.update_stats:
+        return y, batch_stats
+    return y, call.fold(as_moments(_pooled(groups, call.rows, axis)))
+
+
+def _grouped(call: Call, axis: int, num_groups: int) -> Call:
+    """The call on an input whose groups are one more feature axis, at `axis`."""
+    size = call.lay.shape[axis]
+    group_size = -(-size // num_groups)
+    padding = num_groups * group_size - size
+    weights = call.weights
+    if padding:
+        shape = [size if a == axis else 1 for a in range(call.x.ndim)]
+        if weights is None:
+            weights = jnp.ones(shape, bool)
+        elif weights.shape[axis] == 1:
+            shape = jnp.broadcast_shapes(weights.shape, tuple(shape))
+            weights = jnp.broadcast_to(weights, shape)
+
+    def split(v: jax.Array) -> jax.Array:
+        if v.shape[axis] != size:
+            return jnp.expand_dims(v, axis)
+        if padding:
+            widths = [(0, padding if a == axis else 0) for a in range(v.ndim)]
+            v = jnp.pad(v, widths)
+        shape = (*v.shape[:axis], num_groups, group_size, *v.shape[axis + 1 :])
+        return v.reshape(shape)
+
+    x = split(call.x)
+    moved = [a + (a >= axis) for a in call.lay.feature_axes]
+    lay = Layout(tuple(x.shape), tuple(sorted([axis, *moved])))
+
+    def among_groups(stat: jax.Array) -> jax.Array:
+        return jnp.expand_dims(stat, axis)
+
+    return dataclasses.replace(
+        call,
+        x=x,
+        lay=lay,
+        rows=Rows(lay.reduction_axes),
+        weights=None if weights is None else split(weights),
+        running=Moments(*map(among_groups, call.running)),
+        scale=None if call.scale is None else among_groups(call.scale),
+        bias=None if call.bias is None else among_groups(call.bias),
+    )
+
+
+def _pooled(groups: Summary, rows: Rows, axis: int) -> Summary:
+    """All groups, and all devices, as one batch."""
+    whole = summary.merge(Summary(*(jnp.moveaxis(v, axis, 0) for v in groups)))
+    return whole if rows.axis_name is None else summary.all_reduce(whole, rows)

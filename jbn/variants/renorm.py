@@ -1,0 +1,130 @@
+"""Batch renormalization (Ioffe, 2017)."""
+
+import dataclasses
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbn import axes
+from jbn.call import Call, Options, Stats, prepare, thread
+from jbn.moments import as_moments
+from jbn.normalize import gain
+from jbn.ops import xla
+from jbn.summary import Summary
+from jbn.typing import ArrayLike, Params
+
+
+def batch_renorm(
+    x: ArrayLike,
+    params: Params | None,
+    batch_stats: Stats,
+    *,
+    use_running_average: bool,
+    r_max: float | int | ArrayLike = 3.0,
+    d_max: float | int | ArrayLike = 5.0,
+    **options: Unpack[Options],
+) -> tuple[jax.Array, Stats]:
+    """Normalizes by the batch, corrected towards the running statistics.
+
+    In training, with `sd = sqrt(var + epsilon)` of the batch and `running_sd` likewise,
+
+        r = clip(sd / running_sd, 1 / r_max, r_max)
+        d = clip((mean - running_mean) / running_sd, -d_max, d_max)
+        y = scale * ((x - mean) / sd * r + d) + bias
+
+    No gradient passes through r and d. The running statistics are those before this
+    batch, which is folded into them afterwards. Within the limits y is what inference
+    would give, so that a model does not rely on which rows share its batch: for small
+    batches, batches that are not drawn evenly, and reinforcement learning.
+
+    With `r_max=1` and `d_max=0` this is batch norm, with both infinite it is
+    normalization by the running statistics. Training starts near the former and opens
+    up: Ioffe goes to `r_max=3` between steps 5,000 and 40,000, and to `d_max=5` between
+    5,000 and 25,000. Pass schedules' values as arrays; these do not recompile.
+
+    Args:
+        x: Input of shape (..., features, ...) and any floating or complex dtype.
+        params: Scale and bias, one entry per feature; `None` leaves them out.
+        batch_stats: Running mean and variance, one entry per feature.
+        use_running_average: `False` in training, `True` at inference.
+        r_max: Limit of the ratio of standard deviations, at least 1; may be traced.
+        d_max: Limit of the distance of the means, at least 0; may be traced.
+        **options: Everything else that `jbn.batch_norm` takes, except `tau`.
+
+    Returns:
+        The normalized array and the running statistics, as `jbn.batch_norm`.
+
+    Raises:
+        ValueError: If `r_max` or `d_max` is known to be out of range, if there are no
+            `batch_stats`, if `tau` is given, or as `jbn.batch_norm` does.
+        TypeError: As `jbn.batch_norm` does.
+        NameError: As `jbn.batch_norm` does.
+
+    Example:
+        >>> import jbn
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> _, stats = jbn.init(1)
+        >>> y, stats = batch_renorm(
+        ...     x, None, stats, use_running_average=False, d_max=0.5, epsilon=0.0
+        ... )
+        >>> print(y.ravel(), stats.mean.round(3))
+        [-0.5  1.5] [0.02]
+
+    References:
+        Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+        Batch-Normalized Models", 2017, algorithm 1. https://arxiv.org/abs/1702.03275
+    """
+    if batch_stats is None:
+        raise ValueError(
+            "`batch_renorm` corrects towards the running statistics; got"
+            " `batch_stats=None`. Make them with `init`."
+        )
+    if axes.known(options.get("tau", 0)) != 0:
+        raise ValueError(
+            "`batch_renorm` does not take `tau`, which draws the statistics of the"
+            " batch towards the running ones: r and d do so already. Drop `tau`, or use"
+            " `batch_norm`."
+        )
+    r_max = axes.check_number(r_max, "r_max", 1, "1 leaves the batch's deviation.")
+    d_max = axes.check_number(d_max, "d_max", 0, "0 leaves the batch's mean.")
+    call = prepare(
+        x, params, batch_stats, use_running_average=use_running_average, **options
+    )
+    if call.use_running_average:
+        return thread(call)
+    batch = call.summarize()
+    y = _corrected(call, batch, r_max, d_max).by_batch(batch)
+    return y, call.fold(as_moments(batch))
+
+
+def _corrected(call: Call, batch: Summary, r_max: jax.Array, d_max: jax.Array) -> Call:
+    """The call with r and d in its scale and bias."""
+    moments, running, epsilon = lax.stop_gradient(
+        (call.enough(as_moments(batch)), call.running, call.epsilon)
+    )
+    real = running.var.dtype
+    some = moments.weight > 0
+    running_rstd = gain(running.var, epsilon, None)
+    r = jnp.sqrt(moments.var + epsilon.astype(real)) * running_rstd
+    r_max, d_max = r_max.astype(real), d_max.astype(real)
+    # A feature without weight is normalized by the running statistics as it is.
+    r = jnp.where(some, jnp.clip(r, 1 / r_max, r_max), 1)
+    d = (moments.mean - running.mean) * running_rstd.astype(running.mean.dtype)
+    d = jnp.where(some, _clip(d, d_max), 0)
+    scale, bias = r, d
+    if call.scale is not None:
+        scale = call.scale * r.astype(call.scale.dtype)
+        bias = call.scale.astype(d.dtype) * d
+    if call.bias is not None:
+        bias = bias + call.bias.astype(d.dtype)
+    return dataclasses.replace(call, scale=scale, bias=bias)
+
+
+def _clip(d: jax.Array, limit: jax.Array) -> jax.Array:
+    """`d` with its absolute value, where it is larger, brought down to `limit`."""
+    if not jnp.iscomplexobj(d):
+        return jnp.clip(d, -limit, limit)
+    size = jnp.sqrt(xla.abs_square(d))
+    return d * jnp.minimum(1, limit * xla.reciprocal(size)).astype(d.dtype)

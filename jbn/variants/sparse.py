@@ -1,0 +1,202 @@
+"""Batch norm of sparse arrays whose zeros are implicit, without making them dense."""
+
+import dataclasses
+import math
+from typing import NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.sparse import BCOO
+from jaxtyping import Array, Inexact
+
+from jbn import summary
+from jbn.axes import Rows
+from jbn.call import Call, Options, Stats, prepare
+from jbn.moments import merge, row_moments
+from jbn.normalize import gain
+from jbn.ops import xla
+from jbn.ops.segments import Segments, spread
+from jbn.typing import Moments, Params
+
+
+class SparseOutput(NamedTuple):
+    """A dense array, as the sum of a sparse one and a value per feature.
+
+    `values.todense() + background` is the dense array, `background` being what a zero
+    becomes. (Features that are not last need `background` reshaped to broadcast.) A
+    linear layer needs no dense array either: `values @ w + background @ w`.
+    """
+
+    values: BCOO
+    background: Inexact[Array, "*features"]
+
+
+def sparse_batch_norm(
+    x: BCOO,
+    params: Params | None,
+    batch_stats: Stats,
+    *,
+    use_running_average: bool,
+    **options: Unpack[Options],
+) -> tuple[SparseOutput, Stats]:
+    """Normalizes each feature of a sparse array, over stored and implicit elements.
+
+    The result is that of `jbn.batch_norm` on `x.todense()`, statistics and gradients
+    included, with memory and time of the order of the stored elements. With n stored
+    elements v of a feature that has T sites,
+
+        mean = sum(v) / T
+        var = (sum((v - mean)**2) + (T - n) * mean**2) / T
+
+    which is the merge of the stored elements' moments with those of T - n zeros.
+
+    (To leave the zeros out, as norms of point clouds and sparse convolutions do, call
+    `jbn.batch_norm` on `x.data`: the stored elements are then all there is.)
+
+    Args:
+        x: `jax.experimental.sparse.BCOO` of shape (..., features, ...), of any floating
+            dtype, with feature axes and others sparse or dense in any combination.
+            Elements stored more than once are added up first, unless
+            `x.unique_indices` says that there are none.
+        params: Scale and bias, one entry per feature; `None` leaves them out.
+        batch_stats: Running mean and variance, one entry per feature, or `None`.
+        use_running_average: `False` in training, `True` at inference.
+        **options: Everything else that `jbn.batch_norm` takes, except `trim`. `mask`
+            and `weights` are of sites: of the shape of `x` with size 1 for the
+            features, or without them.
+
+    Returns:
+        `SparseOutput(values, background)` with the indices of `x`, and the running
+        statistics.
+
+    Raises:
+        TypeError: If `x` is not a `BCOO`, or as `jbn.batch_norm` does.
+        ValueError: If `trim` is given, if weights vary between features, or as
+            `jbn.batch_norm` does.
+        NameError: As `jbn.batch_norm` does.
+
+    Example:
+        >>> import jbn
+        >>> x = BCOO.fromdense(jnp.array([[0.0, 4.0], [0.0, 0.0], [3.0, 0.0]]))
+        >>> y, _ = sparse_batch_norm(x, None, None, use_running_average=False)
+        >>> print((y.values.todense() + y.background).round(3))
+        [[-0.707  1.414]
+         [-0.707 -0.707]
+         [ 1.414 -0.707]]
+    """
+    if not isinstance(x, BCOO):
+        raise TypeError(
+            "`sparse_batch_norm` takes a `jax.experimental.sparse.BCOO`; got"
+            f" {type(x).__name__}. For a dense array use `batch_norm`."
+        )
+    if options.get("trim") is not None:
+        raise ValueError(
+            "`sparse_batch_norm` does not take `trim`: zeros that are outliers could"
+            " not be left out without storing them. Trim `x.data` by `trimmed_weights`."
+        )
+    if x.n_batch:
+        x = x.update_layout(n_batch=0)
+    if not x.unique_indices:
+        x = x.sum_duplicates(nse=x.nse, remove_zeros=False)
+    call = prepare(
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        params,
+        batch_stats,
+        use_running_average=use_running_average,
+        **options,
+    )
+    stored = _stored(x, call)
+    stats = batch = call.running
+    if not use_running_average or call.update_stats:
+        batch = jax.tree.map(call.lay.expand, _moments(stored, call))
+    if not use_running_average:
+        stats = call.settled(batch)
+    slope = gain(stats.var, call.epsilon, call.scale).astype(stats.mean.dtype)
+    background = -slope * stats.mean
+    if call.bias is not None:
+        background = background + call.bias.astype(background.dtype)
+    # Less the background, so that what is not stored is zero.
+    values = xla.wide(stored.x)
+    # An element that takes no part comes out as the bias.
+    ignored = xla.no_part(stored.x, stored.weights)
+    assert ignored is not None
+    values = jnp.where(ignored, stored.spread(call.lay.squeeze(stats.mean)), values)
+    values = values * stored.spread(call.lay.squeeze(slope))
+    y = BCOO(
+        (values.astype(call.dtype), x.indices),
+        shape=x.shape,
+        indices_sorted=x.indices_sorted,
+        unique_indices=x.unique_indices,
+    )
+    background = call.lay.squeeze(background).astype(call.dtype)
+    return SparseOutput(y, background), call.fold(batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The stored elements: a dense array whose first axis is reduced."""
+
+    x: jax.Array
+    rows: Rows
+    weights: jax.Array
+    segments: Segments | None
+    kept: tuple[int, ...]  # the shape of a statistic of `x`, reduced axes at size 1
+
+    def spread(self, stat: jax.Array) -> jax.Array:
+        """A statistic, of the shape of the features, for each stored element."""
+        return spread(stat.reshape(self.kept), self.segments)
+
+
+def _stored(x: BCOO, call: Call) -> _Stored:
+    """Which feature each stored element belongs to, and how much it counts."""
+    features = call.lay.feature_axes
+    sparse_features = [a for a in features if a < x.n_sparse]
+    dense = range(x.n_sparse, x.ndim)
+    rank_of_data = (1,) * (x.data.ndim - 1)
+    sizes = [x.shape[a] for a in sparse_features]
+    kept = (1, *(x.shape[a] if a in features else 1 for a in dense))
+    segments = None
+    if sparse_features:
+        ids = jnp.zeros(x.nse, x.indices.dtype)
+        for a, size in zip(sparse_features, sizes, strict=True):
+            ids = ids * size + x.indices[:, a]
+        segments = Segments(ids.reshape(-1, *rank_of_data), math.prod(sizes))
+        kept = (segments.num, *kept)
+    # BCOO fills up with elements whose indices are out of bounds.
+    bounds = jnp.asarray(x.shape[: x.n_sparse], x.indices.dtype)
+    there = (x.indices < bounds[None]).all(-1)
+    weights = there.reshape(-1, *rank_of_data)
+    if call.weights is not None:
+        if any(call.weights.shape[a] > 1 for a in features):
+            raise ValueError(
+                "`mask` and `weights` of a sparse array are of its sites, the same for"
+                f" all features; got shape {call.weights.shape} for features along"
+                f" {features}."
+            )
+        index = tuple(
+            x.indices[:, a] if call.weights.shape[a] > 1 else 0
+            for a in range(x.n_sparse)
+        )
+        counted = jnp.broadcast_to(
+            call.weights[index], (x.nse, *call.weights.shape[x.n_sparse :])
+        )
+        weights = jnp.where(weights, counted, jnp.zeros_like(counted))
+    reduced = (0, *(1 + a - x.n_sparse for a in dense if a not in features))
+    rows = dataclasses.replace(call.rows, axes=reduced)
+    return _Stored(x.data, rows, weights, segments, kept)
+
+
+def _moments(stored: _Stored, call: Call) -> Moments:
+    """The moments of all sites: of the stored elements, and of zeros."""
+    moments = row_moments(stored.rows, stored.x, stored.weights, stored.segments)
+    weight = jnp.broadcast_to(moments.weight, moments.var.shape)
+    moments = jax.tree.map(
+        lambda v: v.reshape(call.lay.features), moments._replace(weight=weight)
+    )
+    sites = xla.total_weight(call.x, call.weights, call.rows.axes)
+    if call.rows.axis_name is not None:
+        sites = summary.psum(sites, call.rows)
+    # Rounding may leave a little less than nothing.
+    zeros = jnp.maximum(call.lay.squeeze(sites) - moments.weight, 0)
+    none = jnp.zeros_like(moments.mean)
+    return merge(moments, Moments(zeros, none, jnp.zeros_like(zeros)))

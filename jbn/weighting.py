@@ -1,0 +1,113 @@
+"""What counts alike: every element, every sample, or every group.
+
+Each function makes `weights` for the functions that take them. An element counts by
+its weight, wherever it is, since weights are applied before devices are summed.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jbn import axes, summary
+from jbn.ops import xla
+from jbn.typing import ArrayLike, AxisIndexGroups, AxisName
+
+
+def sample_weights(weights: ArrayLike, *, axis: int | tuple[int, ...] = 0) -> jax.Array:
+    """Makes weights by which each sample counts once, however long it is.
+
+    By default every element counts alike, so that a sequence of a thousand steps
+    counts a hundred times as much as one of ten. Here each sample has a total of 1:
+
+        weights / sum of the sample's weights
+
+    A sample of no weight has none here, too.
+
+    Args:
+        weights: Mask or non-negative weights of the elements, the samples along
+            `axis`: of shape (batch, length), say.
+        axis: Axis or axes that tell samples apart; the total of each sample is over all
+            others. For a mask with features as well, which may differ between
+            them, that is both: `axis=(0, -1)` for (batch, length, features).
+
+    Returns:
+        Weights of the same shape, float32 or wider. (On a shard of the samples, those
+        of the shard: no sample's weights depend on another's.)
+
+    Raises:
+        TypeError: If `weights` are complex.
+        ValueError: If `axis` is not one of `weights`.
+
+    Example:
+        >>> mask = jnp.array([[True, True, True, True], [True, False, False, False]])
+        >>> print(sample_weights(mask))
+        [[0.25 0.25 0.25 0.25]
+         [1.   0.   0.   0.  ]]
+    """
+    w = _real(weights, "weights")
+    kept = axes.layout(w, axis).feature_axes
+    others = tuple(a for a in range(w.ndim) if a not in kept)
+    return w * xla.reciprocal(w.sum(others, keepdims=True))
+
+
+def group_weights(
+    ids: ArrayLike,
+    num_groups: int,
+    *,
+    weights: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+) -> jax.Array:
+    """Makes weights by which each group of rows counts once, however large it is.
+
+        weights / sum of the weights of all rows with the same id
+
+    Groups are whatever shares an id: the packed rows of one sequence or graph (see
+    `segment_ids`), a class, a client, a site of a clinical study. An id outside of
+    0 to `num_groups - 1` belongs to no group and has no weight, as padding.
+
+    Args:
+        ids: Integers that say which group each row belongs to.
+        num_groups: Number of groups; static.
+        weights: Mask or weights of the rows within their groups, of the shape of `ids`;
+            by default 1.
+        axis_name: Mapped axis or axes over which a group may be spread. Leave it unset
+            where groups lie whole on one device, as packed sequences do.
+        axis_index_groups: Groups of indices of `axis_name` to sum within.
+
+    Returns:
+        Weights of the shape of `ids`, float32 or wider.
+
+    Raises:
+        TypeError: If `ids` are not integers, or `weights` are complex.
+        ValueError: If the shapes differ.
+        NameError: If `axis_name` is not a mapped axis here.
+
+    Example:
+        >>> print(group_weights(jnp.array([0, 0, 0, 0, 1, 2]), 2))
+        [0.25 0.25 0.25 0.25 1.   0.  ]
+    """
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"`ids` must be of integers; got {ids.dtype}.")
+    w = jnp.ones(ids.shape) if weights is None else _real(weights, "weights")
+    if w.shape != ids.shape:
+        raise ValueError(
+            f"`weights` must have the shape of `ids`; got {w.shape} and {ids.shape}."
+        )
+    known = (ids >= 0) & (ids < num_groups)
+    w = jnp.where(known, w, 0)
+    ids = jnp.where(known, ids, num_groups)
+    totals = jax.ops.segment_sum(w.ravel(), ids.ravel(), num_groups)
+    if axis_name is not None:
+        lay = axes.Layout(w.shape, ())
+        totals = summary.psum(totals, axes.rows(lay, axis_name, axis_index_groups))
+    return w * jnp.take(xla.reciprocal(totals), ids, mode="clip")
+
+
+def _real(weights: ArrayLike, name: str) -> jax.Array:
+    """Mask or weights as real numbers, float32 or wider."""
+    w = jnp.asarray(weights)
+    if jnp.iscomplexobj(w):
+        raise TypeError(f"`{name}` must be real; got {w.dtype}.")
+    w = w if jnp.issubdtype(w.dtype, jnp.inexact) else w.astype(jnp.float32)
+    return xla.wide(w)
