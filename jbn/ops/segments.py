@@ -6,6 +6,7 @@ segment, and then what it would have without segments, reduced axes at size 1.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ class Segments:
     the features. An id that is not in 0 to `num - 1` is of no segment.
     """
 
-    ids: jax.Array
+    ids: Any  # an array, or what JAX puts in its place when it takes trees apart
     num: int = dataclasses.field(metadata={"static": True})
 
 

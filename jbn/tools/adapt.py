@@ -1,0 +1,100 @@
+"""Adapt to data that has shifted: statistics of the target, mixed with the source's."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+import jbn
+from jbn.tools.layers import Where, nnx_norms, stats_nodes
+from jbn.tools.recalibrate import State, population, with_moments
+from jbn.typing import BatchStats, Moments
+
+
+def adapt(
+    apply: Callable[[Any, Any], Any],
+    variables: State,
+    batches: Iterable[Any],
+    *,
+    prior: float | int,
+    where: Where = None,
+) -> State:
+    """Mixes the statistics of new data into those of the source, without labels.
+
+    With n rows of the target at a layer and a = n / (n + prior),
+
+        mean = (1 - a) * source_mean + a * target_mean
+        var = (1 - a) * source_var + a * target_var
+              + a * (1 - a) * abs(source_mean - target_mean)**2
+
+    the statistics of `prior` rows of the source and all of the target together. (The
+    blends of variances that are in use leave out the last term.) `prior=0` takes the
+    target's alone (Nado et al., 2020; `recalibrate`), infinity stays with the source.
+    Rows are what a layer reduces: for images n is their number times their pixels at
+    that layer, so priors in images are times some hundreds.
+
+    For a stream, adapt anew from the source for each batch; or from the last result,
+    by which the source fades away exponentially, by n / (n + prior) a batch.
+
+    To train scale and bias by the entropy of the predictions as well (TENT, Wang et
+    al., 2021), start from the result and take the gradient of the parameters that
+    `kinds` calls `"norm"`, and of no others.
+
+    Args:
+        apply: As for `recalibrate`, running the model in training mode.
+        variables: Linen's variables, or an NNX model.
+        batches: Data of the target. Each layer's input is normalized by the mixture
+            with its own batch.
+        prior: Weight of the source, in rows of a layer.
+        where: Which layers; by default all.
+
+    Returns:
+        New variables, or a copy of the model, to be used in inference mode.
+
+    Raises:
+        TypeError: As `recalibrate` does.
+        ValueError: If `prior` is negative, or as `recalibrate` does.
+
+    Example:
+        >>> import jax
+        >>> import jbn.linen
+        >>> layer = jbn.linen.BatchNorm(use_running_average=False)
+        >>> x = jnp.array([[3.0], [5.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> apply = lambda v, x: layer.apply(v, x, mutable=["batch_stats"])
+        >>> new = adapt(apply, variables, [x], prior=2)
+        >>> print(new["batch_stats"]["mean"], new["batch_stats"]["var"])
+        [2.] [5.]
+
+    References:
+        Schneider et al., "Improving robustness against common corruptions by covariate
+        shift adaptation", 2020. https://arxiv.org/abs/2006.16971
+        Nado et al., "Evaluating Prediction-Time Batch Normalization for Robustness
+        under Covariate Shift", 2020. https://arxiv.org/abs/2006.10963
+        Wang et al., "Tent: Fully Test-Time Adaptation by Entropy Minimization", 2021.
+        https://arxiv.org/abs/2006.10726
+    """
+    prior = float(prior)
+    if not prior >= 0:
+        raise ValueError(f"`prior` must not be negative; got {prior}.")
+    found = population(apply, variables, batches, where=where, tau=prior)
+    mixed = {
+        path: _mixed(moments, _running(variables, path), prior)
+        for path, moments in found.items()
+    }
+    return with_moments(variables, mixed)
+
+
+def _mixed(target: Moments, source: BatchStats, prior: float) -> Moments:
+    return jbn.shrink(target, source, tau=jnp.float32(prior))
+
+
+def _running(variables: Any, path: str) -> BatchStats:
+    """The running statistics of the layer at `path`."""
+    if isinstance(variables, nnx.Module):
+        layer = nnx_norms(variables)[path]
+        return BatchStats(layer.mean[...], layer.var[...])
+    key = tuple(path.split("/")) if path else ()
+    node = stats_nodes(variables["batch_stats"])[key]
+    return BatchStats(jnp.asarray(node["mean"]), jnp.asarray(node["var"]))

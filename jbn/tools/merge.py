@@ -1,0 +1,183 @@
+"""Merge the statistics of replicas, hosts, clients: of all their rows together."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jbn
+from jbn import axes
+from jbn.tools.layers import Where, chosen, stats_nodes, with_nodes
+from jbn.typing import ArrayLike, Moments
+
+
+def merge(
+    batch_stats: Sequence[Mapping] | Mapping,
+    *,
+    weights: Sequence[float | int | ArrayLike] | ArrayLike | None = None,
+) -> dict:
+    """Merges several `batch_stats` into the statistics of all rows together.
+
+    For each layer and feature, with a_k the share of part k in the weights,
+
+        mean = sum_k a_k * mean_k
+        var = sum_k a_k * (var_k + abs(mean_k - mean)**2)
+
+    the statistics of the mixture. The average of the variances alone lacks the scatter
+    of the means: four replicas with means 0, 1, 2, 3 and variance 1 have 2.25, not 1.
+
+    Args:
+        batch_stats: Collections of the same layers; or one, with an axis in front of
+            each array that the parts are stacked along, as `jax.pmap` and
+            `multihost_utils.process_allgather` give them.
+        weights: How much each part counts, the rows that it stands for: numbers, or
+            arrays that broadcast to its statistics. By default all alike. A part of
+            weight 0 does not count; where none does the first is kept.
+
+    Returns:
+        One collection. `weight`, where layers keep it, is the sum of the parts'.
+
+    Raises:
+        TypeError: If `batch_stats` are neither.
+        ValueError: If there are none, they are of different layers, or there are not as
+            many weights, or weights known to be negative.
+
+    Example:
+        >>> parts = [{"norm": {"mean": jnp.array([m]), "var": jnp.array([1.0])}}
+        ...          for m in (0.0, 1.0, 2.0, 3.0)]
+        >>> merged = merge(parts)
+        >>> print(merged["norm"]["mean"], merged["norm"]["var"])
+        [1.5] [2.25]
+    """
+    if isinstance(batch_stats, Mapping):
+        leaves = jax.tree.leaves(batch_stats)
+        sizes = {np.shape(leaf)[:1] for leaf in leaves}
+        if len(sizes) != 1 or () in sizes:
+            raise ValueError(
+                "One `batch_stats` is taken as parts stacked along a first axis of the"
+                f" same size everywhere; got sizes {sorted(sizes)}. Pass a list of"
+                " collections if they are not stacked."
+            )
+        count = sizes.pop()[0]
+        parts = [
+            jax.tree.map(operator.itemgetter(k), batch_stats) for k in range(count)
+        ]
+    elif isinstance(batch_stats, Sequence):
+        parts = list(batch_stats)
+    else:
+        raise TypeError(
+            "`batch_stats` must be a list of collections, or one with stacked arrays;"
+            f" got {type(batch_stats).__name__}."
+        )
+    if not parts:
+        raise ValueError("`merge` takes at least one `batch_stats`; got none.")
+    if len({jax.tree.structure(part) for part in parts}) > 1:
+        raise ValueError(
+            "`merge` takes `batch_stats` of the same layers; got trees that differ."
+        )
+    shares = _weights(weights, len(parts))
+    nodes = [stats_nodes(part) for part in parts]
+    merged = {}
+    for path, first in nodes[0].items():
+        layers = [found[path] for found in nodes]
+        moments = jbn.merge(
+            *(_moments(node, share) for node, share in zip(layers, shares, strict=True))
+        )
+        some = moments.weight > 0
+        merged[path] = {
+            **first,
+            "mean": jnp.where(some, moments.mean, first["mean"]),
+            "var": jnp.where(some, moments.var, first["var"]),
+        }
+        if "weight" in first:
+            merged[path]["weight"] = sum(node["weight"] for node in layers)
+    return with_nodes(parts[0], merged)
+
+
+def average(
+    trees: Sequence[Any],
+    *,
+    weights: Sequence[float | int | ArrayLike] | ArrayLike | None = None,
+) -> Any:
+    """The weighted mean of trees of parameters, as federated averaging has it.
+
+    For parameters; `batch_stats` are merged by `merge`.
+
+    Args:
+        trees: Trees of the same structure.
+        weights: How much each counts; by default all alike.
+
+    Returns:
+        One tree.
+
+    Raises:
+        ValueError: If there are no trees, or not as many weights.
+
+    References:
+        McMahan et al., "Communication-Efficient Learning of Deep Networks from
+        Decentralized Data", 2017.
+    """
+    if not trees:
+        raise ValueError("`average` takes at least one tree; got none.")
+    shares = _weights(weights, len(trees))
+    total = sum(shares)
+
+    def mean(*leaves):
+        weighted = [
+            leaf * (share / total).astype(leaf.dtype)
+            for leaf, share in zip(leaves, shares, strict=True)
+        ]
+        return sum(weighted[1:], weighted[0])
+
+    return jax.tree.map(mean, *trees)
+
+
+def fed_bn(merged: Mapping, own: Mapping, *, where: Where = None) -> dict:
+    """A client's variables for the next round: everybody's, with its own batch norms.
+
+    Clients whose data differ keep their own scale, bias and statistics (FedBN).
+
+    Args:
+        merged: Variables with `params` and `batch_stats` that clients share.
+        own: The client's variables, of the same structure.
+        where: Which batch norm layers stay the client's own; by default all.
+
+    Returns:
+        Variables of the same structure.
+
+    References:
+        Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch
+        Normalization", 2021. https://arxiv.org/abs/2102.07623
+    """
+    paths = {p for p in stats_nodes(own["batch_stats"]) if chosen("/".join(p), where)}
+
+    def pick(key_path, shared, local):
+        keys = tuple(key.key for key in key_path)
+        return local if keys[1:-1] in paths else shared
+
+    return jax.tree_util.tree_map_with_path(pick, dict(merged), dict(own))
+
+
+def _moments(node: Mapping, share: jax.Array) -> Moments:
+    var = jnp.asarray(node["var"])
+    extra = var.ndim - share.ndim
+    share = jnp.expand_dims(share, range(share.ndim, share.ndim + extra))
+    weight = jnp.broadcast_to(share.astype(var.dtype), var.shape)
+    return Moments(weight, jnp.asarray(node["mean"]), var)
+
+
+def _weights(weights: Any, count: int) -> list[jax.Array]:
+    if weights is None:
+        return [jnp.ones(()) for _ in range(count)]
+    if len(weights) != count:
+        raise ValueError(
+            f"`weights` must be one for each part; got {len(weights)} for {count}."
+        )
+    for w in weights:
+        value = axes.known(w)
+        if value is not None and not (value >= 0).all():
+            raise ValueError(f"`weights` must not be negative; got {value}.")
+    return [jnp.asarray(w, jnp.float32) for w in weights]
