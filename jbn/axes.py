@@ -99,16 +99,24 @@ def layout(x: ArrayLike | jax.ShapeDtypeStruct, axis: Axes) -> Layout:
 
 
 def check_features(
-    stat: ArrayLike, name: str, lay: Layout, axis: Axes, num_domains: int | None = None
+    stat: ArrayLike,
+    name: str,
+    lay: Layout,
+    axis: Axes,
+    front: tuple[str, int] | None = None,
 ) -> None:
-    """Raises unless `stat` has one entry per feature, or per domain and feature."""
-    if num_domains is not None:
-        if tuple(stat.shape) != (num_domains, *lay.features):
+    """Raises unless `stat` has one entry per feature.
+
+    With `front` it must have as many for each of what that names, as `("domain", 3)`.
+    """
+    if front is not None:
+        what, number = front
+        if tuple(stat.shape) != (number, *lay.features):
             raise ValueError(
-                f"`{name}` must have one entry per domain and feature: it has shape"
-                f" {tuple(stat.shape)}, but there are {num_domains} domains, and `x`,"
-                f" of shape {lay.shape}, has features of shape {lay.features} along"
-                f" axis={axis!r}. Make it by `init(({num_domains}, ...))`."
+                f"`{name}` must have one entry per {what} and feature: it has shape"
+                f" {tuple(stat.shape)}, and not {(number, *lay.features)}, for {number}"
+                f" of the one and, along axis={axis!r} of `x`, of shape {lay.shape},"
+                f" {lay.features} of the other. Make it by `init(({number}, ...))`."
             )
         return
     if tuple(stat.shape) != lay.features:
@@ -271,12 +279,12 @@ def _expand_weights(weights: ArrayLike, name: str, lay: Layout) -> jax.Array:
     return weights.reshape(readings[0])
 
 
-def row_ids(ids: ArrayLike | int, name: str, lay: Layout) -> jax.Array:
+def row_ids(ids: Any, name: str, lay: Layout) -> jax.Array:
     """Checks integers that each row has one of, and gives them the rank of the input.
 
     They may have fewer axes than the rows: those in front, as one id an image.
     """
-    ids = np.asarray(ids) if isinstance(ids, int) else ids
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`{name}` must be of integers; got {ids.dtype}.")
     shape, rank = tuple(ids.shape), len(lay.shape)

@@ -117,7 +117,10 @@ class Call:
         """The running statistics, updated if they are to be."""
         if not self.update_stats:
             return self.batch_stats
-        moments = jax.tree.map(self.lay.squeeze, self.enough(moments))
+        if self.batch_stats.pending is None:
+            # Of microbatches, every row counts: together they may be enough.
+            moments = self.enough(moments)
+        moments = jax.tree.map(self.lay.squeeze, moments)
         return update_batch_stats(self.batch_stats, moments, **self.rule)
 
     def enough(self, moments: Moments) -> Moments:
@@ -204,7 +207,8 @@ def prepare(
         known = batch_stats
         check_stats(known, "batch_stats", lay, axis, x.dtype, num_domains)
         check_rule(known, **rule)
-    scale, bias = affine(params, lay, axis, x.dtype, num_domains)
+    front = None if num_domains is None else ("domain", num_domains)
+    scale, bias = affine(params, lay, axis, x.dtype, front)
     call = Call(
         x=x,
         lay=lay,

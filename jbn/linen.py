@@ -15,7 +15,7 @@ from jbn.variants.conditional import conditional_batch_norm
 from jbn.variants.domain import domain_batch_norm
 from jbn.variants.frozen import frozen_batch_norm
 from jbn.variants.ghost import ghost_batch_norm
-from jbn.variants.renorm import batch_renorm
+from jbn.variants.renorm import batch_renorm, next_step
 
 
 # A number, or what gives it for the number of updates so far, as Optax's schedules.
@@ -134,9 +134,9 @@ class BatchRenorm(BatchNorm, _RenormFields):
 
     Attributes:
         r_max: Limit of the ratio of standard deviations, at least 1, or a schedule: a
-            function of the number of updates, such as
-            `optax.linear_schedule(1.0, 3.0, 35_000, 5_000)`. A schedule adds the number
-            of updates as `batch_stats/step`.
+            function of the number of training calls so far, such as
+            `optax.linear_schedule(1.0, 3.0, 35_000, 5_000)`. A schedule adds this
+            number as `batch_stats/step`. (With `accumulate` it counts microbatches.)
         d_max: Limit of the distance of the means, at least 0, or a schedule.
 
     All other attributes are those of `BatchNorm`.
@@ -417,7 +417,11 @@ class FrozenBatchNorm(BatchNorm):
         )
 
 
-def _mode(layer: BatchNorm, use_running_average: bool | None) -> bool:
+def _mode(
+    layer: BatchNorm, use_running_average: bool | None, needed: bool = True
+) -> bool | None:
+    if not needed and use_running_average is layer.use_running_average is None:
+        return None
     return nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
@@ -498,5 +502,5 @@ def _thread(
         for name, value in batch_stats_dict(batch_stats).items():
             variables[name].value = value
         if step is not None:
-            step.value = step.value + 1
+            step.value = next_step(step.value)
     return y

@@ -25,7 +25,7 @@ from jbn.variants.conditional import conditional_batch_norm
 from jbn.variants.domain import domain_batch_norm
 from jbn.variants.frozen import frozen_batch_norm
 from jbn.variants.ghost import ghost_batch_norm
-from jbn.variants.renorm import batch_renorm
+from jbn.variants.renorm import batch_renorm, next_step
 
 
 # A number, or what gives it for the number of updates so far, as Optax's schedules.
@@ -211,9 +211,10 @@ class BatchRenorm(BatchNorm):
     Args:
         num_features: As for `BatchNorm`.
         r_max: Limit of the ratio of standard deviations, at least 1, or a schedule: a
-            function of the number of updates, such as
-            `optax.linear_schedule(1.0, 3.0, 35_000, 5_000)`. A schedule adds the number
-            of updates as the `nnx.BatchStat` `step`.
+            function of the number of training calls so far, such as
+            `optax.linear_schedule(1.0, 3.0, 35_000, 5_000)`. A schedule adds this
+            number as the `nnx.BatchStat` `step`. (With `accumulate` it counts
+            microbatches.)
         d_max: Limit of the distance of the means, at least 0, or a schedule.
         **options: All other arguments of `BatchNorm`.
     """
@@ -506,7 +507,7 @@ class FrozenBatchNorm(BatchNorm):
             self,
             frozen_batch_norm,
             x,
-            _mode(self, use_running_average),
+            _mode(self, use_running_average, needed=not self.freeze_mode),
             update_stats,
             mask=mask,
             weights=weights,
@@ -538,7 +539,11 @@ def commit(model: nnx.Module) -> None:
         _write(layer, commit_stats(_read(layer), **_rule(layer)))
 
 
-def _mode(layer: BatchNorm, use_running_average: bool | None) -> bool:
+def _mode(
+    layer: BatchNorm, use_running_average: bool | None, needed: bool = True
+) -> bool | None:
+    if not needed and use_running_average is layer.use_running_average is None:
+        return None
     return nnx.module.first_from(
         use_running_average,
         layer.use_running_average,
@@ -589,7 +594,7 @@ def _thread(
     layer: BatchNorm,
     function: Callable[..., Any],
     x: ArrayLike,
-    use_running_average: bool,
+    use_running_average: bool | None,
     update_stats: bool | None,
     **call: Any,
 ) -> jax.Array:
@@ -634,5 +639,5 @@ def _thread(
     if batch_stats is not given:
         _write(layer, batch_stats)
         if isinstance(layer, BatchRenorm) and layer.step is not None:
-            layer.step[...] += 1
+            layer.step[...] = next_step(layer.step[...])
     return y

@@ -81,7 +81,8 @@ def check_stats(
     tracked = getattr(stats, "weight", None) is not None
     for field in ("mean", "var", *(["weight"] if tracked else [])):
         stat = getattr(stats, field)
-        axes.check_features(stat, f"{name}.{field}", lay, axis, num_domains)
+        front = None if num_domains is None else ("domain", num_domains)
+        axes.check_features(stat, f"{name}.{field}", lay, axis, front)
         real = field != "mean" or not jnp.issubdtype(dtype, jnp.complexfloating)
         axes.check_real(stat, f"{name}.{field}", real)
     pending = getattr(stats, "pending", None)
@@ -102,11 +103,11 @@ def affine(
     lay: axes.Layout,
     axis: Axes,
     dtype: DType,
-    num_domains: int | None = None,
+    front: tuple[str, int] | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Scale and bias, checked, as `apply` takes them, for an input of `dtype`.
 
-    With domains they may be the same for all, or each domain's own.
+    With `front`, as `("domain", 3)`, they are shared by all domains, or each one's own.
     """
     if params is not None:
         axes.check_record(params, "params", Params)
@@ -114,11 +115,11 @@ def affine(
     for field in Params._fields:
         param = None if params is None else getattr(params, field)
         if param is not None:
-            if num_domains is not None and param.ndim == len(lay.features):
-                param = param[None]
-            own = num_domains is not None and param.shape[0] != 1
-            front = num_domains if own else None if num_domains is None else 1
-            axes.check_features(param, f"params.{field}", lay, axis, front)
+            shared = front is not None and param.ndim == len(lay.features)
+            own = None if shared else front
+            axes.check_features(param, f"params.{field}", lay, axis, own)
+            if shared:
+                param = jnp.asarray(param)[None]
             real = not jnp.issubdtype(dtype, jnp.complexfloating)
             axes.check_real(param, f"params.{field}", real)
             param = lay.expand(as_statistic(jnp.asarray(param), dtype))

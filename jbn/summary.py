@@ -12,7 +12,7 @@ from jax import lax
 
 from jbn.axes import Rows
 from jbn.ops import xla
-from jbn.ops.segments import Segments
+from jbn.ops.segments import Segments, in_blocks
 
 
 # Longest plain sum. XLA on CPU adds rows one by one, and the rounding error of n such
@@ -52,16 +52,12 @@ def summarize(
     """
     first = x.shape[rows.axes[0]] if rows.axes else 1
     shards = math.gcd(first, _num_shards()) if first else 1
-    wanted = math.prod(x.shape[a] for a in rows.axes) / _BLOCK_ROWS
     if segments is None:
-        counts = _block_counts(x.shape, rows.axes, shards, wanted)
+        counts = _block_counts(x.shape, rows.axes, shards)
         summary = _summarize_blocks(x, weights, rows.axes, counts)
     else:
-        # Every block has all the segments: no more blocks than make that little.
-        wanted = min(wanted, segments.ids.size / (8 * segments.num))
-        counts = _block_counts(x.shape, rows.axes[:1], shards, wanted)
-        summary = _summarize_segment_blocks(x, weights, rows.axes, counts, segments)
-    per_shard = math.prod(counts.values()) // shards
+        summary = _summarize_segments(x, weights, rows.axes, shards, segments)
+    per_shard = summary.var.shape[0] // shards
     summary = jax.tree.map(
         lambda v: v.reshape(shards, per_shard, *v.shape[1:]), summary
     )
@@ -192,31 +188,55 @@ def _summarize_blocks(
     return Summary(*map(stack, parts))
 
 
-def _summarize_segment_blocks(
+def _summarize_segments(
     x: jax.Array,
     weights: jax.Array | None,
     axes: tuple[int, ...],
-    counts: dict[int, int],
+    shards: int,
     segments: Segments,
 ) -> Summary:
-    """The summaries of the blocks along the one axis in `counts`, stacked in front."""
+    """The summaries of blocks of rows, each of all segments, stacked in front."""
 
     def split(v: jax.Array) -> jax.Array:
-        for a, count in counts.items():
-            if v.shape[a] == x.shape[a]:
-                shape = (*v.shape[:a], count, v.shape[a] // count, *v.shape[a + 1 :])
-                return jnp.moveaxis(v.reshape(shape), a, 0)
-        # No rows to split, or ids and weights that are the same in every block.
-        count = math.prod(counts.values())
-        return jnp.broadcast_to(v[None], (count, *v.shape))
+        a = axes[0] if axes else 0
+        if axes and v.shape[a] == x.shape[a]:
+            shape = (*v.shape[:a], shards, v.shape[a] // shards, *v.shape[a + 1 :])
+            return jnp.moveaxis(v.reshape(shape), a, 0)
+        # The same in every shard.
+        return jnp.broadcast_to(v[None], (shards, *v.shape))
 
-    def summarize_block(x, weights, ids) -> Summary:
-        block = Segments(ids, segments.num)
-        return Summary(*xla.summarize(x, weights, axes, block))
+    def summarize_shard(x, weights, ids) -> Summary:
+        counts = _segment_block_counts(x.shape, axes, ids.shape, segments.num)
+        blocks = in_blocks(Segments(ids, segments.num), x.shape, counts)
+        parts = xla.summarize(x, weights, axes, blocks)
+        return Summary(*(v.reshape(-1, segments.num, *v.shape[1:]) for v in parts))
 
-    return jax.vmap(summarize_block)(
+    parts = jax.vmap(summarize_shard)(
         split(x), None if weights is None else split(weights), split(segments.ids)
     )
+    return Summary(*(v.reshape(-1, *v.shape[2:]) for v in parts))
+
+
+def _segment_block_counts(
+    shape: tuple[int, ...], axes: tuple[int, ...], ids: tuple[int, ...], num: int
+) -> dict[int, int]:
+    """How many blocks to cut each axis into, for sums by id and sums within one id.
+
+    Each block has all the segments, so there are no more than take up half of what the
+    rows do.
+    """
+    most = max(1, math.prod(shape[a] for a in axes) // (2 * num))
+    counts = {}
+    for summed, longest in (
+        ([a for a in axes if ids[a] != 1], _BLOCK_ROWS),
+        # These come first, in one loop, and cutting them makes for more ids.
+        ([a for a in axes if ids[a] == 1], 4 * _BLOCK_ROWS),
+    ):
+        wanted = math.ceil(math.prod(shape[a] for a in summed) / longest)
+        for a in sorted(summed, key=lambda a: -shape[a]):
+            counts[a] = max(1, min(wanted, shape[a], most))
+            wanted, most = -(-wanted // counts[a]), most // counts[a]
+    return counts
 
 
 def _num_shards() -> int:
@@ -232,12 +252,13 @@ def _num_shards() -> int:
 
 
 def _block_counts(
-    shape: tuple[int, ...], axes: tuple[int, ...], shards: int, wanted: float
+    shape: tuple[int, ...], axes: tuple[int, ...], shards: int
 ) -> dict[int, int]:
-    """How many equal blocks to split each reduced axis into, to have those `wanted`.
+    """How many equal blocks to split each reduced axis into.
 
     The first one, which is where batches are sharded, gets a multiple of `shards`.
     """
+    wanted = math.prod(shape[a] for a in axes) / _BLOCK_ROWS
     counts = {}
     for a in axes:
         base = shards if a == axes[0] else 1

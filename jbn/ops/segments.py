@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +38,7 @@ def total(
     v = jnp.broadcast_to(v, jnp.broadcast_shapes(v.shape, ids.shape))
     # Take each axis apart into that of the ids and that of the statistic.
     sizes = zip(v.shape, ids.shape, strict=True)
-    pairs = [(n, 1) if varies > 1 else (1, n) for n, varies in sizes]
+    pairs = [(1, n) if varies == 1 else (n, 1) for n, varies in sizes]
     v = v.reshape([n for pair in pairs for n in pair])
     v = v.transpose([*range(0, v.ndim, 2), *range(1, v.ndim, 2)])
     v = v.reshape(ids.size, *v.shape[ids.ndim :])
@@ -64,6 +65,23 @@ def spread(stat: jax.Array, segments: Segments | None = None) -> jax.Array:
 def inside(segments: Segments) -> jax.Array:
     """Which rows belong to a segment; of the shape of the ids."""
     return (segments.ids >= 0) & (segments.ids < segments.num)
+
+
+def in_blocks(
+    segments: Segments, shape: tuple[int, ...], counts: dict[int, int]
+) -> Segments:
+    """The segments cut into blocks: `counts[a]` of them along each axis `a` of `shape`.
+
+    The parts of the first block come first. Blocks need not divide the axes.
+    """
+    ids, num = _known(segments), segments.num
+    block = jnp.zeros((1,) * ids.ndim, ids.dtype)
+    for a, count in counts.items():
+        along = [shape[a] if b == a else 1 for b in range(ids.ndim)]
+        length = max(1, -(-shape[a] // count))
+        block = block * count + lax.broadcasted_iota(ids.dtype, along, a) // length
+    total_num = math.prod(counts.values()) * num
+    return Segments(jnp.where(ids < num, ids + num * block, total_num), total_num)
 
 
 def _known(segments: Segments) -> jax.Array:

@@ -139,7 +139,7 @@ def _by_label(params: Params | None, labels: ArrayLike | int, lay: Layout, axis,
         )
     # JAX would read -1 as the last one; clipped, the nearest is the first.
     segments = Segments(jnp.maximum(ids, 0), num_classes)
-    found = affine(params, lay, axis, dtype, num_classes)
+    found = affine(params, lay, axis, dtype, ("label", num_classes))
     return [None if table is None else spread(table, segments) for table in found]
 
 

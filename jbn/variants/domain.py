@@ -5,8 +5,9 @@ from typing import Unpack
 
 import jax
 
+from jbn import axes
 from jbn.call import Options, Stats, prepare, thread
-from jbn.typing import ArrayLike, Params
+from jbn.typing import ArrayLike, BatchStats, Params
 
 
 def domain_batch_norm(
@@ -89,8 +90,10 @@ def domain_batch_norm(
             "`domain` must be given: which domain each row, each entry of the leading"
             " axes, or the whole of `x` belongs to."
         )
-    if batch_stats is not None and batch_stats.mean.ndim:
-        num_domains = num_domains or batch_stats.mean.shape[0]
+    if batch_stats is not None:
+        axes.check_record(batch_stats, "batch_stats", BatchStats)
+        if num_domains is None and batch_stats.mean.ndim:
+            num_domains = batch_stats.mean.shape[0]
     if num_domains is None:
         raise ValueError(
             "`num_domains` must be given where `batch_stats` do not tell it; got None."

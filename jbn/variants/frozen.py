@@ -66,6 +66,10 @@ def frozen_batch_norm(
         [1. 2.] True
     """
     update_stats = options.get("update_stats")
+    if update_stats is not None:
+        update_stats = flag(update_stats, "update_stats")
+    if use_running_average is not None:
+        use_running_average = flag(use_running_average, "use_running_average")
     if flag(freeze_affine, "freeze_affine"):
         params = lax.stop_gradient(params)
     if flag(freeze_mode, "freeze_mode"):

@@ -99,6 +99,11 @@ def batch_renorm(
     return y, call.fold(as_moments(batch))
 
 
+def next_step(step: jax.Array) -> jax.Array:
+    """One more, for schedules; the last there is stays, as a schedule's end does."""
+    return jnp.where(step < jnp.iinfo(step.dtype).max, step + 1, step)
+
+
 def _corrected(call: Call, batch: Summary, r_max: jax.Array, d_max: jax.Array) -> Call:
     """The call with r and d in its scale and bias."""
     moments, running, epsilon = lax.stop_gradient(
