@@ -1,5 +1,7 @@
 """Packed data: rows of many samples one after the other, padded to a static size."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,20 +56,28 @@ def segment_ids(
             "`segment_ids` takes either `lengths` or `row_splits`; got"
             f" {'none' if lengths is None else 'both'}."
         )
+    try:
+        num_rows = operator.index(num_rows)
+    except TypeError:
+        raise TypeError(
+            f"`num_rows` must be an integer that is known; got {num_rows!r}. It is the"
+            " static size that rows are padded to."
+        ) from None
     name = "row_splits" if lengths is None else "lengths"
     given = row_splits if lengths is None else lengths
-    given = given if hasattr(given, "dtype") else np.asarray(given)
-    assert given is not None
+    given = given if isinstance(given, jax.Array) else np.asarray(given)
     if not jnp.issubdtype(given.dtype, jnp.integer):
         raise TypeError(f"`{name}` must be of integers; got {given.dtype}.")
-    if given.ndim != 1:
+    if given.ndim != 1 or (lengths is None and not given.size):
         raise ValueError(
-            f"`{name}` must have one axis, the segments; got shape {given.shape}."
+            f"`{name}` must have one axis, of one entry for each segment"
+            f"{' and one more' if lengths is None else ''}; got shape {given.shape}."
         )
     values = axes.known(given)
     if values is not None:
-        _check_fit(name, values, num_rows)
-    ends = jnp.asarray(given)[1:] if lengths is None else jnp.cumsum(jnp.asarray(given))
+        _check_fit(name, values.astype(np.int64), num_rows)
+    given = jnp.asarray(given).astype(jnp.int32)
+    ends = given[1:] if lengths is None else jnp.cumsum(given)
     # A row's segment is the number of segments that end at or before it.
     ending = jnp.zeros(num_rows, jnp.int32).at[ends].add(1, mode="drop")
     return jnp.cumsum(ending, dtype=jnp.int32)
@@ -75,17 +85,11 @@ def segment_ids(
 
 def _check_fit(name: str, values: np.ndarray, num_rows: int) -> None:
     """Raises if segments known by `values` do not fit into `num_rows` rows."""
-    lengths = np.diff(values) if name == "row_splits" else values
-    if (lengths < 0).any() or (name == "row_splits" and values[:1].any()):
-        raise ValueError(
-            f"`{name}` must "
-            + (
-                "begin with 0 and not fall"
-                if name == "row_splits"
-                else "not be negative"
-            )
-            + f"; got {values}."
-        )
+    lengths, rule = values, "not be negative"
+    if name == "row_splits":
+        lengths, rule = np.diff(values), "begin with 0 and not fall"
+    if (lengths < 0).any() or (name == "row_splits" and values[0] != 0):
+        raise ValueError(f"`{name}` must {rule}; got {values}.")
     if lengths.sum() > num_rows:
         raise ValueError(
             f"`{name}` must fit into `num_rows`: {lengths.sum()} rows into {num_rows}."

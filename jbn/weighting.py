@@ -98,9 +98,9 @@ def group_weights(
     w = jnp.where(known, w, 0)
     ids = jnp.where(known, ids, num_groups)
     totals = jax.ops.segment_sum(w.ravel(), ids.ravel(), num_groups)
+    rows = axes.rows(axes.Layout(w.shape, ()), axis_name, axis_index_groups)
     if axis_name is not None:
-        lay = axes.Layout(w.shape, ())
-        totals = summary.psum(totals, axes.rows(lay, axis_name, axis_index_groups))
+        totals = summary.psum(totals, rows)
     return w * jnp.take(xla.reciprocal(totals), ids, mode="clip")
 
 

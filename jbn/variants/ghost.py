@@ -154,5 +154,8 @@ def _grouped(call: Call, axis: int, num_groups: int) -> Call:
 
 def _pooled(groups: Summary, rows: Rows, axis: int) -> Summary:
     """All groups, and all devices, as one batch."""
+    # Weights that do not vary between groups have one entry for all of them.
+    weight = jnp.broadcast_to(groups.weight, groups.var.shape)
+    groups = groups._replace(weight=weight)
     whole = summary.merge(Summary(*(jnp.moveaxis(v, axis, 0) for v in groups)))
     return whole if rows.axis_name is None else summary.all_reduce(whole, rows)
