@@ -140,10 +140,11 @@ def all_reduce(summary: Summary, rows: Rows) -> Summary:
     else:
         slots = max(len(group) for group in rows.axis_index_groups)
         slot_of = {i: s for g in rows.axis_index_groups for s, i in enumerate(g)}
-        slot = jnp.asarray([slot_of[i] for i in sorted(slot_of)])[index]
+        slot = jnp.asarray([slot_of[i] for i in sorted(slot_of)], index.dtype)[index]
     if slots > _MOST_SLOTS:
         return _merge(summary, lambda tree: psum(tree, rows))
-    slotted = jax.tree.map(lambda v: _place(v[None], np.arange(slots), slot), summary)
+    every = np.arange(slots, dtype=index.dtype)
+    slotted = jax.tree.map(lambda v: _place(v[None], every, slot), summary)
     return merge(psum(slotted, rows))
 
 

@@ -1,5 +1,6 @@
 """Adapt to data that has shifted: statistics of the target, mixed with the source's."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -87,7 +88,11 @@ def adapt(
 
 
 def _mixed(target: Moments, source: BatchStats, prior: float) -> Moments:
-    return jbn.shrink(target, source, tau=jnp.float32(prior))
+    mixed = jbn.shrink(target, source, tau=jnp.float32(prior))
+    if math.isinf(prior):
+        return mixed._replace(weight=jnp.zeros_like(mixed.weight))
+    weight = jnp.where(mixed.weight > 0, mixed.weight + prior, 0)
+    return mixed._replace(weight=weight)
 
 
 def _running(variables: Any, path: str) -> BatchStats:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 import jbn.linen
@@ -45,7 +47,8 @@ def convert(
         model: A Linen or NNX model.
         to: A class of `jbn.linen` or `jbn.nnx`, whichever the model is of. Its call
             must not need more arguments than the model gives. By default `BatchNorm`
-            in place of Flax's, and the class they are of for layers of ours.
+            in place of Flax's (and of classes derived from it, whose own code is then
+            lost), and the class they are of for layers of ours.
         where: Which layers: one or several patterns of paths such as `"encoder/*"`, or
             a function of the path. By default all.
         **options: Arguments of `to` in place of the layer's own.
@@ -185,24 +188,43 @@ def _convert_nnx(model: Any, to: type | None, where: Where, options: Mapping) ->
 
 def _swapped(layer: Any, cls: type, options: Mapping[str, Any]) -> Any:
     """A new NNX layer with the variables of `layer`."""
-    given = {**arguments(layer, cls), **options}
-    new = cls(**given, rngs=nnx.Rngs(0))
-    for name in ("scale", "bias", "mean", "var", "weight", "step"):
-        variable = getattr(layer, name, None)
-        if variable is None or getattr(new, name, None) is None:
-            continue
-        if variable.shape != getattr(new, name).shape:
-            raise ValueError(
-                f"`{cls.__name__}` needs `{name}` of shape {getattr(new, name).shape},"
-                f" and the layer has {variable.shape}: the variables cannot be kept."
-            )
-        setattr(new, name, variable)
+    new = cls(**{**arguments(layer, cls), **options}, rngs=nnx.Rngs(0))
+    shape, wanted = layer.mean.shape, new.mean.shape
+    if shape[len(shape) - len(wanted) :] != wanted:
+        raise ValueError(
+            f"`{cls.__name__}` needs statistics of shape {wanted}, and the layer has"
+            f" {shape}: the variables cannot be kept."
+        )
+    # Layers that are scanned or mapped over are stacked along axes in front.
+    front = shape[: len(shape) - len(wanted)]
+    if front:
+        stack = lambda v: jnp.broadcast_to(v, (*front, *v.shape))
+        nnx.update(new, jax.tree.map(stack, nnx.state(new)))
+    for name in ("scale", "bias", "mean", "var", "weight", "pending", "step"):
+        old = getattr(layer, name, None)
+        if old is not None and getattr(new, name, None) is not None:
+            setattr(new, name, old)
     return new
 
 
 def _replace_children(parent: Any, swapped: Mapping[int, Any]) -> None:
-    """Puts new layers where old ones are: in attributes, which lists have as well."""
+    """Puts new layers where old ones are: in attributes, and in containers there."""
+
+    def replaced(value: Any) -> Any:
+        if id(value) in swapped:
+            return swapped[id(value)]
+        if type(value) in (list, tuple):
+            new = [replaced(v) for v in value]
+            same = all(a is b for a, b in zip(new, value, strict=True))
+            return value if same else type(value)(new)
+        if type(value) is dict:
+            new = {k: replaced(v) for k, v in value.items()}
+            return value if all(new[k] is value[k] for k in value) else new
+        return value
+
     if isinstance(parent, nnx.Module):
         for name, child in list(vars(parent).items()):
-            if id(child) in swapped:
-                setattr(parent, name, swapped[id(child)])
+            new = replaced(child)
+            if new is not child:
+                plain = type(new) in (list, tuple, dict)
+                setattr(parent, name, nnx.data(new) if plain else new)

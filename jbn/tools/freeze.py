@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn.tools.layers import Where, chosen, nnx_norms, stats_nodes
+from jbn.tools.layers import Where, chosen, key_name, nnx_norms, stats_nodes
 
 
 def freeze(variables: Any, where: Where) -> Any:
@@ -28,7 +28,8 @@ def freeze(variables: Any, where: Where) -> Any:
             function of the path (`"backbone/Dense_0/kernel"`).
 
     Returns:
-        A tree like the parameters (for NNX, like `nnx.state(model, nnx.Param)`).
+        A tree like the parameters (for NNX, like `nnx.state(model, nnx.Param)`, with
+        labels in place of variables, as `nnx.Optimizer` wants it).
 
     Raises:
         ValueError: If no parameter is meant.
@@ -109,11 +110,6 @@ def _label(variables: Any, label: Callable[[str], Any]) -> Any:
         tree = variables["params"] if "params" in variables else variables
         is_leaf = lambda v: not isinstance(v, Mapping)
 
-    def name(key: Any) -> str:
-        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-
-    def at(path, leaf):
-        value = label("/".join(map(name, path)))
-        return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
-
-    return jax.tree_util.tree_map_with_path(at, tree, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: label("/".join(map(key_name, path))), tree, is_leaf=is_leaf
+    )

@@ -51,6 +51,14 @@ def nnx_norms(model: nnx.Module) -> dict[str, Any]:
     }
 
 
+def key_name(key: Any) -> str:
+    """One step of a path in a tree, by name or number."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
 def stats_nodes(batch_stats: Mapping) -> dict[tuple[str, ...], Mapping]:
     """The parts of Linen's `batch_stats` that are of one layer each, by path."""
     found: dict[tuple[str, ...], Mapping] = {}

@@ -10,7 +10,8 @@ import numpy as np
 
 import jbn
 from jbn import axes
-from jbn.tools.layers import Where, chosen, stats_nodes, with_nodes
+from jbn.ops import xla
+from jbn.tools.layers import Where, chosen, key_name, stats_nodes, with_nodes
 from jbn.typing import ArrayLike, Moments
 
 
@@ -34,11 +35,13 @@ def merge(
             each array that the parts are stacked along, as `jax.pmap` and
             `multihost_utils.process_allgather` give them.
         weights: How much each part counts, the rows that it stands for: numbers, or
-            arrays that broadcast to its statistics. By default all alike. A part of
-            weight 0 does not count; where none does the first is kept.
+            arrays of the leading axes of its statistics (one for each domain, say). By
+            default all alike. A part of weight 0 does not count; where none does the
+            first is kept.
 
     Returns:
-        One collection. `weight`, where layers keep it, is the sum of the parts'.
+        One collection. `weight`, where layers keep it, is the sum of the parts', and
+        `pending` moments are merged.
 
     Raises:
         TypeError: If `batch_stats` are neither.
@@ -94,6 +97,9 @@ def merge(
         }
         if "weight" in first:
             merged[path]["weight"] = sum(node["weight"] for node in layers)
+        if "pending" in first:
+            pending = jbn.merge(*(Moments(**node["pending"]) for node in layers))
+            merged[path]["pending"] = pending._asdict()
     return with_nodes(parts[0], merged)
 
 
@@ -108,10 +114,11 @@ def average(
 
     Args:
         trees: Trees of the same structure.
-        weights: How much each counts; by default all alike.
+        weights: How much each counts; by default all alike. If none does the first is
+            kept.
 
     Returns:
-        One tree.
+        One tree. Of arrays that are no floats, such as counters, the first's.
 
     Raises:
         ValueError: If there are no trees, or not as many weights.
@@ -123,14 +130,19 @@ def average(
     if not trees:
         raise ValueError("`average` takes at least one tree; got none.")
     shares = _weights(weights, len(trees))
-    total = sum(shares)
+    total = sum(shares[1:], shares[0])
+    shares = [share * xla.reciprocal(total) for share in shares]
 
     def mean(*leaves):
-        weighted = [
-            leaf * (share / total).astype(leaf.dtype)
+        first = jnp.asarray(leaves[0])
+        if not jnp.issubdtype(first.dtype, jnp.inexact):
+            return first
+        parts = [
+            xla.wide(jnp.asarray(leaf)) * share.astype(xla.wide_dtype(first.dtype))
             for leaf, share in zip(leaves, shares, strict=True)
         ]
-        return sum(weighted[1:], weighted[0])
+        averaged = sum(parts[1:], parts[0]).astype(first.dtype)
+        return jnp.where(total > 0, averaged, first)
 
     return jax.tree.map(mean, *trees)
 
@@ -155,7 +167,7 @@ def fed_bn(merged: Mapping, own: Mapping, *, where: Where = None) -> dict:
     paths = {p for p in stats_nodes(own["batch_stats"]) if chosen("/".join(p), where)}
 
     def pick(key_path, shared, local):
-        keys = tuple(key.key for key in key_path)
+        keys = tuple(map(key_name, key_path))
         return local if keys[1:-1] in paths else shared
 
     return jax.tree_util.tree_map_with_path(pick, dict(merged), dict(own))

@@ -1,10 +1,12 @@
 """Recalibrate: population statistics in place of running averages ("precise BN")."""
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jbn.tools.convert import convert, converting
@@ -36,17 +38,20 @@ def recalibrate(
     the first, depends on how the data is cut into batches. With `apply` in inference
     mode it does not: each pass normalizes by the statistics of the pass before, and
     makes one more layer exact. After as many passes as there are layers one behind the
-    other (`passes=None`) the result is independent of order, batch size and partition.
+    other the result is independent of order, batch size and partition. `passes=None`
+    goes on until nothing changes, which takes one more.
 
     Args:
         apply: For Linen, a function of variables and a batch that returns what
             `model.apply(variables, ..., mutable=["batch_stats"])` returns. For NNX, a
             function of a model and a batch that calls the model. Masks, weights, mapped
-            axes and domains are those of the model's own calls. Is jitted.
+            axes and domains are those of the model's own calls. It is compiled once for
+            each shape of a batch, and must not be jitted itself.
         variables: Linen's variables, with `batch_stats`; or an NNX model.
         batches: The data; iterated `passes` times.
         where: Which layers, as for `convert`; by default all.
-        passes: How many passes over the data; `None`: one for each layer.
+        passes: How many passes over the data. `None`, with `apply` in inference mode:
+            until the statistics stay as they are.
 
     Returns:
         New variables, or a copy of the model, with other running statistics and all the
@@ -56,7 +61,8 @@ def recalibrate(
     Raises:
         TypeError: If `variables` are neither.
         ValueError: If `apply` does not return updated variables, if no layer is meant,
-            if there are no batches, or they cannot be iterated again.
+            if there are no batches, they cannot be iterated again, or `passes` is below
+            1.
 
     Example:
         >>> import jbn.linen
@@ -72,16 +78,21 @@ def recalibrate(
         Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
         https://arxiv.org/abs/2105.07576
     """
-    if passes is None:
-        passes = max(1, len(layer_paths(apply, variables, batches, where=where)))
-    if passes > 1 and iter(batches) is batches:
+    if passes is not None and passes < 1:
+        raise ValueError(f"`passes` must be at least 1; got {passes}.")
+    if passes != 1 and isinstance(batches, Iterator):
         raise ValueError(
             "`batches` must be iterated once for each pass; got an iterator, which is"
             " then empty. Pass a list, or an object that makes a new iterator."
         )
-    for _ in range(passes):
-        found = population(apply, variables, batches, where=where)
-        variables = with_moments(variables, found)
+    gather = _gatherer(apply, variables, where, {})
+    done = 0
+    while passes is None or done < passes:
+        new = with_moments(variables, gather(variables, iter(batches)))
+        settled = passes is None and _same(new, variables)
+        variables, done = new, done + 1
+        if settled:
+            break
     return variables
 
 
@@ -109,30 +120,7 @@ def population(
         TypeError: As `recalibrate` does.
         ValueError: As `recalibrate` does.
     """
-    gather = _gather_nnx if isinstance(variables, nnx.Module) else _gather_linen
-    found = gather(apply, variables, iter(batches), where, options)
-    if not found:
-        raise ValueError(
-            f"No batch norm layer was found that updates its statistics; {where=}. With"
-            ' Linen `apply` must pass `mutable=["batch_stats"]` and return the result.'
-        )
-    return found
-
-
-def layer_paths(
-    apply: Callable[[Any, Any], Any],
-    variables: Mapping | nnx.Module,
-    batches: Iterable[Any],
-    *,
-    where: Where = None,
-) -> list[str]:
-    """The layers meant, in the order of their calls (NNX: of their definition)."""
-    if isinstance(variables, nnx.Module):
-        return [p for p in nnx_norms(variables) if chosen(p, where)]
-    batch = _first(iter(batches))
-    with converting(where=where) as paths:
-        jax.eval_shape(apply, variables, batch)
-    return paths
+    return _gatherer(apply, variables, where, options)(variables, iter(batches))
 
 
 def with_moments(variables: State, found: Mapping[str, Moments]) -> State:
@@ -142,43 +130,73 @@ def with_moments(variables: State, found: Mapping[str, Moments]) -> State:
         layers = nnx_norms(model)
         for path, moments in found.items():
             layer = layers[path]
-            old = {name: getattr(layer, name)[...] for name in ("mean", "var")}
+            names = [n for n in Moments._fields if getattr(layer, n, None) is not None]
+            old = {name: getattr(layer, name)[...] for name in names}
             for name, value in _settled(old, moments).items():
                 getattr(layer, name)[...] = value
-            if getattr(layer, "weight", None) is not None:
-                layer.weight[...] = moments.weight
         return model
     nodes = stats_nodes(variables["batch_stats"])
     new = {}
     for path, moments in found.items():
         key = tuple(path.split("/")) if path else ()
         new[key] = {**nodes[key], **_settled(nodes[key], moments)}
-        if "weight" in nodes[key]:
-            new[key]["weight"] = moments.weight
     return {**variables, "batch_stats": with_nodes(variables["batch_stats"], new)}  # pyright: ignore[reportReturnType]
 
 
 def _settled(old: Mapping, moments: Moments) -> dict[str, jax.Array]:
-    """Mean and variance, the old ones where the moments have no weight."""
+    """The new statistics; the old ones where the moments have no weight."""
     return {
-        name: jnp.where(
-            moments.weight > 0,
-            getattr(moments, name).astype(old[name].dtype),
-            old[name],
-        )
-        for name in ("mean", "var")
+        name: jnp.where(moments.weight > 0, new.astype(old[name].dtype), old[name])
+        for name, new in moments._asdict().items()
+        if name in old
     }
 
 
-def _gather_linen(apply, variables, batches, where, options) -> dict[str, Moments]:
-    if not isinstance(variables, Mapping):
+def _same(new: Any, old: Any) -> bool:
+    """Whether all statistics are equal, to the bit."""
+    trees = [
+        nnx.state(v, nnx.BatchStat) if isinstance(v, nnx.Module) else v["batch_stats"]
+        for v in (new, old)
+    ]
+    pairs = zip(*map(jax.tree.leaves, trees), strict=True)
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+
+def _gatherer(
+    apply: Callable[[Any, Any], Any], variables: Any, where: Where, options: Mapping
+) -> Callable[[Any, Iterator[Any]], dict[str, Moments]]:
+    """Makes a function of variables and batches that returns all layers' moments.
+
+    It traces `apply` once for each shape of a batch, however often it is called.
+    """
+    if isinstance(apply, jax.stages.Wrapped) and hasattr(apply, "__wrapped__"):
+        # What it has compiled before knows nothing of what is replaced.
+        apply = apply.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(variables, nnx.Module):
+        gather = _nnx_gatherer(apply, where, options)
+    elif isinstance(variables, Mapping):
+        gather = _linen_gatherer(apply, where, options)
+    else:
         raise TypeError(
             "`variables` must be Linen's variables, a dict with `params` and"
             f" `batch_stats`, or an NNX model; got {type(variables).__name__}."
         )
 
-    @jax.jit
-    def step(variables, batch):
+    def gather_some(variables, batches):
+        found = gather(variables, batches)
+        if not found:
+            raise ValueError(
+                "No batch norm layer was found that updates its statistics;"
+                f' {where=}. With Linen `apply` must pass `mutable=["batch_stats"]`'
+                " and return the result, and nothing in it may be jitted."
+            )
+        return found
+
+    return gather_some
+
+
+def _linen_gatherer(apply, where, options):
+    def run(variables, batch):
         with converting(where=where, accumulate=True, update_stats=True, **options):
             result = apply(variables, batch)
         if not (
@@ -194,36 +212,64 @@ def _gather_linen(apply, variables, batches, where, options) -> dict[str, Moment
             )
         return result[1]["batch_stats"]
 
-    current = dict(variables)
-    batch = _first(batches)
-    current["batch_stats"] = step(current, batch)
-    for batch in batches:
-        current["batch_stats"] = step(current, batch)
-    return {
-        "/".join(path): Moments(**node["pending"])
-        for path, node in stats_nodes(current["batch_stats"]).items()
-        if "pending" in node
-    }
+    step = jax.jit(run)
+    empty: dict[tuple[str, ...], Any] = {}
+
+    def gather(variables, batches):
+        first = _first(batches)
+        # Nothing pending: neither of the model's own, nor a structure that changes.
+        nodes = {
+            path: {k: v for k, v in node.items() if k != "pending"}
+            for path, node in stats_nodes(variables["batch_stats"]).items()
+        }
+        stats = with_nodes(variables["batch_stats"], nodes)
+        if not empty:
+            # (A new function: what is traced must not come from a cache.)
+            shapes = jax.eval_shape(
+                lambda *args: run(*args), {**variables, "batch_stats": stats}, first
+            )
+            for path, node in stats_nodes(shapes).items():
+                if "pending" in node:
+                    zeros = lambda v: jnp.zeros(v.shape, v.dtype)
+                    empty[path] = jax.tree.map(zeros, node["pending"])
+        nodes = {path: {**nodes[path], "pending": empty[path]} for path in empty}
+        stats = with_nodes(stats, nodes)
+        for batch in itertools.chain([first], batches):
+            stats = step({**variables, "batch_stats": stats}, batch)
+        return {
+            "/".join(path): Moments(**node["pending"])
+            for path, node in stats_nodes(stats).items()
+            if "pending" in node
+        }
+
+    return gather
 
 
-def _gather_nnx(apply, model, batches, where, options) -> dict[str, Moments]:
-    paths = [p for p in nnx_norms(model) if chosen(p, where)]
-    if not paths:
-        return {}
-    model = convert(model, where=where, accumulate=True, update_stats=True, **options)
+def _nnx_gatherer(apply, where, options):
     step = nnx.jit(lambda model, batch: (apply(model, batch), None)[1])
-    step(model, _first(batches))
+
+    def gather(model, batches):
+        paths = [p for p in nnx_norms(model) if chosen(p, where)]
+        if not paths:
+            return {}
+        copy = convert(
+            model, where=where, accumulate=True, update_stats=True, **options
+        )
+        layers = nnx_norms(copy)
+        for path in paths:
+            for variable in layers[path].pending.values():
+                variable[...] = jnp.zeros_like(variable[...])
+        for batch in itertools.chain([_first(batches)], batches):
+            step(copy, batch)
+        return {
+            path: Moments(**{k: v[...] for k, v in layers[path].pending.items()})
+            for path in paths
+        }
+
+    return gather
+
+
+def _first(batches: Iterator[Any]) -> Any:
     for batch in batches:
-        step(model, batch)
-    layers = nnx_norms(model)
-    return {
-        path: Moments(**{k: v[...] for k, v in layers[path].pending.items()})
-        for path in paths
-    }
-
-
-def _first(batches) -> Any:
-    try:
-        return next(iter(batches))
-    except StopIteration:
-        raise ValueError("`batches` must hold at least one batch; got none.") from None
+        return batch
+    raise ValueError("`batches` must hold at least one batch; got none.")

@@ -51,7 +51,8 @@ def batch_renorm(
         use_running_average: `False` in training, `True` at inference.
         r_max: Limit of the ratio of standard deviations, at least 1; may be traced.
         d_max: Limit of the distance of the means, at least 0; may be traced.
-        **options: Everything else that `jbn.batch_norm` takes, except `tau`.
+        **options: Everything else that `jbn.batch_norm` takes, except `tau`. (An
+            element of weight zero that is not finite comes out as `scale * d + bias`.)
 
     Returns:
         The normalized array and the running statistics, as `jbn.batch_norm`.
