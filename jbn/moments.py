@@ -175,15 +175,23 @@ def row_moments_tangent(
     in one all-reduce. `parts` are the moments of `x`, and `None` is a zero tangent.
     """
     d = xla.center(x, parts.mean, weights, segments)
+    ignored = xla.no_part(x, weights)
+
+    def weighed(v: jax.Array) -> jax.Array:
+        if weights is None or ignored is None or weights.dtype == bool:
+            return xla.weigh(v, weights)
+        # At a weight of zero, too, this varies with the weight (in second derivatives).
+        v = weights.astype(parts.var.dtype).astype(v.dtype) * v
+        return jnp.where(ignored, jnp.zeros_like(v), v)
+
     sums = [jnp.zeros_like(parts.mean), jnp.zeros_like(parts.var)]
     if dx is not None:
         dx = xla.wide(dx)
         for i, v in enumerate((dx, 2 * xla.real_product(d, dx))):
-            sums[i] += total(xla.weigh(v, weights), rows.axes, segments)
+            sums[i] += total(weighed(v), rows.axes, segments)
     if dweights is not None:
         sums.append(xla.total_weight(x, dweights, rows.axes, segments))
         dw = jnp.broadcast_to(dweights.astype(parts.var.dtype), x.shape)
-        ignored = xla.no_part(x, weights)
         if ignored is not None:
             dw = jnp.where(ignored, jnp.zeros_like(dw), dw)
         excess = xla.abs_square(d) - spread(parts.var, segments)

@@ -55,9 +55,8 @@ def weigh(v: jax.Array, weights: jax.Array | None) -> jax.Array:
         return v
     if weights.dtype == bool:
         return jnp.where(weights, v, jnp.zeros_like(v))
-    # Not `where(weights > 0, ...)`: at zero, too, this varies with the weight, by `v`.
-    v = jnp.where((weights == 0) & ~jnp.isfinite(v), jnp.zeros_like(v), v)
-    return weights.astype(real_dtype(v.dtype)).astype(v.dtype) * v
+    weighted = weights.astype(real_dtype(v.dtype)).astype(v.dtype) * v
+    return jnp.where(weights > 0, weighted, jnp.zeros_like(v))
 
 
 def total_weight(
