@@ -178,7 +178,8 @@ def batch_norm(
         trim: Elements further than this many running standard deviations from the
             running mean do not count in the statistics, so that an outlier cannot move
             them, unless most elements are that far. Takes one more all-reduce, and
-            keeps a mask for the backward pass. See `jbn.trimmed_weights`.
+            keeps a mask for the backward pass (with `weights`, weights of all
+            elements). See `jbn.trimmed_weights`.
         dtype: Dtype of the output; that of `x` by default.
 
     Returns:

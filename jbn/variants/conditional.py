@@ -31,7 +31,8 @@ def conditional_batch_norm(
 
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
-    Statistics are those of `jbn.batch_norm`. Scale and bias are
+    Statistics are those of `jbn.batch_norm`. The scale of each row, or of each place
+    of a map, is kept for the backward pass beside `x`. Scale and bias are
 
     - by label: `params[labels]`, from tables of shape (num_classes, *features)
       (Dumoulin et al., 2017; class-conditional GANs). Labels may be of rows, or of

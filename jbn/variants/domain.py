@@ -47,8 +47,9 @@ def domain_batch_norm(
             traced. A row of a domain outside of 0 to `num_domains - 1` is of none, as
             padding: it does not count, and is normalized by the last domain.
         num_domains: Needed where `batch_stats` are `None`.
-        **options: Everything else that `jbn.batch_norm` takes. Domains of few rows
-            benefit from `tau` and `min_weight`.
+        **options: Everything else that `jbn.batch_norm` takes. A domain that may be
+            alone with one row needs `min_weight=1`, or its output is all bias; one of
+            few rows gains by `tau`, and by `second_moment=True`.
 
     Returns:
         The normalized array and the running statistics, as `jbn.batch_norm`.

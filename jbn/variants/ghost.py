@@ -39,7 +39,8 @@ def ghost_batch_norm(
     With `axis_name` each device cuts its own share, and groups do not cross devices, so
     that normalizing needs no communication; one all-reduce merges the moments for the
     running statistics. Under plain `jit` the groups are those of the whole batch; a
-    number that is a multiple of the devices keeps each on one.
+    number that is a multiple of the devices keeps each on one, and any other number
+    costs a copy of the batch on every device.
 
     Args:
         x: Input of shape (batch, ..., features, ...) and any floating or complex dtype.

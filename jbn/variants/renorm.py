@@ -37,7 +37,9 @@ def batch_renorm(
     No gradient passes through r and d. The running statistics are those before this
     batch, which is folded into them afterwards. Within the limits y is what inference
     would give, so that a model does not rely on which rows share its batch: for small
-    batches, batches that are not drawn evenly, and reinforcement learning.
+    batches, batches that are not drawn evenly, and reinforcement learning. (What all
+    rows of a batch have in common, their class for one, still gets no gradient: that
+    goes through the batch's mean. `jbn.batch_norm` with a large `tau` lets it through.)
 
     With `r_max=1` and `d_max=0` this is batch norm, with both infinite it is
     normalization by the running statistics. Training starts near the former and opens
