@@ -32,8 +32,9 @@ def frozen_batch_norm(
     | `freeze_affine` | no gradient reaches `params` |
 
     With all three the layer is a fixed affine map, and keeps O(features) numbers for
-    the backward pass (with a mask or weights `x`, to tell what takes no part). With `freeze_stats=False` the statistics adapt to new data while
-    the old ones normalize (both switches as asked for, see `jbn.batch_norm`).
+    the backward pass (with a mask or weights `x`, to tell what takes no part). With
+    `freeze_stats=False` the statistics adapt to new data while the old ones normalize
+    (both switches as asked for, see `jbn.batch_norm`).
 
     A frozen parameter has a gradient of zero. An optimizer with weight decay moves it
     all the same: leave it out there, too.
