@@ -79,7 +79,7 @@ def sparse_batch_norm(
         >>> import jbn
         >>> x = BCOO.fromdense(jnp.array([[0.0, 4.0], [0.0, 0.0], [3.0, 0.0]]))
         >>> y, _ = sparse_batch_norm(x, None, None, use_running_average=False)
-        >>> print((y.values.todense() + y.background).round(3))
+        >>> print((y.values.todense() + y.background[None]).round(3))
         [[-0.707  1.414]
          [-0.707 -0.707]
          [ 1.414 -0.707]]
