@@ -3,5 +3,17 @@
 from jbn.tools.adapt import adapt as adapt
 from jbn.tools.convert import convert as convert, converting as converting
 from jbn.tools.freeze import decays as decays, freeze as freeze, kinds as kinds
+from jbn.tools.haiku import from_haiku as from_haiku, to_haiku as to_haiku
+from jbn.tools.inspect import inspect as inspect
+from jbn.tools.keras import (
+    from_keras as from_keras,
+    keras_options as keras_options,
+    to_keras as to_keras,
+)
 from jbn.tools.merge import average as average, fed_bn as fed_bn, merge as merge
 from jbn.tools.recalibrate import population as population, recalibrate as recalibrate
+from jbn.tools.torch import (
+    from_torch as from_torch,
+    to_torch as to_torch,
+    torch_options as torch_options,
+)

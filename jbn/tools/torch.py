@@ -1,0 +1,249 @@
+"""Weights from and to PyTorch, whose package is not needed here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jbn.tools import port
+from jbn.tools.layers import Where
+
+
+def from_torch(
+    source: Any,
+    variables: Any,
+    *,
+    names: port.Names = None,
+    skip: Where = (),
+    norm: Any = None,
+) -> Any:
+    """Fills variables with the weights and statistics of a PyTorch module.
+
+    | here | there |
+    |---|---|
+    | `scale`, `bias` of a norm | `weight`, `bias` |
+    | `mean`, `var` | `running_mean`, `running_var` |
+    | `kernel` of a `Dense` or `Conv` | `weight`, its axes in the other order |
+    | `embedding` | `weight` |
+    | anything else | the same name, as it is |
+
+    So a convolution, grouped or not, of any rank, comes from (out, in, height, width)
+    to (height, width, in, out), and a linear layer from (out, in) to (in, out). Images
+    are channels-last here. Two things that shapes do not tell are up to the model:
+    a `ConvTranspose` must have `transpose_kernel=True`; and a `Dense` behind a
+    flattened image sees pixels first and channels last, so let its model transpose to
+    (channels, height, width) before it flattens.
+
+    Conventions are a layer's and not in its weights. Make ours with those of
+    `torch_options`; PyTorch's running variance is the unbiased one.
+    `num_batches_tracked` becomes `weight` where our layer keeps one. It counts batches,
+    and `momentum=None` here counts rows: to go on with that, multiply `weight` by the
+    rows of a batch.
+
+        variables = from_torch(module, variables, names=torchvision_name)
+
+    Args:
+        source: A module, or a state dict, of tensors or arrays.
+        variables: What to fill: Linen's variables, of one layer or of a model; an NNX
+            module; or a pair of `jbn.Params` and `jbn.BatchStats` as `jbn.init` makes.
+            Linen's may be shapes alone, as of `jax.eval_shape`.
+        names: What a layer of ours is called there: a dict, or a function, of paths
+            such as `"encoder/norm"`. By default the path with dots, `"encoder.norm"`.
+        skip: Which of our arrays stay as they are, with their counterparts unused:
+            patterns of paths such as `"head/*"`, or a function of the path.
+        norm: What our norm layers are made with (a class, a partial of one, a layer, or
+            a dict of the options of `jbn.batch_norm`), to be compared with a module's.
+            An NNX module's layers are compared in any case.
+
+    Returns:
+        What `variables` are, with other values: new variables, or a copy of the module.
+
+    Raises:
+        TypeError: If `source` or `variables` are none of these.
+        ValueError: If an array of ours is not there or of another shape, or one of
+            theirs is not used, except `num_batches_tracked`. All are named.
+
+    Warns:
+        UserWarning: If norm layers are not made with the options of theirs.
+
+    Example:
+        >>> import jbn
+        >>> state = {
+        ...     "weight": np.array([2.0]),
+        ...     "bias": np.array([1.0]),
+        ...     "running_mean": np.array([3.0]),
+        ...     "running_var": np.array([4.0]),
+        ...     "num_batches_tracked": np.array(10),
+        ... }
+        >>> params, batch_stats = from_torch(state, jbn.init(1))
+        >>> print(params.scale, params.bias, batch_stats.mean, batch_stats.var)
+        [2.] [1.] [3.] [4.]
+    """
+    state = _arrays(_state_dict(source))
+    _compare("from_torch", source, variables, names, norm)
+
+    def weight(name: str) -> float | int:
+        prefix = f"{name}." if name else ""
+        return int(state.get(f"{prefix}num_batches_tracked", 1))
+
+    dotted = _dotted(names)
+    return port.fill(_DIALECT, state, variables, dotted, skip, weight)
+
+
+def to_torch(
+    variables: Any,
+    target: Any,
+    *,
+    names: port.Names = None,
+    skip: Where = (),
+    norm: Any = None,
+) -> dict[str, Any]:
+    """Fills a PyTorch state dict with our weights and statistics.
+
+    The way back of `from_torch`:
+
+        module.load_state_dict(to_torch(variables, module, names=torchvision_name))
+
+    Args:
+        variables: Linen's variables, an NNX module, or `jbn.Params` and
+            `jbn.BatchStats`.
+        target: A module, or a state dict, with a place for each array. Not changed.
+        names: As for `from_torch`, like the rest.
+        skip: Which of our arrays are left out.
+        norm: What our norm layers are made with.
+
+    Returns:
+        A state dict, of what `target`'s is of: tensors of the same dtype and device, or
+        arrays. `num_batches_tracked`, which matters to layers of `momentum=None` alone,
+        is the target's.
+
+    Raises:
+        TypeError: As `from_torch` does.
+        ValueError: As `from_torch` does.
+
+    Warns:
+        UserWarning: As `from_torch` does.
+
+    Example:
+        >>> import jbn
+        >>> state = to_torch(jbn.init(1), {
+        ...     "weight": np.zeros(1),
+        ...     "bias": np.zeros(1),
+        ...     "running_mean": np.zeros(1),
+        ...     "running_var": np.zeros(1),
+        ... })
+        >>> print(state["weight"], state["running_var"])
+        [1.] [1.]
+    """
+    state = _state_dict(target)
+    arrays = _arrays(state)
+    _compare("to_torch", target, variables, names, norm)
+    new = port.spell(_DIALECT, variables, arrays, _dotted(names), skip)
+    return {key: _like(value, new[key]) for key, value in state.items()}
+
+
+def torch_options(module: Any) -> dict[str, Any]:
+    """The options that make a norm layer of ours go on as one of PyTorch.
+
+        layer = jbn.BatchNorm(**torch_options(module))
+
+    Args:
+        module: A `BatchNorm1d`, `2d` or `3d`, or `SyncBatchNorm`.
+
+    Returns:
+        `momentum`, which is one minus theirs; `epsilon`; and `unbiased=True`. With
+        `momentum=None` statistics are cumulative in both, but each batch counts alike
+        there, and each row here: equal, for the mean, if batches are of one size.
+
+    Raises:
+        TypeError: If `module` is no batch norm.
+
+    Example:
+        >>> import types
+        >>> module = types.SimpleNamespace(momentum=0.1, eps=1e-5, running_mean=None)
+        >>> torch_options(module)
+        {'momentum': 0.9, 'epsilon': 1e-05, 'unbiased': True}
+    """
+    if not _is_norm(module):
+        raise TypeError(
+            "`torch_options` takes a batch norm module of PyTorch, with `running_mean`"
+            f" and `eps`; got {type(module).__name__}."
+        )
+    options: dict[str, Any] = {"epsilon": module.eps}
+    if not hasattr(module, "momentum"):  # torchvision's FrozenBatchNorm2d
+        return options
+    momentum = None if module.momentum is None else 1 - module.momentum
+    return {"momentum": momentum, **options, "unbiased": True}
+
+
+def _read(leaf: port.Leaf, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if leaf.name == "kernel" and value.ndim > 1:
+        return np.moveaxis(value, (0, 1), (-1, -2))
+    return value
+
+
+def _write(leaf: port.Leaf, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if leaf.name == "kernel" and value.ndim > 1:
+        return np.moveaxis(value, (-1, -2), (0, 1))
+    return value
+
+
+_DIALECT = port.Dialect(
+    "torch",
+    {
+        "kernel": ("weight",),
+        "scale": ("weight",),
+        "embedding": ("weight",),
+        "mean": ("running_mean",),
+        "var": ("running_var",),
+    },
+    ".",
+    _read,
+    _write,
+    ("num_batches_tracked",),
+)
+
+
+def _dotted(names: port.Names) -> port.Names:
+    return lambda layer: port.their_name(layer, names, ".")
+
+
+def _compare(caller: str, module: Any, variables: Any, names: port.Names, norm: Any):
+    if hasattr(module, "named_modules"):
+        norms = {
+            name: torch_options(m) for name, m in module.named_modules() if _is_norm(m)
+        }
+        port.compare(caller, variables, norms, names, norm, ".")
+
+
+def _is_norm(module: Any) -> bool:
+    return hasattr(module, "running_mean") and hasattr(module, "eps")
+
+
+def _state_dict(source: Any) -> Mapping[str, Any]:
+    state = source.state_dict() if hasattr(source, "state_dict") else source
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            "PyTorch's side must be a module or a state dict; got"
+            f" {type(source).__name__}."
+        )
+    return state
+
+
+def _arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {key: _array(value) for key, value in state.items()}
+
+
+def _array(value: Any) -> np.ndarray:
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    value = value.detach().cpu()
+    if "bfloat16" in str(value.dtype):  # NumPy has none
+        value = value.float()
+    return value.numpy()
+
+
+def _like(value: Any, new: np.ndarray) -> Any:
+    if hasattr(value, "new_tensor"):
+        return value.new_tensor(np.array(new, order="C"))
+    return np.array(new, np.asarray(value).dtype)
