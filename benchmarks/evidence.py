@@ -342,8 +342,10 @@ def report(name, question, seeds, results, text, figure, notes=()):
         "cpu_seconds": round(time.process_time(), 1),
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({**about, "results": results}, indent=1, default=_plain)
-    (FOLDER / f"{name}.json").write_text(content + "\n")
+    content = {**about, "results": _plain(results)}
+    (FOLDER / f"{name}.json").write_text(
+        json.dumps(content, indent=1, allow_nan=False) + "\n"
+    )
     figure.savefig(FOLDER / f"{name}.png")
     print(f"{about['platform']}, JAX {jax.__version__}, {about['date']}\n")
     print(text)
@@ -351,9 +353,13 @@ def report(name, question, seeds, results, text, figure, notes=()):
 
 
 def _plain(value):
-    """What JSON cannot say as what it can; numbers to six digits."""
-    value = np.asarray(value)
-    if np.issubdtype(value.dtype, np.floating):
-        rounded = [float(f"{v:.6g}") for v in value.ravel().astype(np.float64)]
-        return np.reshape(rounded, value.shape).tolist() if value.ndim else rounded[0]
-    return value.tolist()
+    """As JSON has it: numbers to six digits, and `null` where there is none."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, np.ndarray | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value

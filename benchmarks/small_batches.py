@@ -5,7 +5,7 @@
 Prints a Markdown table; writes docs/evidence/small_batches.{json,png}. An MLP on the
 embedded digits, by SGD with momentum and a cosine schedule. Learning rate, momentum of
 the running statistics and tau are chosen for each method and kind of batch on a fifth
-of the training set; the test set is looked at once. The whole grid is in the JSON.
+of the training set, never on the test set. The whole grid is in the JSON.
 """
 
 import functools
