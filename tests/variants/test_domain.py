@@ -187,37 +187,51 @@ def test_domains_that_are_far_apart_and_cold(rng):
         np.testing.assert_allclose(new.mean[g], mean, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_rows_of_no_domain_are_padding(rng, known):
+@pytest.mark.parametrize(
+    ("none", "poison", "known"),
+    [
+        ((-1, -7, -1), np.nan, True),
+        ((3, 3, 99), np.inf, True),
+        ((-1, 3, 7), 1e30, True),
+        ((-1, 3, 7), -np.inf, False),
+    ],
+    ids=str,
+)
+def test_rows_of_no_domain_are_padding(rng, none, poison, known):
     x = rng.normal(size=(9, 3)).astype(np.float32)
-    ids = np.asarray([0, -1, 1, 2, 3, 0, 1, 2, 7])
+    ids = np.asarray([0, none[0], 1, 2, none[1], 0, 1, 2, none[2]])
     outside = (ids < 0) | (ids > 2)
     params, stats = make(rng, own=True)
     want = by_domains(x[~outside], ids[~outside][:, None], params, stats)
-    poisoned = np.where(outside[:, None], np.float32(1e30), x)
+    poisoned = np.where(outside[:, None], np.float32(poison), x)
     dy = np.where(outside[:, None], 0, rng.normal(size=x.shape)).astype(np.float32)
 
     def run(x, ids=ids):
         y, back, new = jax.vjp(
-            lambda x: jbn.domain_batch_norm(
+            lambda x, params: jbn.domain_batch_norm(
                 x, params, stats, use_running_average=False, domain=ids
             ),
             x,
+            params,
             has_aux=True,
         )
-        return y, back(dy)[0], new
+        return y, new, back(dy)
 
     call = jax.jit(run) if known else jax.jit(lambda x: jax.jit(run)(x, ids))
-    y, dx, new = call(poisoned)
-    y, dx = np.asarray(y), np.asarray(dx)
+    y, new, (dx, dparams) = jax.tree.map(np.asarray, call(poisoned))
     assert_all((y[~outside], new), want)
     for g in range(3):
         rows = ids == g
         scale = np.asarray(params.scale[g])
-        want, _, _ = oracle.input_gradient(x[rows], dy[rows], scale)
+        want, *rest = oracle.input_gradient(x[rows], dy[rows], scale)
         # Two rows have a gradient that is a difference of two larger numbers.
         np.testing.assert_allclose(dx[rows], want, rtol=1e-4, atol=1e-4)
+        for got, want in zip(dparams, rest, strict=True):
+            np.testing.assert_allclose(got[g], want, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(dx[outside], np.zeros((3, 3)))
+    if not np.isfinite(poison):
+        bias = np.broadcast_to(params.bias[2], (3, 3))
+        np.testing.assert_array_equal(y[outside], bias)
     # They are normalized by the last domain.
     y, _, _ = call(x)
     _, mean, var = oracle.moments(x[ids == 2])
