@@ -2,6 +2,16 @@
 
 from jbn.tools.adapt import adapt as adapt
 from jbn.tools.convert import convert as convert, converting as converting
+from jbn.tools.fold import (
+    Folded as Folded,
+    FoldedNorm as FoldedNorm,
+    fold as fold,
+    foldable as foldable,
+)
+from jbn.tools.fold_into import (
+    fold_into_next as fold_into_next,
+    fold_into_previous as fold_into_previous,
+)
 from jbn.tools.freeze import decays as decays, freeze as freeze, kinds as kinds
 from jbn.tools.haiku import from_haiku as from_haiku, to_haiku as to_haiku
 from jbn.tools.keras import (

@@ -1,0 +1,677 @@
+"""Fold batch norms at inference into the linear layers before or behind them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.linen import dtypes as linen_dtypes
+from flax.nnx.nn import dtypes as nnx_dtypes
+from jax import lax
+
+import jbn.linen
+import jbn.nnx
+from jbn.tools import dataflow
+from jbn.tools.fold_into import (
+    Linear,
+    affine,
+    at,
+    check_known,
+    into_next,
+    into_previous,
+    rounded,
+    wide_array,
+)
+from jbn.tools.layers import LINEN_NORMS, NNX_NORMS, Where, chosen, is_linen, nnx_norms
+from jbn.typing import ArrayLike
+
+
+NNXModel = TypeVar("NNXModel", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folded:
+    """A Linen model with batch norms folded; made by `fold`.
+
+    Attributes:
+        model: The model, as it was.
+        variables: Its variables, as plain dicts, with the folded batch norms' taken out
+            and the linear layers' changed.
+        report: For each batch norm, by path, `folded into PATH` or `kept: REASON`.
+        skips: What is left to do of each folded batch norm, by path.
+        biased: Paths of the linear layers that have a bias now and had none.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    report: dict[str, str]
+    skips: Mapping[str, Callable[..., jax.Array]]
+    biased: frozenset[str]
+
+    def apply(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
+        """Applies the model, with the folded layers.
+
+        Args:
+            variables: Such as `self.variables`; a checkpoint of them, for example.
+            *args: As for `model.apply`.
+            **kwargs: As for `model.apply`.
+
+        Returns:
+            What `model.apply` returns.
+
+        Raises:
+            ValueError: If `variables` are those from before, or if a folded batch norm
+                is asked to normalize by the batch, or with a mask.
+        """
+        with nn.intercept_methods(self._intercept):
+            return self.model.apply(variables, *args, **kwargs)
+
+    def _intercept(self, next_call, args, kwargs, context):
+        layer: Any = context.module
+        if context.method_name != "__call__" or not isinstance(context.module, _LAYERS):
+            return next_call(*args, **kwargs)
+        scope = layer.scope
+        path = "/".join(scope.path)
+        if isinstance(layer, LINEN_NORMS) and path in self.skips:
+            if scope.has_variable("batch_stats", "mean"):
+                raise _not_folded(path)
+            return self.skips[path](layer, args, kwargs)
+        if path in self.biased and not layer.use_bias:
+            if not scope.has_variable("params", "bias"):
+                raise _not_folded(path)
+            # Called again from here, the layer has its bias and passes.
+            return layer.clone(parent=scope, use_bias=True)(*args, **kwargs)
+        return next_call(*args, **kwargs)
+
+
+def _not_folded(path: str) -> ValueError:
+    return ValueError(
+        f"`variables` are not those of the folded model: {path!r} has what it had"
+        " before. Pass such as `folded.variables`."
+    )
+
+
+class FoldedNorm(nnx.Module):
+    """What a batch norm of an NNX model is after `fold`: a layer that does nothing.
+
+    It has the constructor arguments of the layer that it was, without its variables. It
+    refuses to normalize by the batch, which it cannot do any more.
+    """
+
+    use_running_average: bool | None
+    skip: Callable[..., jax.Array]
+
+    def __call__(self, x: ArrayLike, *args: Any, **kwargs: Any) -> jax.Array:
+        """Returns `x`, of the dtype that the batch norm would give it."""
+        return self.skip(self, (x, *args), kwargs)
+
+    def set_view(self, use_running_average: bool | None = None):
+        """Sets the mode; called by `nnx.view`.
+
+        Args:
+          use_running_average: Whether to normalize by the running statistics.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+@overload
+def fold(
+    model: nn.Module,
+    variables: Mapping,
+    /,
+    *inputs: Any,
+    where: Where = None,
+    **kwargs: Any,
+) -> Folded: ...
+@overload
+def fold(
+    model: NNXModel, /, *inputs: Any, where: Where = None, **kwargs: Any
+) -> NNXModel: ...
+def fold(model: Any, /, *inputs: Any, where: Where = None, **kwargs: Any) -> Any:
+    """Folds the batch norms of a model at inference into the linear layers beside them.
+
+    At inference a batch norm multiplies and adds constants, which a dense layer or
+    convolution before it can do by its own kernel and bias. So can one behind it, if it
+    does not pad with zeros. What is called "fold" in TensorFlow, and in PyTorch
+    `fuse_conv_bn_eval` and `fuse_linear_bn_eval`, here for a whole model:
+
+        folded = fold(model, variables, x, train=False)        # Linen
+        y = folded.apply(folded.variables, x, train=False)
+
+        folded = fold(model, x)                                # NNX, after model.eval()
+        y = folded(x)
+
+    The model is traced once, called as it is given, to find which layers are next to
+    each other; its code is not touched. A batch norm is folded into the layer before
+    it, or else behind it, where nothing but changes of shape and dtype is between the
+    two, nothing else uses what is between, and both are called once. Otherwise it is
+    kept: layers that are shared or run inside of `scan`, `vmap` or `cond`; kernels that
+    are computed (as with weight normalization) or used elsewhere, too; features along
+    other axes; zero padding behind it; classes whose scale and bias depend on the call.
+    `foldable` says which and why, and so does `Folded.report`.
+
+    Folding is done in float64 and rounded once. Outputs differ by what a model's
+    arithmetic rounds anyway: in float32 some 1e-6 of their size, more where a batch
+    norm takes away a mean far above its standard deviation; in 16 bits as much as these
+    round. The folded model is then about as far from the exact result as the model was.
+    It is for inference alone: layers that were folded refuse to normalize by the batch.
+
+    To load a checkpoint of folded variables, fold the model with any variables, such as
+    fresh ones, and apply the result to those of the checkpoint.
+
+    Args:
+        model: A Linen or NNX model. With ours and Flax's `BatchNorm`, and ours that are
+            the same at inference: `BatchRenorm`, `GhostBatchNorm`, `FrozenBatchNorm`.
+        *inputs: For Linen the variables, then what `model.apply` is given; for NNX what
+            the model is called with. Arrays may be given as `jax.ShapeDtypeStruct`,
+            except variables.
+        where: Which batch norms, as for `convert`; by default all.
+        **kwargs: Further arguments of `model.apply` or of the call. Whatever makes the
+            model normalize by its running statistics must be among them.
+
+    Returns:
+        For Linen a `Folded`. For NNX a copy of the model, in which a `FoldedNorm` takes
+        the place of each folded batch norm.
+
+    Raises:
+        TypeError: If `model` is not a Flax model, if Linen's variables are missing, or
+            if variables are traced: folding is done once, outside of `jit`.
+        ValueError: If a batch norm normalizes by the batch or updates its statistics,
+            if there is none, or none that can be folded; with the reasons.
+
+    Example:
+        >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
+        >>> x = jnp.ones((1, 2))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> folded = fold(model, variables, x)
+        >>> folded.report
+        {'layers_1': 'folded into layers_0'}
+        >>> list(folded.variables), list(folded.variables["params"])
+        (['params'], ['layers_0'])
+        >>> y = folded.apply(folded.variables, x)
+        >>> bool(jnp.allclose(y, model.apply(variables, x), atol=1e-6))
+        True
+
+    References:
+        As for `jbn.tools.fold_into_previous`.
+    """
+    plan = _plan(model, inputs, kwargs, where)
+    if not plan.report:
+        raise ValueError(
+            f"`fold` found no batch norm that the model calls and that is meant;"
+            f" {where=}."
+        )
+    if not plan.folded:
+        reasons = "".join(f"\n  {path}: {text}" for path, text in plan.report.items())
+        raise ValueError(f"`fold` cannot fold any batch norm of the model:{reasons}")
+    if is_linen(model):
+        return _fold_linen(model, inputs[0], plan)
+    return _fold_nnx(model, plan)
+
+
+def foldable(
+    model: nn.Module | nnx.Module, /, *inputs: Any, where: Where = None, **kwargs: Any
+) -> dict[str, str]:
+    """Says what `fold` would do with each batch norm of a model.
+
+    Args:
+        model: As for `fold`, like the rest.
+        *inputs: For Linen the variables, and what the model is called with.
+        where: Which batch norms.
+        **kwargs: Further arguments of the call.
+
+    Returns:
+        For each batch norm, by path, `folded into PATH` or `kept: REASON`.
+
+    Raises:
+        TypeError: As `fold` does.
+        ValueError: If a batch norm normalizes by the batch or updates its statistics.
+
+    Example:
+        >>> norm = nn.BatchNorm(use_running_average=True)
+        >>> model = nn.Sequential([nn.Conv(3, (3, 3)), nn.relu, norm])
+        >>> x = jnp.ones((1, 8, 8, 1))
+        >>> print(foldable(model, model.init(jax.random.key(0), x), x)["layers_2"])
+        kept: before it comes `max`; its output is the model's
+    """
+    return _plan(model, inputs, kwargs, where).report
+
+
+# What is known of layers.
+
+_DENSE = (nn.Dense, nnx.Linear)
+_GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
+_CONV = (nn.Conv, nnx.Conv)
+_TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
+_LINEAR = (*_DENSE, *_GENERAL, *_CONV, *_TRANSPOSED)
+_LAYERS = (*_LINEAR, *LINEN_NORMS, *NNX_NORMS)
+_BATCH_NORMS = (*LINEN_NORMS, *NNX_NORMS)
+_FLAX_NORMS = (nn.BatchNorm, nnx.BatchNorm)
+# Those that all do the same at inference.
+_NORMS = (
+    *_FLAX_NORMS,
+    *(
+        getattr(skin, name)
+        for skin in (jbn.linen, jbn.nnx)
+        for name in ("BatchNorm", "BatchRenorm", "GhostBatchNorm", "FrozenBatchNorm")
+    ),
+)
+# Arguments that replace what a layer computes, and what they are by default.
+_FUNCTIONS = {
+    "dot_general": (None, lax.dot_general),
+    "dot_general_cls": (None,),
+    "conv_general_dilated": (None, lax.conv_general_dilated),
+    "conv_general_dilated_cls": (None,),
+    "promote_dtype": (linen_dtypes.promote_dtype, nnx_dtypes.promote_dtype),
+}
+
+
+def _names(layer: Any) -> Iterable[tuple[str, str]]:
+    """Collection and name of the variables that a layer reads."""
+    if isinstance(layer, _LINEAR):
+        yield "params", "kernel"
+    else:
+        yield "batch_stats", "mean"
+        yield "batch_stats", "var"
+        if layer.use_scale:
+            yield "params", "scale"
+    if layer.use_bias:
+        yield "params", "bias"
+
+
+def _why_unknown(layer: Any) -> str | None:
+    """Why a layer may not compute what its class is known to."""
+    cls = type(layer)
+    known = [c for c in (*_LINEAR, *_NORMS) if issubclass(cls, c)]
+    if not any(cls.__call__ is c.__call__ for c in known):
+        return f"is of a class that `fold` does not know, `{cls.__name__}`"
+    if getattr(layer, "shared_weights", True) is not True:
+        return "does not share its weights between pixels"
+    for name, usual in _FUNCTIONS.items():
+        if hasattr(layer, name) and getattr(layer, name) not in usual:
+            return f"has a `{name}` of its own"
+    return None
+
+
+def _mode(layer: Any, args: Sequence[Any], kwargs: Mapping) -> tuple[Any, bool]:
+    """Whether a batch norm normalizes by, and whether it updates, what is running."""
+    asked = args[0] if args else kwargs.get("use_running_average")
+    if asked is None:
+        asked = layer.use_running_average
+    update = kwargs.get("update_stats")
+    if update is None:
+        update = getattr(layer, "update_stats", None)
+    if update is None:
+        update = asked is not None and not asked
+    if getattr(layer, "freeze_mode", False):
+        asked = True
+    if getattr(layer, "freeze_stats", False):
+        update = False
+    return asked, bool(update)
+
+
+def _check_mode(call: dataflow.Call) -> None:
+    mode, updates = _mode(call.layer, call.args, call.kwargs)
+    if updates or (mode is not None and not mode):
+        what = "updates its statistics" if mode else "normalizes by the batch"
+        raise ValueError(
+            f"`fold` is for inference, and {call.path!r} {what}. Call the model as at"
+            " inference, with `use_running_average=True` (in many models `train=False`;"
+            " `model.eval()` for NNX)."
+        )
+
+
+def _masked(kwargs: Mapping) -> bool:
+    return any(kwargs.get(name) is not None for name in ("mask", "weights"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Skip:
+    """What is left of the call of a folded batch norm."""
+
+    path: str
+    dtype: Any  # of the output, if it was given
+    promoting: tuple[Any, ...]  # otherwise: dtypes that the input is promoted with
+    ignores_mask: bool
+    is_frozen: bool  # it normalizes by the running statistics in any case
+
+    def __call__(self, layer: Any, args: Sequence[Any], kwargs: Mapping) -> jax.Array:
+        x = jnp.asarray(args[0] if args else kwargs["x"])
+        mode, _ = _mode(layer, args[1:], kwargs)
+        if not mode and not self.is_frozen:
+            raise ValueError(
+                f"{self.path!r} is folded, for inference: it cannot normalize by the"
+                " batch. Pass `use_running_average=True`, or train the model that was"
+                " given to `fold`."
+            )
+        if _masked(kwargs) and not self.ignores_mask:
+            raise ValueError(
+                f"{self.path!r} is folded, for calls without `mask` or `weights`. Give"
+                " `fold` the arguments that the model is called with."
+            )
+        dtype = self.dtype
+        if dtype is None:
+            is_number = jnp.issubdtype(x.dtype, jnp.inexact)
+            dtype = x.dtype if is_number else jnp.float32
+            dtype = functools.reduce(jnp.promote_types, self.promoting, dtype)
+        return x.astype(dtype)
+
+
+def _skip(layer: Any, path: str) -> _Skip:
+    promoting = []
+    if isinstance(layer, nn.BatchNorm):
+        promoting = [layer.param_dtype] * (layer.use_scale or layer.use_bias)
+    elif isinstance(layer, nnx.BatchNorm):
+        found = (layer.mean, layer.var, layer.scale, layer.bias)
+        promoting = [v.dtype for v in found if v is not None]
+    return _Skip(
+        path,
+        layer.dtype,
+        tuple(promoting),
+        isinstance(layer, _FLAX_NORMS),
+        getattr(layer, "freeze_mode", False),
+    )
+
+
+def _describe(layer: Any, x_rank: int, y_rank: int, kernel_rank: int) -> Linear | str:
+    """Where a linear layer has its features, or why that is not said."""
+    if isinstance(layer, _GENERAL):
+        given = layer.batch_dims if isinstance(layer, nn.Module) else layer.batch_axis
+        if given:
+            return "has another kernel for each index of a batch axis"
+        axis = layer.axis if isinstance(layer.axis, Sequence) else (layer.axis,)
+        rank = len(axis)
+        return Linear(
+            tuple(range(y_rank - (kernel_rank - rank), y_rank)),
+            tuple(range(rank, kernel_rank)),
+            tuple(sorted(a % x_rank for a in axis)),  # as Flax does
+            tuple(range(rank)),
+        )
+    out, into = kernel_rank - 1, kernel_rank - 2
+    if isinstance(layer, _TRANSPOSED) and layer.transpose_kernel:
+        out, into = into, out
+    groups = layer.feature_group_count if isinstance(layer, _CONV) else 1
+    return Linear((y_rank - 1,), (out,), (x_rank - 1,), (into,), groups)
+
+
+def _why_not_next(layer: Any) -> str | None:
+    """Why a linear layer cannot take up a batch norm before it."""
+    if isinstance(layer, _TRANSPOSED):
+        return "puts zeros between and around its inputs"
+    if not isinstance(layer, _CONV):
+        return None
+    if any(d not in (None, 1) for d in _flat(layer.input_dilation)):
+        return "puts zeros between its inputs"
+    padding = layer.padding
+    if isinstance(padding, str):
+        # What "SAME" pads depends on the size of the input, unless the kernel has 1.
+        one = all(k == 1 for k in _flat(layer.kernel_size))
+        exact = one or padding in ("VALID", "CIRCULAR", "REFLECT")
+    else:
+        exact = all(p <= 0 for p in _flat(padding))
+    return None if exact else "pads its input with zeros"
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, Iterable):
+        return [leaf for part in value for leaf in _flat(part)]
+    return [value]
+
+
+# What can be folded.
+
+
+def _plan(model: Any, inputs: tuple, kwargs: Mapping, where: Where) -> "_Plan":
+    linen = is_linen(model)
+    if linen and not (
+        inputs and isinstance(inputs[0], Mapping) and "params" in inputs[0]
+    ):
+        raise TypeError(
+            "A Linen model must come with its variables, a dict with `params`: `fold("
+            "model, variables, *inputs)`."
+        )
+    for leaf in jax.tree.leaves(inputs[0] if linen else nnx.state(model)):
+        check_known(leaf, "variables")
+
+    def check(call: dataflow.Call) -> None:
+        if isinstance(call.layer, _BATCH_NORMS) and chosen(call.path, where):
+            _check_mode(call)
+
+    layers = dataflow.Layers(_LAYERS, _names, check)
+    flow = dataflow.trace(model, inputs, kwargs, layers)
+    return _Plan(flow, where, [] if linen else list(nnx_norms(model)))
+
+
+class _Plan:
+    """Which batch norms are folded, and the kernels and biases that this makes.
+
+    Attributes:
+        report: For each batch norm that is meant, by path, what becomes of it.
+        folded: The calls of those that are folded, by path.
+        changed: New kernel and bias, wide, of linear layers by path.
+    """
+
+    def __init__(self, flow: dataflow.Flow, where: Where, known: Sequence[str]):
+        self.flow = flow
+        self.folded: dict[str, int] = {}
+        self.changed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        norms = {
+            call.path: index
+            for index, call in flow.calls.items()
+            if isinstance(call.layer, _BATCH_NORMS) and chosen(call.path, where)
+        }
+        self.report = dict.fromkeys(norms, "")
+        called = {call.path for call in flow.calls.values()}
+        for path in known:
+            if path not in called and chosen(path, where):
+                self.report[path] = "kept: it is not called"
+        # Again, until nothing changes: a batch norm before or behind one that has been
+        # folded is now next to a linear layer.
+        before = -1
+        while len(self.folded) > before:
+            before = len(self.folded)
+            for path, index in norms.items():
+                if path not in self.folded:
+                    self.report[path] = self._fold(index)
+
+    def array(self, path: str, name: str) -> Any:
+        """A variable of a layer, or `None`."""
+        leaf = self.flow.leaves.get((path, name))
+        return None if leaf is None else leaf.array
+
+    def skips(self) -> dict[str, _Skip]:
+        """What is left to do of each batch norm that is folded."""
+        calls = self.flow.calls
+        return {path: _skip(calls[i].layer, path) for path, i in self.folded.items()}
+
+    def _fold(self, index: int) -> str:
+        call = self.flow.calls[index]
+        why = self._why_not(index)
+        if why:
+            return f"kept: it {why}"
+        gain_and_shift = self._affine(call)
+        if isinstance(gain_and_shift, str):
+            return f"kept: {gain_and_shift}"
+        axis = call.layer.axis
+        axis = (axis,) if isinstance(axis, int) else tuple(axis)
+        places = sorted(a % len(call.x_shape) for a in axis)
+        reasons = []
+        for forward in (False, True):
+            found = self.flow.neighbor(index, places, forward, self.folded)
+            if not isinstance(found, str):
+                found = self._into(*gain_and_shift, *found, forward)
+            if not isinstance(found, str):
+                path, self.changed[path] = found
+                self.folded[call.path] = index
+                return f"folded into {path}"
+            reasons.append(found)
+        return "kept: " + "; ".join(reasons)
+
+    def _why_not(self, index: int) -> str | None:
+        """Why a layer cannot be reasoned about."""
+        layer, kwargs = self.flow.calls[index].layer, self.flow.calls[index].kwargs
+        why = self.flow.obstacle(index) or _why_unknown(layer)
+        if not why and _masked(kwargs) and not isinstance(layer, _FLAX_NORMS):
+            return "is called with a mask or weights"
+        return why
+
+    def _affine(self, call: dataflow.Call) -> tuple[np.ndarray, np.ndarray] | str:
+        names = ("scale", "bias", "mean", "var")
+        found = [self.array(call.path, name) for name in names]
+        scale, bias, mean, var = (
+            None if v is None else wide_array(v, "variables") for v in found
+        )
+        assert var is not None
+        epsilon = float(call.layer.epsilon)
+        total = var + epsilon
+        flax = isinstance(call.layer, _FLAX_NORMS)
+        if not np.all(total > 0 if flax else total >= 0):
+            return "its variance is not positive"
+        gain, shift = affine(scale, bias, mean, var, epsilon)
+        if not (np.isfinite(gain).all() and np.isfinite(shift).all()):
+            return "its variables are not finite"
+        return gain, shift
+
+    def _into(self, gain, shift, other: int, places: Sequence[int], forward: bool):
+        """The path of a linear layer with its new kernel and bias, or why not."""
+        call = self.flow.calls[other]
+        path, layer = call.path, call.layer
+        if isinstance(layer, _BATCH_NORMS):
+            way = "behind" if forward else "before"
+            return f"{way} it comes {path!r}, which is kept"
+        why = self._why_not(other) or (_why_not_next(layer) if forward else None)
+        if why:
+            return f"{path!r} {why}"
+        old = [self.array(path, name) for name in ("kernel", "bias")]
+        for v in old:
+            if v is not None and not jnp.issubdtype(v.dtype, jnp.inexact):
+                return f"{path!r} has variables of dtype {v.dtype}"
+        kernel, bias = self.changed.get(
+            path, [None if v is None else wide_array(v, "variables") for v in old]
+        )
+        assert kernel is not None
+        where = _describe(layer, len(call.x_shape), len(call.y_shape), kernel.ndim)
+        if isinstance(where, str):
+            return f"{path!r} {where}"
+        own = where.in_axes if forward else where.out_axes
+        if not set(places) <= set(own):
+            has = "takes its input features" if forward else "has its output features"
+            return (
+                f"{path!r} {has} along {_listed(own)}, and the batch norm along"
+                f" {_listed(places)} of the same array"
+            )
+        shape = call.x_shape if forward else call.y_shape
+        sizes = tuple(shape[a] for a in own)
+        each = [own.index(a) for a in places]
+        gain, shift = (
+            np.broadcast_to(at(v, each, len(own)), sizes) for v in (gain, shift)
+        )
+        if forward:
+            mask = getattr(layer, "mask", None)
+            mask = None if mask is None else np.asarray(mask).astype(np.float64)
+            new = into_next(kernel, bias, gain, shift, where, mask)
+        else:
+            new = into_previous(kernel, bias, gain, shift, where)
+        # The dtypes of what is kept and, if it was given, of the computation.
+        dtypes = {jnp.dtype(v.dtype) for v in old if v is not None}
+        for dtype in dtypes | ({jnp.dtype(layer.dtype)} if layer.dtype else set()):
+            if not all(_finite_in(v, dtype) for v in new):
+                return f"the kernel or bias of {path!r} would overflow in {dtype}"
+        return path, new
+
+
+def _finite_in(wide: np.ndarray, dtype: Any) -> bool:
+    with np.errstate(all="ignore"):
+        parts = np.stack([np.real(wide), np.imag(wide)])
+        return bool(np.isfinite(parts.astype(jnp.finfo(dtype).dtype)).all())
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    word = "axis" if len(numbers) == 1 else "axes"
+    return f"{word} {', '.join(map(str, numbers))}"
+
+
+# What is made of it.
+
+
+def _fold_linen(model: nn.Module, variables: Mapping, plan: _Plan) -> Folded:
+    keep = lambda path: tuple(path.split("/")) if path else ()
+    gone = {
+        (collection, *keep(path))
+        for path in plan.folded
+        for collection in ("params", "batch_stats")
+    }
+
+    def plain(tree: Any, path: tuple[str, ...]) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        parts = {
+            name: plain(value, (*path, name))
+            for name, value in tree.items()
+            if (*path, name) not in gone
+        }
+        full = lambda v: not isinstance(v, Mapping) or len(v) > 0
+        return {name: v for name, v in parts.items() if full(v) or not tree[name]}
+
+    new = plain(variables, ())
+    biased = set()
+    for path, (kernel, bias) in plan.changed.items():
+        node = dataflow.get(new, ("params", *keep(path)))
+        olds = {"kernel": node["kernel"], "bias": node.get("bias")}
+        if plan.array(path, "bias") is None:
+            biased.add(path)
+            olds["bias"] = None
+        for name, wide in (("kernel", kernel), ("bias", bias)):
+            array = _placed(wide, olds[name], dataflow.unboxed(olds["kernel"]))
+            node[name] = _boxed(array, olds[name])
+    return Folded(model, new, plan.report, plan.skips(), frozenset(biased))
+
+
+def _boxed(array: jax.Array, old: Any) -> Any:
+    return old.replace_boxed(array) if isinstance(old, dataflow.BOXES) else array
+
+
+def _placed(wide: np.ndarray, old: Any, kernel: Any) -> jax.Array:
+    """`wide` in the dtype and place of `old`, or, for a new bias, of the kernel."""
+    is_new = old is None
+    old = kernel if is_new else dataflow.unboxed(old)
+    new = rounded(wide, old)
+    if not isinstance(old, jax.Array) or not old.committed:
+        return new
+    sharding = old.sharding
+    if is_new and isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(
+            sharding.mesh, jax.sharding.PartitionSpec()
+        )
+    return jax.device_put(new, sharding)
+
+
+def _fold_nnx(model: Any, plan: _Plan) -> Any:
+    model = nnx.clone(model)
+    layers = dataflow.nnx_layers(model)
+    for path, (kernel, bias) in plan.changed.items():
+        layer = layers[path]
+        old = layer.kernel[...]
+        if layer.bias is None:
+            layer.bias = nnx.Param(_placed(bias, None, old))
+            layer.use_bias = True
+        else:
+            layer.bias.set_value(_placed(bias, layer.bias[...], old))
+        layer.kernel.set_value(_placed(kernel, old, old))
+    skips = plan.skips()
+    for path in plan.folded:
+        layer = layers[path]
+        layer.skip = skips[path]
+        layer.use_running_average = True
+        for name in ("scale", "bias", "mean", "var", "weight", "step", "pending"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        # The layer itself turns: it may be in containers that cannot be changed.
+        object.__setattr__(layer, "__class__", FoldedNorm)
+    return model
