@@ -1,0 +1,413 @@
+"""Compilation ahead of time, for devices that are not here, and what it tells."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.experimental import topologies
+from jaxlib import xla_client
+
+from jbn.training.devices import Device
+from jbn.training.errors import UsageError
+
+
+# What libtpu needs where there is no TPU. It reads this when it is loaded, and it must
+# not stay: on a real TPU the metadata server is what knows the other hosts.
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",  # do not ask the metadata server of Google Cloud
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor lock out a second process
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: these two only silence complaints
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+_EXAMPLES = (
+    "v5e:1x1 (one chip), v5e:2x2 (4), v5e:16x16 (256), v6e:4x4 (16), v4:2x2x1,"
+    " v5p:2x2x2, tpu7x:2x2x1"
+)
+
+_MIB = 2**20
+# What programs may use of the memory of a device, by its kind: the capacity less what
+# is reserved, both as the compiler of libtpu 0.0.41 has them ("Ran out of memory in
+# memory space hbm. Used 16.00G of 15.75G"). Chips of v2, v3, v4 and 7x are two devices.
+_TPU_MEMORY = {
+    "TPU v2": 8 * 1024 * _MIB - 530 * _MIB,
+    "TPU v3": 16 * 1024 * _MIB - 530 * _MIB,
+    "TPU v4": 16 * 1024 * _MIB - 768 * _MIB,
+    "TPU v5 lite": 16 * 1024 * _MIB - 258 * _MIB,
+    "TPU v5": 96 * 1024 * _MIB - 263 * _MIB,
+    "TPU v6 lite": 32 * 1024 * _MIB - 772 * _MIB,
+    "TPU7x": 95 * 1024 * _MIB - 260 * _MIB,
+}
+# XLA's numbers for them (`ExecutionOptions.EffortLevel`).
+_LEVELS = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}
+
+
+class DoesNotFitError(UsageError):
+    """The compiler refused: the step needs more memory than the device has."""
+
+
+def topology_devices(accelerator: Literal["tpu", "gpu"], topology: str) -> list[Device]:
+    """Describes devices that are not here, to compile for and not to run on.
+
+    From then on JAX itself uses the CPU alone.
+
+    Args:
+        accelerator: The kind.
+        topology: Of TPUs, the generation and the shape of the slice, as in `v5e:4x4`.
+            Of GPUs, a file that describes one, the number of hosts, and of GPUs in
+            each, as in `h100.txt:1x8`. Machines with such a GPU print that text:
+            `jaxlib.xla_client.get_topology_for_devices(jax.devices()).target_config`.
+
+    Returns:
+        The devices, for a `Mesh` or for `jax.pmap(devices=...)`.
+
+    Raises:
+        UsageError: If the compiler is not installed, or does not know the topology.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    return _tpus(topology) if accelerator == "tpu" else _gpus(topology)
+
+
+def _tpus(topology: str) -> list[Device]:
+    if "TPU_LIBRARY_PATH" not in os.environ and not importlib.util.find_spec("libtpu"):
+        raise UsageError(
+            "Compiling for TPUs needs their compiler, which is not installed (690 MB;"
+            ' no TPU is needed): pip install "jbn[tpu]".'
+        )
+    sizes = [int(n) for n in re.findall(r"\d+", topology.partition(":")[2])]
+    options: dict[str, Any] = {}
+    if 1 in sizes[:2]:
+        # By default a host has 2x2 chips, which such a slice cannot be cut into.
+        options["chips_per_host_bounds"] = (*(min(n, 2) for n in sizes[:2]), 1)
+    try:
+        with _environment(_ALONE):
+            found = topologies.get_topology_desc(topology, "tpu", **options)
+    except Exception as error:  # its type differs between versions of JAX
+        raise UsageError(
+            f"--topology={topology}: the TPU compiler does not know it ({error}). "
+            f"Known are, for example: {_EXAMPLES}."
+        ) from None
+    return list(found.devices)
+
+
+def _gpus(topology: str) -> list[Device]:
+    path, _, shape = topology.rpartition(":")
+    if not re.fullmatch(r"\d+x\d+", shape) or not Path(path).is_file():
+        raise UsageError(
+            f"--topology={topology}: for GPUs, this is a file, and after a colon how "
+            "many hosts there are with how many GPUs each: h100.txt:1x8. What is in "
+            "the file only a machine with such a GPU can tell: "
+            'python -c "import jax; from jaxlib import xla_client as x; '
+            'print(x.get_topology_for_devices(jax.devices()).target_config)" > h100.txt'
+        )
+    jax.devices()  # registers the plugins
+    try:
+        found = topologies.get_topology_desc(
+            "", "cuda", target_config=Path(path).read_text(), topology=f"1x{shape}"
+        )
+    except NotImplementedError:
+        version = jax.__version__
+        raise UsageError(
+            "Compiling for GPUs needs their compiler, which is not installed (400 MB;"
+            " no GPU is needed): pip install --no-deps"
+            f" jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}."
+        ) from None
+    except Exception as error:
+        raise UsageError(
+            f"--topology={topology}: the GPU compiler cannot read {path} ({error})."
+        ) from None
+    return list(found.devices)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets the variables that are not set, for a while."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
+def compile_ahead(
+    lowered: jax.stages.Lowered, *, level: Literal["O0", "O1", "O2", "O3"] | None = None
+) -> "CompileReport":
+    """Compiles, and reports what the compiler knows of memory, work and communication.
+
+    To be what will run, a step on a sharded batch must be lowered under
+    `jax.set_mesh(mesh)`: norm layers look there for the number of devices.
+
+    Args:
+        lowered: Of `jax.jit(step).lower(...)` or `jax.pmap(step).lower(...)`, for
+            devices here or from `topology_devices`.
+        level: How hard the compiler tries; by default as for a run. `O0` takes a
+            fraction of the time and gives the same collectives, but other memory and
+            other bytes: only compare numbers of the same level.
+
+    Returns:
+        The report.
+
+    Raises:
+        DoesNotFitError: If the compiler finds that memory does not suffice.
+    """
+    options: Any = None if level is None else {"optimization_level": _LEVELS[level]}
+    try:
+        compiled = lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        message = _does_not_fit(str(error))
+        if message is None:
+            raise
+        raise DoesNotFitError(message) from None
+    return CompileReport.from_compiled(compiled)
+
+
+def _does_not_fit(error: str) -> str | None:
+    """What the compiler says of memory, in one paragraph; `None` if nothing."""
+    if found := re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", error):
+        needed, needed_unit, has, has_unit = found.groups()
+        text = f"{needed} {needed_unit}iB of the {has} {has_unit}iB"
+    elif found := re.search(
+        r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\)", error
+    ):
+        text = " of the ".join(_bytes(int(n)) for n in found.groups())
+    else:
+        return None
+    largest = re.search(
+        r"1\. Size: ([\d.]+)([KMGT]?).*?(?:op_name=\"(.*?)\"|Shape: (\S+))",
+        error,
+        flags=re.DOTALL,
+    )
+    message = f"The step does not fit: it needs {text} of memory of a device."
+    if largest:
+        size, unit, name, shape = largest.groups()
+        message += f" The largest array takes {size} {unit}iB: {name or shape}."
+    return f"{message} Use smaller batches, or more devices for them."
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One communication between devices, in a compiled program.
+
+    Attributes:
+        kind: `all-reduce`, `all-gather`, ...
+        bytes: Size of its result on each device.
+        in_loop: Whether it is in the body of a loop, and so may happen many times.
+        op_name: What the program calls it, with the modules that it is in.
+    """
+
+    kind: str
+    bytes: int
+    in_loop: bool
+    op_name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileReport:
+    """What a compiled program takes. All numbers are those of one device.
+
+    What is in the body of a loop counts once. For a program that is a loop over steps,
+    these are numbers per step.
+
+    Attributes:
+        device_kind: What it is compiled for.
+        num_devices: And for how many.
+        arguments: Bytes of what goes in.
+        outputs: Bytes of what comes out.
+        aliased: Bytes of outputs that take the place of arguments.
+        temporaries: Bytes of what is kept meanwhile.
+        code: Bytes of the program itself.
+        peak: Most bytes in use at any time, less the program itself.
+        memory: Bytes that the device offers, or `None` if that is not known.
+        flops: Floating-point operations, or `None` if the compiler does not say.
+        bytes_accessed: Bytes read and written, or `None`, by the compiler's estimate.
+        collectives: All communication.
+    """
+
+    device_kind: str
+    num_devices: int
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    peak: int
+    memory: int | None
+    flops: float | None
+    bytes_accessed: float | None
+    collectives: tuple[Collective, ...]
+
+    @classmethod
+    def from_compiled(cls, compiled: jax.stages.Compiled) -> "CompileReport":
+        """Reads it off a compiled program."""
+        devices = {
+            device
+            for sharding in jax.tree.leaves(
+                (compiled.input_shardings, compiled.output_shardings)
+            )
+            for device in sharding.device_set
+        }
+        device = next(iter(devices))
+        memory: Any = compiled.memory_analysis()
+        cost: Any = compiled.cost_analysis() or {}
+        return cls(
+            device_kind=device.device_kind,
+            num_devices=len(devices),
+            arguments=memory.argument_size_in_bytes,
+            outputs=memory.output_size_in_bytes,
+            aliased=memory.alias_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            code=memory.generated_code_size_in_bytes,
+            peak=memory.peak_memory_in_bytes,
+            memory=_memory(device),
+            flops=cost.get("flops"),
+            bytes_accessed=cost.get("bytes accessed"),
+            collectives=find_collectives(compiled.as_text() or ""),
+        )
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether memory suffices; `None` if it is not known how much there is."""
+        return None if self.memory is None else self.peak <= self.memory
+
+    def by_kind(self) -> dict[str, list[Collective]]:
+        """Sorts out the collectives."""
+        kinds = sorted({c.kind for c in self.collectives})
+        return {kind: [c for c in self.collectives if c.kind == kind] for kind in kinds}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns everything as JSON has it, with collectives in sums."""
+        content = dataclasses.asdict(self)
+        content["fits"] = self.fits
+        content["collectives"] = {
+            kind: {
+                "count": len(found),
+                "in_loops": sum(c.in_loop for c in found),
+                "bytes": sum(c.bytes for c in found),
+                "largest": max(c.bytes for c in found),
+            }
+            for kind, found in self.by_kind().items()
+        }
+        return content
+
+    def __str__(self) -> str:
+        """Says it in some lines, for a terminal."""
+        available = "" if self.memory is None else f" of {_bytes(self.memory)}"
+        verdict = {True: ": fits", False: ": DOES NOT FIT", None: ""}[self.fits]
+        lines = [
+            f"Compiled for {self.num_devices} x {self.device_kind}. On each device:",
+            f"  memory          {_bytes(self.peak)}{available}{verdict}",
+            f"    arguments     {_bytes(self.arguments)}",
+            f"    outputs       {_bytes(self.outputs)},"
+            f" {_bytes(self.aliased)} of it in place of arguments",
+            f"    temporaries   {_bytes(self.temporaries)}",
+            f"    program       {_bytes(self.code)}",
+            f"  operations      {_count(self.flops)}",
+            f"  bytes accessed  {_count(self.bytes_accessed)}",
+        ]
+        name = "collectives"
+        for kind, found in self.by_kind().items():
+            sizes = [c.bytes for c in found]
+            loops = sum(c.in_loop for c in found)
+            lines.append(
+                f"  {name:14}  {len(found)} {kind}, {_bytes(sum(sizes))}"
+                f" (largest: {_bytes(max(sizes))})"
+                + (f"; {loops} in loops, counted once" if loops else "")
+            )
+            name = ""
+        if not self.collectives:
+            lines.append(f"  {name:14}  none")
+        return "\n".join(lines)
+
+
+def _memory(device: Device) -> int | None:
+    """How many bytes programs may use."""
+    if device.platform != "gpu":
+        return _TPU_MEMORY.get(device.device_kind)
+    described = str(xla_client.get_topology_for_devices([device]).target_config)
+    size = re.search(r"device_memory_size: (\d+)", described)
+    # Three quarters is what JAX takes of a GPU, unless it is told otherwise.
+    return int(size[1]) * 3 // 4 if size else None
+
+
+def _bytes(size: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} bytes"
+
+
+def _count(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3g}"
+
+
+_KINDS = (
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+# Of two halves the second counts: the type of the first has the operands in it.
+_COLLECTIVE = re.compile(rf'\s+\S+(?: \S+)? = ([^"]+?) ({"|".join(_KINDS)})(-done)?\(')
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LOOP = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,<=]*)\]")
+
+
+def find_collectives(hlo: str) -> tuple[Collective, ...]:
+    """Finds all communication in the text of a compiled program.
+
+    Args:
+        hlo: As `jax.stages.Compiled.as_text()` gives it.
+
+    Returns:
+        The collectives, in the order of the text.
+    """
+    current = ""
+    calls: dict[str, set[str]] = {}
+    loops: set[str] = set()
+    found: list[tuple[str, Collective]] = []
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = match[1]
+            calls[current] = set()
+        elif line.startswith(" "):
+            for called in _CALLED.findall(line):
+                calls[current].update(re.findall(r"[\w.\-]+", called))
+            loops.update(_LOOP.findall(line))
+            if match := _COLLECTIVE.match(line):
+                name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', line)
+                size = _size(match[1])
+                op_name = name[1] if name else ""
+                found.append((current, Collective(match[2], size, False, op_name)))
+    inside: set[str] = set()
+    while loops:
+        inside |= loops
+        loops = {name for loop in loops for name in calls.get(loop, ())} - inside
+    return tuple(
+        dataclasses.replace(collective, in_loop=where in inside)
+        for where, collective in found
+    )
+
+
+def _size(type_: str) -> int:
+    """Bytes of an array or of a tuple of arrays, by its type in HLO."""
+    total = 0
+    for name, bits, shape in _ARRAY.findall(type_):
+        width = 8 if name == "pred" else int(bits or 0)  # a token has none
+        sizes = [int(n.lstrip("<=")) for n in shape.split(",") if n]
+        total += math.ceil(math.prod(sizes) * width / 8)
+    return total
