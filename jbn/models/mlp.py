@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jbn.linen import BatchNorm
+from jbn.ops import xla
+from jbn.typing import ArrayLike, DType
 
 
 class MLP(nn.Module):
@@ -24,6 +26,9 @@ class MLP(nn.Module):
         num_classes: Width of the last layer.
         norm: Makes a norm layer, which is called with `use_running_average` and `mask`:
             a norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`).
+        dtype: Dtype to compute in, such as `jnp.bfloat16`; by default that of
+            parameters and images, float32. Parameters, statistics and logits are
+            float32 in any case.
 
     Example:
         >>> model = MLP(features=(8,), num_classes=3)
@@ -36,10 +41,11 @@ class MLP(nn.Module):
     features: Sequence[int] = (64, 64)
     num_classes: int = 10
     norm: Callable[..., Any] = BatchNorm
+    dtype: DType | None = None
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+        self, x: ArrayLike, *, train: bool, mask: ArrayLike | None = None
     ) -> jax.Array:
         """Returns the logits of a batch of images.
 
@@ -47,17 +53,23 @@ class MLP(nn.Module):
             x: Images, the batch first.
             train: Whether to normalize by the batch (and update the running statistics)
                 or by the running statistics.
-            mask: Of shape `(batch,)`; rows that are `False` take no part in the
-                statistics of the batch.
+            mask: Of shape `(batch,)`; images that are `False` take no part: not in the
+                statistics of the batch, and, whatever their pixels, not in gradients of
+                the others' logits. Their own logits are those of a black image.
 
         Returns:
             Logits, of shape `(batch, num_classes)`.
         """
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            x = x.astype(jnp.float32) / 255.0
-        x = x.reshape(x.shape[0], -1)
-        rows = None if mask is None else mask[:, None]
+        y = jnp.asarray(x)
+        if jnp.issubdtype(y.dtype, jnp.integer):
+            y = y.astype(jnp.float32) / 255.0
+        y = y.reshape(y.shape[0], -1)
+        rows = None
+        if mask is not None:
+            rows = jnp.asarray(mask)[:, None]
+            # Norms leave masked NaN alone, but the gradient of a kernel does not.
+            y = jnp.where(rows, y, jnp.zeros((), y.dtype))
         for width in self.features:
-            x = nn.relu(nn.Dense(width)(x))
-            x = self.norm()(x, use_running_average=not train, mask=rows)
-        return nn.Dense(self.num_classes)(x)
+            y = nn.relu(nn.Dense(width, dtype=self.dtype)(y))
+            y = self.norm()(y, use_running_average=not train, mask=rows)
+        return nn.Dense(self.num_classes)(xla.wide(y))

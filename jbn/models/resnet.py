@@ -225,6 +225,33 @@ class ResNet(nn.Module):
         return head(y)
 
 
+def resnet8(**options: Any) -> ResNet:
+    """ResNet-8, for small images: 78,042 parameters for 10 classes and 3 channels.
+
+    Of depth 6n + 2 with n = 1 (He et al., section 4.2), with a shortcut convolution in
+    place of zero padding where the width changes.
+
+    Args:
+        **options: Attributes of `ResNet`, such as `num_classes` and `norm`.
+
+    Returns:
+        The model.
+    """
+    return _cifar(1, options)
+
+
+def resnet20(**options: Any) -> ResNet:
+    """ResNet-20, for small images: `resnet8` with n = 3.
+
+    Args:
+        **options: Attributes of `ResNet`, such as `num_classes` and `norm`.
+
+    Returns:
+        The model.
+    """
+    return _cifar(3, options)
+
+
 def resnet18(**options: Any) -> ResNet:
     """ResNet-18: 11,689,512 parameters for 1000 classes.
 
@@ -279,6 +306,11 @@ def torchvision_name(path: str) -> str:
         return names.get(part, part.replace("norm", "bn"))
 
     return ".".join(map(name, path.split("/")))
+
+
+def _cifar(count: int, options: dict[str, Any]) -> ResNet:
+    defaults = {"num_classes": 10, "widths": (16, 32, 64), "stem": "small"}
+    return ResNet(stage_sizes=(count,) * 3, **{**defaults, **options})
 
 
 def _conv(features: int, size: int, strides: int, dtype: Any, name: str) -> nn.Conv:

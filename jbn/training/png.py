@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Encodes a grayscale image of shape (height, width) and dtype uint8."""
+    """Encodes an image of shape (height, width) or (height, width, 3), of uint8."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="png", compress_level=1)
     return buffer.getvalue()

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 import jbn.linen
-from jbn.models import ResNet, resnet18, resnet50, torchvision_name
+from jbn.models import (
+    ResNet,
+    resnet8,
+    resnet18,
+    resnet20,
+    resnet50,
+    torchvision_name,
+)
 from jbn.models.resnet import BasicBlock, BottleneckBlock
 
 
@@ -52,6 +59,25 @@ def train(model, variables, x, mask=None):
 def test_as_many_parameters_as_torchvision(new, count):
     shapes = shapes_of(new(), 1, 64, 64, 3)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
+
+
+@pytest.mark.parametrize(("new", "blocks"), [(resnet8, 1), (resnet20, 3)])
+def test_small_resnets_are_those_of_section_4_2(new, blocks):
+    """A table of He et al.: 32x32, 16x16 and 8x8; shortcuts are convolutions here."""
+    count = 3 * 9 * 16 + 2 * 16 + 64 * 10 + 10
+    for width, before in ((16, 16), (32, 16), (64, 32)):
+        count += (
+            9 * before * width
+            + (2 * blocks - 1) * 9 * width**2
+            + 2 * blocks * 2 * width
+        )
+        count += (before + 2) * width if width > before else 0
+    shapes = shapes_of(new(), 1, 32, 32, 3)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
+    assert f"stage3_block{blocks}" in shapes["params"]
+    assert f"stage3_block{blocks + 1}" not in shapes["params"]
+    wide = shapes_of(new(widths=(8, 8, 8), num_classes=3), 1, 8, 8, 1)["params"]
+    assert wide["head"]["kernel"].shape == (8, 3)
 
 
 @pytest.mark.parametrize(
