@@ -17,10 +17,12 @@ def make(rng, model, *shape):
     """Variables without the zeros and ones that hide what they multiply."""
     x = jnp.zeros(shape or (1, 4, 4, 3))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.uniform(0.1, 1, leaf.shape) - 0.3, jnp.float32),
-        shapes,
-    )
+
+    def fill(path, leaf):
+        low = 0.5 if path[-1].key in ("scale", "var") else -0.5
+        return jnp.asarray(rng.uniform(low, low + 1, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def images(rng, *shape):
@@ -79,12 +81,13 @@ def test_integer_and_numpy_images(rng):
     x = rng.integers(0, 256, (5, 4, 4, 3), np.uint8)
     infer: Any = partial(model.apply, variables, train=False)
     scaled = infer(jnp.asarray(x / 255, jnp.float32))
+    assert np.isfinite(scaled).all()
     np.testing.assert_allclose(infer(x), scaled, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_keeps_parameters_and_statistics_in_float32(rng):
     model = MLP(dtype=jnp.bfloat16)
-    x = images(rng)
+    x = images(rng, 64, 4, 4, 3)
     variables = make(rng, model)
     apply = partial(
         model.apply, train=True, mutable=["batch_stats"], capture_intermediates=True
