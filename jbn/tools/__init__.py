@@ -14,6 +14,7 @@ from jbn.tools.fold_into import (
 )
 from jbn.tools.freeze import decays as decays, freeze as freeze, kinds as kinds
 from jbn.tools.haiku import from_haiku as from_haiku, to_haiku as to_haiku
+from jbn.tools.inspect import inspect as inspect
 from jbn.tools.keras import (
     from_keras as from_keras,
     keras_options as keras_options,
