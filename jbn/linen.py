@@ -194,6 +194,7 @@ class BatchRenorm(BatchNorm, _RenormFields):
 
 class _GhostFields(nn.Module):
     num_groups: int
+    devices_per_group: int = 1
 
 
 class GhostBatchNorm(BatchNorm, _GhostFields):
@@ -201,6 +202,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
 
     Attributes:
         num_groups: Number of groups (on each device, with `axis_name`).
+        devices_per_group: How many devices of `axis_name` share their groups.
 
     All other attributes are those of `BatchNorm`.
     """
@@ -236,6 +238,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
             mask=mask,
             weights=weights,
             num_groups=self.num_groups,
+            devices_per_group=1 if self.is_initializing() else self.devices_per_group,
         )
 
 

@@ -283,14 +283,21 @@ class GhostBatchNorm(BatchNorm):
     Args:
         num_features: As for `BatchNorm`.
         num_groups: Number of groups (on each device, with `axis_name`).
+        devices_per_group: How many devices of `axis_name` share their groups.
         **options: All other arguments of `BatchNorm`.
     """
 
     def __init__(
-        self, num_features: int | tuple[int, ...], num_groups: int, **options: Any
+        self,
+        num_features: int | tuple[int, ...],
+        num_groups: int,
+        *,
+        devices_per_group: int = 1,
+        **options: Any,
     ):
         super().__init__(num_features, **options)
         self.num_groups = num_groups
+        self.devices_per_group = devices_per_group
 
     def __call__(
         self,
@@ -322,6 +329,7 @@ class GhostBatchNorm(BatchNorm):
             mask=mask,
             weights=weights,
             num_groups=self.num_groups,
+            devices_per_group=self.devices_per_group,
         )
 
 

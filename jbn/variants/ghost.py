@@ -6,6 +6,7 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jbn import summary
@@ -23,6 +24,7 @@ def ghost_batch_norm(
     *,
     use_running_average: bool,
     num_groups: int,
+    devices_per_group: int = 1,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, Stats]:
     """Normalizes each of several groups of the batch by its own mean and variance.
@@ -38,7 +40,9 @@ def ghost_batch_norm(
 
     With `axis_name` each device cuts its own share, and groups do not cross devices, so
     that normalizing needs no communication; one all-reduce merges the moments for the
-    running statistics. Under plain `jit` the groups are those of the whole batch; a
+    running statistics. With `devices_per_group` they do: the first groups of so many
+    devices in a row are one, the second ones are one, and so on, for one more
+    all-reduce each way. Under plain `jit` the groups are those of the whole batch; a
     number that is a multiple of the devices keeps each on one, and any other number
     costs a copy of the batch on every device.
 
@@ -48,6 +52,8 @@ def ghost_batch_norm(
         batch_stats: Running mean and variance, one entry per feature, or `None`.
         use_running_average: `False` in training, `True` at inference.
         num_groups: Number of groups (on each device, with `axis_name`); static.
+        devices_per_group: How many devices of `axis_name` share their groups; static.
+            (More than one not under `shard_map`, which has no groups of devices.)
         **options: Everything else that `jbn.batch_norm` takes. A group of no weight is
             normalized by the running statistics.
 
@@ -55,9 +61,10 @@ def ghost_batch_norm(
         The normalized array and the running statistics, as `jbn.batch_norm`.
 
     Raises:
-        TypeError: If `num_groups` is not an integer, or as `jbn.batch_norm` does.
-        ValueError: If `num_groups` is below 1, if `x` has only feature axes, or as
-            `jbn.batch_norm` does.
+        TypeError: If a number is not an integer, or as `jbn.batch_norm` does.
+        ValueError: If a number is below 1, if `x` has only feature axes, if
+            `devices_per_group` does not divide the devices, or as `jbn.batch_norm`
+            does.
         NameError: As `jbn.batch_norm` does.
 
     Example:
@@ -80,14 +87,8 @@ def ghost_batch_norm(
         generalization gap in large batch training of neural networks", 2017, algorithm
         1 (whose running statistics average the groups). https://arxiv.org/abs/1705.08741
     """
-    try:
-        num_groups = operator.index(num_groups)
-    except TypeError:
-        raise TypeError(
-            f"`num_groups` must be an integer; got {num_groups!r}."
-        ) from None
-    if num_groups < 1:
-        raise ValueError(f"`num_groups` must be at least 1; got {num_groups}.")
+    num_groups = _positive("num_groups", num_groups)
+    devices_per_group = _positive("devices_per_group", devices_per_group)
     call = prepare(
         x, params, batch_stats, use_running_average=use_running_average, **options
     )
@@ -102,7 +103,11 @@ def ghost_batch_norm(
     size = call.lay.shape[axis]
     grouped = _grouped(call, axis, num_groups)
     groups = grouped.summarize()
-    y = grouped.by_batch(groups)
+    if devices_per_group == 1:
+        y = grouped.by_batch(groups)
+    else:
+        over = _over_devices(grouped, call.rows, devices_per_group)
+        y = over.by_batch(over.summarize())
     padded = y.shape[axis] * y.shape[axis + 1]
     y = y.reshape(*y.shape[:axis], padded, *y.shape[axis + 2 :])
     y = lax.slice_in_dim(y, 0, size, axis=axis)
@@ -151,6 +156,35 @@ def _grouped(call: Call, axis: int, num_groups: int) -> Call:
         scale=None if call.scale is None else among_groups(call.scale),
         bias=None if call.bias is None else among_groups(call.bias),
     )
+
+
+def _positive(name: str, number: int) -> int:
+    try:
+        index = operator.index(number)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an integer; got {number!r}.") from None
+    if index < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {index}.")
+    return index
+
+
+def _over_devices(grouped: Call, rows: Rows, size: int) -> Call:
+    """The call with groups over `size` devices in a row each."""
+    if rows.axis_name is None or rows.axis_index_groups is not None:
+        raise ValueError(
+            "`devices_per_group` cuts the devices of `axis_name` into groups; got"
+            f" axis_name={rows.axis_name!r} and"
+            f" axis_index_groups={rows.axis_index_groups!r}."
+        )
+    devices = int(lax.axis_size(rows.axis_name))
+    if devices % size:
+        raise ValueError(
+            f"`devices_per_group` must divide the number of devices, {devices}; got"
+            f" {size}."
+        )
+    groups = np.arange(devices).reshape(-1, size).tolist()
+    here = Rows(grouped.rows.axes, rows.axis_name, tuple(map(tuple, groups)))
+    return dataclasses.replace(grouped, rows=here)
 
 
 def _pooled(groups: Summary, rows: Rows, axis: int) -> Summary:

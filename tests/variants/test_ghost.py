@@ -402,6 +402,71 @@ def test_groups_of_devices_and_within_them(rng):
         np.testing.assert_allclose(new.var[i], var, rtol=1e-5)
 
 
+def test_groups_over_devices(rng):
+    """Two devices have a group together; the statistics are those of all four."""
+    x, dy = rows_like(rng, (4, 6, 3)), rows_like(rng, (4, 6, 3))
+    weights = rng.uniform(0, 2, (4, 6, 1)).astype(np.float32)
+    weights[1] = 0  # a device without rows
+    params, stats = make(rng)
+
+    def run(x, weights, dy):
+        y, back, new = jax.vjp(
+            lambda x: jbn.ghost_batch_norm(
+                x,
+                params,
+                stats,
+                use_running_average=False,
+                num_groups=2,
+                devices_per_group=2,
+                momentum=0.0,
+                axis_name="d",
+                weights=weights,
+            ),
+            x,
+            has_aux=True,
+        )
+        return y, back(dy)[0], new
+
+    y, dx, new = jax.pmap(run, "d", devices=jax.devices()[:4])(x, weights, dy)
+    new = jax.tree.map(lambda v: v[0], new)
+    for devices in (slice(0, 2), slice(2, 4)):
+        for rows in (slice(0, 3), slice(3, 6)):
+            part = np.concatenate(x[devices, rows])
+            w = np.concatenate(weights[devices, rows])
+            want, back = jax.vjp(
+                lambda part, w=w: jbn.batch_norm(
+                    part, params, stats, use_running_average=False, weights=w
+                )[0],
+                part,
+            )
+            shape = x[devices, rows].shape
+            np.testing.assert_allclose(y[devices, rows], want.reshape(shape), **CLOSE)
+            (want,) = back(np.concatenate(dy[devices, rows]))
+            np.testing.assert_allclose(
+                dx[devices, rows], want.reshape(shape), rtol=1e-4, atol=1e-4
+            )
+    _, mean, var = oracle.moments(x.reshape(24, 3), weights.reshape(24, 1))
+    np.testing.assert_allclose(new.mean, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new.var, var, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_devices_that_cannot_share_a_group():
+    call = functools.partial(
+        jbn.ghost_batch_norm, use_running_average=False, num_groups=1
+    )
+    x, state = np.ones((4, 2), np.float32), jbn.init(2)
+    with pytest.raises(ValueError, match=r"`devices_per_group` cuts .* axis_name=None"):
+        call(x, *state, devices_per_group=2)
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        call(x, *state, devices_per_group=0)
+    with pytest.raises(ValueError, match="must divide the number of devices, 4; got 3"):
+        jax.vmap(
+            lambda x: call(x, *state, devices_per_group=3, axis_name="d"),
+            axis_name="d",
+        )(x[:, None])
+
+
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("x", "num_groups", "error", "message"),
