@@ -1,47 +1,57 @@
-"""Trains a network with batch normalization: `python train.py --help`."""
+"""Trains a network with batch normalization: `python train.py --help`.
 
-import functools
+`python train.py eval`, `predict` and `compile` have a --help of their own.
+"""
+
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
 
 import jax
-import numpy as np
-import optax
 from tqdm import tqdm
 
-from jbn.linen import BatchNorm
-from jbn.models import MLP
-from jbn.training.batches import Plan, chunks, permutation, plan_epoch
+from jbn.training import hosts
+from jbn.training.batches import Plan, permutation, plan_epoch
+from jbn.training.build import make_task, target_of
 from jbn.training.checkpoint import Checkpoints
 from jbn.training.config import Config, claim_workdir, parse_config
 from jbn.training.data import load_dataset
 from jbn.training.devices import describe, select_devices
 from jbn.training.errors import NonFiniteLossError, UsageError
-from jbn.training.executor import Executor, Run
-from jbn.training.metrics import EpochMetrics, MetricsFile, plot_curves
-from jbn.training.state import TrainState, create_state
-from jbn.training.step import make_eval_step, make_train_step
-
-
-EVAL_BATCH_SIZE = 1024
+from jbn.training.evaluation import Evaluation, steps_per_dispatch
+from jbn.training.executor import Executor
+from jbn.training.guard import Guard
+from jbn.training.loader import ahead, empty_chunk, load
+from jbn.training.metrics import MetricsFile, Sums, best_of, peak_memory, show
+from jbn.training.report import Events, Profile, Report
+from jbn.training.step import create_state, make_train_step
+from jbn.training.subcommands import COMMANDS, run_command
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line, or `args` in its place; returns the exit status."""
-    try:
-        train(parse_config(args))
-    except (UsageError, NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; --resume and --workdir=FOLDER go on", file=sys.stderr)
-        return 130
-    return 0
+    args = list(sys.argv[1:] if args is None else args)
+
+    def run() -> int:
+        try:
+            if args and args[0] in COMMANDS:
+                return run_command(args[0], args[1:])
+            config = parse_config(args)
+            hosts.connect(config)
+            return train(config)
+        except (UsageError, NonFiniteLossError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1
+        except KeyboardInterrupt:
+            print("interrupted; --resume --workdir=FOLDER goes on", file=sys.stderr)
+            return 130
+
+    return hosts.end_at_once(run)
 
 
-def train(config: Config) -> list[EpochMetrics]:
+def train(config: Config) -> int:
     """Trains as `config` says.
 
     Writes configuration, metrics, curves and checkpoints to the folder of the run.
@@ -50,7 +60,7 @@ def train(config: Config) -> list[EpochMetrics]:
         config: From `parse_config`.
 
     Returns:
-        The metrics of each epoch, those before a resumption included.
+        The exit status: 0, also if SIGTERM has ended the run before its end.
     """
     # ---- Devices and data ------------------------------------------------------------
 
@@ -58,180 +68,178 @@ def train(config: Config) -> list[EpochMetrics]:
     executor = Executor(devices, config.parallel)
     dataset = load_dataset(
         config.dataset,
+        target=target_of(config),
         data_dir=config.data_dir,
         manual_dir=config.manual_dir,
         image_size=config.image_size,
+        loader=config.loader,
+        crop=config.crop,
+        seed=config.seed,
     )
     num_train, num_test = len(dataset.train), len(dataset.test)
 
+    def plan(epoch: int) -> Plan:
+        order = permutation(config.seed, epoch, num_train)
+        multiple = len(devices) * config.microbatches
+        return plan_epoch(order, config.batch_size, multiple=multiple)
+
+    steps_per_epoch = plan(1).num_steps
+    share = executor.share(plan(1).num_rows)
+    length = steps_per_dispatch(dataset.train, plan(1), config.steps_per_dispatch)
+
     # ---- Model, optimizer, steps -----------------------------------------------------
 
-    norm: Callable[..., Any] = functools.partial(
-        BatchNorm, momentum=config.momentum, axis_name=executor.axis_name
-    )
-    model = MLP(num_classes=dataset.num_classes, norm=norm)
-    # A hidden unit that is active for every example of a batch has a bias that the norm
-    # takes away again: its gradient is zero, or 1e-8 after rounding. The usual epsilon,
-    # 1e-8, makes a step of nearly full size of that noise, and after three epochs one
-    # and four devices differ by 1e-2 in the loss of a step. With this one, by 1e-6.
-    optimizer = optax.adam(config.learning_rate, eps=1e-5)
-    state = create_state(model, optimizer, dataset.train.image.shape[1:], config.seed)
+    task = make_task(config, dataset, executor, steps_per_epoch=steps_per_epoch)
+    state = create_state(task, config.seed, averaged=config.ema_decay is not None)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
-
-    train_step = make_train_step(model, optimizer, axis_name=executor.axis_name)
-    eval_step = make_eval_step(model, axis_name=executor.axis_name)
-    train_steps = executor.compile(train_step, donate=True)
-    eval_steps = executor.compile(eval_step, donate=False)
+    train_steps = executor.train(
+        make_train_step(task, seed=config.seed, ema_decay=config.ema_decay)
+    )
+    evaluation = Evaluation(
+        task,
+        executor,
+        dataset,
+        batch_size=config.batch_size,
+        most_steps=config.steps_per_dispatch,
+        seed=config.seed,
+    )
 
     # ---- Where the results go --------------------------------------------------------
 
-    workdir = claim_workdir(config)
+    first = hosts.is_first()
+    workdir = Path(hosts.from_first(str(claim_workdir(config)) if first else ""))
     metrics_file = MetricsFile(workdir / "metrics.jsonl")
-    print(
-        f"data     {dataset.name}: {num_train:,} training and {num_test:,} test images "
-        f"in {dataset.num_classes} classes\n"
-        f"model    mlp: {num_params:,} parameters\n"
+    write: Callable[..., None] = tqdm.write if first else lambda text: None
+    write(
+        f"data     {dataset.name}: {num_train:,} training and {num_test:,} test images"
+        + (f" in {len(dataset.classes)} classes" if dataset.classes else "")
+        + f"\nmodel    {config.model}: {num_params:,} parameters\n"
         f"devices  {describe(devices)}, by {config.parallel}\n"
-        f"workdir  {workdir}",
-        flush=True,
+        f"workdir  {workdir}"
     )
 
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        done = checkpoints.last_epoch or 0
-        if done:
-            state = checkpoints.restore(done, state)
-            print(f"resuming after epoch {done}", flush=True)
-        metrics_file.truncate(done)
-        history = metrics_file.read()
-
-        # ---- Data and state to the devices, and compilation --------------------------
-
-        def plan(epoch: int) -> Plan:
-            order = permutation(config.seed, epoch, num_train)
-            return plan_epoch(order, config.batch_size, multiple=len(devices))
-
-        test_plan = plan_epoch(
-            np.arange(num_test), EVAL_BATCH_SIZE, multiple=len(devices)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir / "checkpoints", higher_is_better=task.metric.higher_is_better
+            )
         )
-        train_data = executor.put_split(dataset.train)
-        test_data = executor.put_split(dataset.test)
-        step = int(state.step)
+        preemption = stack.enter_context(hosts.Preemption())
+        done, total = checkpoints.last_step or 0, config.epochs * steps_per_epoch
+        progress: dict[str, float] = {}
+        if done:
+            state, progress = checkpoints.restore(done, state)
+            write(f"resuming after step {done}, in epoch {done / steps_per_epoch:.4g}")
+        if first:
+            metrics_file.truncate(done)
+        history = metrics_file.read()
         state = executor.put(state)
-        if done < config.epochs:
+        guard = Guard(config.max_skipped, steps_per_epoch, checkpoints.describe)
+        profile = stack.enter_context(
+            Profile(workdir / "profile" if config.profile and first else None)
+        )
+        events = stack.enter_context(Events(workdir / "events" if first else None))
+        bar = stack.enter_context(
+            tqdm(
+                total=total,
+                initial=done,
+                unit=" steps",
+                leave=False,
+                disable=None if first else True,  # None: where there is no terminal.
+            )
+        )
+        report = Report(workdir, task.metric, f"{config.model} on {dataset.name}")
+        if first:
+            stack.callback(report.draw, history)
+        if done < total:
             # Steps of weight zero change nothing; this only compiles the program.
-            chunk = next(chunks(plan(1), config.steps_per_dispatch))
-            state, _ = train_steps(state, train_data, chunk.without_weight())
+            nothing = empty_chunk(dataset.train, plan(1), length, share=share)
+            state, _ = train_steps(state, executor.put_batches(nothing))
 
         # ---- Train -------------------------------------------------------------------
 
-        bar = tqdm(
-            total=config.epochs * plan(1).num_steps,
-            initial=step,
-            unit=" steps",
-            leave=False,
-            disable=None,  # Where there is no terminal.
+        saved, stopped = done, False
+        while done < total and not stopped:
+            epoch, offset = done // steps_per_epoch + 1, done % steps_per_epoch
+            sums = Sums(progress if offset else None)
+            bar.set_description(f"epoch {epoch}")
+            start = time.perf_counter()
+            rest = plan(epoch).after(offset)
+            chunks = load(dataset.train, rest, length, share=share, epoch=epoch)
+            for count, batches in ahead(chunks, executor.put_batches):
+                state, metrics = train_steps(state, batches)
+                metrics = {k: v[:count] for k, v in executor.get(metrics).items()}
+                guard.check(metrics, done)
+                sums.add_steps(metrics)
+                done += count
+                bar.update(count)
+                profile.next()
+                stopped = preemption.reached(done)
+                due = config.save_every and done - saved >= config.save_every
+                if done % steps_per_epoch and (due or stopped):
+                    checkpoints.save(executor.get(state), progress=sums.as_json())
+                    saved = done
+                if stopped:
+                    break
+            seconds = time.perf_counter() - start
+            if done % steps_per_epoch:
+                break  # It goes on from here when it is resumed.
+
+            # ---- Evaluate and save ---------------------------------------------------
+
+            host_state = executor.get(state)
+            if host_state.average or task.recalibrates:
+                variables = evaluation.recalibrated(host_state.variables)
+                host_state = host_state.with_variables(variables)
+                state = executor.put(host_state)
+            test_sums = evaluation(host_state.variables)
+            train_metrics, test = task.summarize(sums.values), task.summarize(test_sums)
+            guard.check_test(test, done)
+            steps = steps_per_epoch - offset
+            num_examples = steps / steps_per_epoch * num_train
+            line = {
+                "epoch": epoch,
+                "step": done,
+                **{f"train_{name}": value for name, value in train_metrics.items()},
+                **{f"test_{name}": value for name, value in test.items()},
+                "skipped": int(sums.values["num_skipped"]),
+                "examples_per_second": round(num_examples / seconds, 1),
+                "step_ms": round(1e3 * seconds / steps, 3),
+                "peak_memory_bytes": peak_memory(),
+            }
+            history.append(line)
+            # In this order: on resuming, a line without a checkpoint is dropped.
+            if first:
+                metrics_file.append(line)
+            checkpoints.save(host_state, metric=test[task.metric.name])
+            saved = done
+            if first:
+                figures = {}
+                if done == total or report.is_due():
+                    figures = task.pictures(host_state.variables, test_sums, dataset)
+                report.figures |= figures
+                events.write(line, figures)
+            width = len(str(config.epochs))
+            write(f"epoch {epoch:{width}}/{config.epochs}  {show(line, task.metric)}")
+
+    # ---- Report ----------------------------------------------------------------------
+
+    if stopped and done < total:
+        write(
+            f"stopped by SIGTERM after step {done}, which is saved; "
+            f"--resume --workdir={workdir} goes on"
         )
-        try:
-            for epoch in range(done + 1, config.epochs + 1):
-                bar.set_description(f"epoch {epoch}")
-                start = time.perf_counter()
-                state, train_metrics = train_epoch(
-                    train_steps, state, train_data, plan(epoch), config, bar
-                )
-                seconds = time.perf_counter() - start
-                check_finite("loss", train_metrics, step, epoch, checkpoints)
-                step += len(train_metrics["loss"])
-                _, test_metrics = eval_steps(state, test_data, test_plan)
-                check_finite("test loss", test_metrics, step, epoch, checkpoints)
-
-                metrics = EpochMetrics.summarize(
-                    epoch, step, train_metrics, test_metrics, num_train / seconds
-                )
-                # In this order: on resuming, a line without a checkpoint is dropped.
-                metrics_file.append(metrics)
-                checkpoints.save(epoch, state, metrics.test_accuracy)
-                history.append(metrics)
-                width = len(str(config.epochs))
-                bar.write(f"epoch {epoch:{width}}/{config.epochs}  {metrics}")
-        finally:
-            bar.close()
-            if history:
-                title = f"mlp on {dataset.name}"
-                plot_curves(history, workdir / "curves.png", title)
-
-        # ---- Report ------------------------------------------------------------------
-
-        final = history[-1]
-        best = max(history, key=lambda m: (m.test_accuracy, m.epoch))
-    print(
-        f"saved in {workdir}: config.json, metrics.jsonl, curves.png, and checkpoints/ "
-        f"with epoch {final.epoch} (the last) and epoch {best.epoch} (the best on the "
-        f"test set, {100 * best.test_accuracy:.2f} %)\n"
-        f"final test accuracy: {100 * final.test_accuracy:.2f} % (epoch {final.epoch})"
+        return 0
+    final, best = history[-1], best_of(history, task.metric)
+    name = f"test_{task.metric.name}"
+    write(
+        f"saved in {workdir}: config.json, metrics.jsonl, pictures, events/, and "
+        f"checkpoints/ with epoch {final['epoch']} (the last) and epoch "
+        f"{best['epoch']} (the best on the test set, {task.metric.show(best[name])})\n"
+        f"final test {task.metric.label}: {task.metric.show(final[name])} "
+        f"(epoch {final['epoch']})"
     )
-    return history
-
-
-def train_epoch(
-    train_steps: Run,
-    state: TrainState,
-    data: Any,
-    plan: Plan,
-    config: Config,
-    bar: tqdm,
-) -> tuple[TrainState, dict[str, np.ndarray]]:
-    """Runs the steps of one epoch, or as far as the first loss that is not finite.
-
-    Args:
-        train_steps: The compiled training steps.
-        state: The state before, which is used up.
-        data: The training split, on the devices.
-        plan: Which rows make up each batch.
-        config: For the number of steps in a dispatch.
-        bar: Moved on with each dispatch.
-
-    Returns:
-        The state after, and the metrics of each step.
-    """
-    parts = []
-    for chunk in chunks(plan, config.steps_per_dispatch):
-        state, metrics = train_steps(state, data, chunk)
-        parts.append({k: v[: chunk.num_steps] for k, v in metrics.items()})
-        bar.update(chunk.num_steps)
-        if not np.isfinite(parts[-1]["loss"]).all():
-            break
-    return state, {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-
-
-def check_finite(
-    name: str,
-    metrics: dict[str, np.ndarray],
-    step: int,
-    epoch: int,
-    checkpoints: Checkpoints,
-) -> None:
-    """Stops the run if a loss is infinite or not a number.
-
-    Args:
-        name: What to call the loss.
-        metrics: With the losses, one for each step after `step`; or those of an
-            evaluation after `step`.
-        step: The steps taken before.
-        epoch: The current epoch.
-        checkpoints: What can be loaded.
-
-    Raises:
-        NonFiniteLossError: Naming the step.
-    """
-    wrong = np.flatnonzero(~np.isfinite(metrics["loss"]))
-    if not wrong.size:
-        return
-    value = metrics["loss"][wrong[0]]
-    where = f"at step {step + 1 + wrong[0]}" if name == "loss" else f"after step {step}"
-    raise NonFiniteLossError(
-        f"The {name} is {value} {where}, in epoch {epoch}. {checkpoints.describe()} "
-        "Try a lower --learning-rate."
-    )
+    return 0
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ class MLP(nn.Module):
             rows = jnp.asarray(mask)[:, None]
             # Norms leave masked NaN alone, but the gradient of a kernel does not.
             y = jnp.where(rows, y, jnp.zeros((), y.dtype))
-        for width in self.features:
+        for i, width in enumerate(self.features):
             y = nn.relu(nn.Dense(width, dtype=self.dtype)(y))
-            y = self.norm()(y, use_running_average=not train, mask=rows)
+            # Not named after its class: any norm then fits the same variables.
+            norm = self.norm(name=f"BatchNorm_{i}")
+            y = norm(y, use_running_average=not train, mask=rows)
         return nn.Dense(self.num_classes)(xla.wide(y))

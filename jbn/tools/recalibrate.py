@@ -78,22 +78,49 @@ def recalibrate(
         Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
         https://arxiv.org/abs/2105.07576
     """
+    return recalibrator(apply, where=where, passes=passes)(variables, batches)
+
+
+def recalibrator(
+    apply: Callable[[Any, Any], Any], *, where: Where = None, passes: int | None = 1
+) -> Callable[[State, Iterable[Any]], State]:
+    """Makes `recalibrate` for several times, compiled once.
+
+    Args:
+        apply: As for `recalibrate`, like the rest.
+        where: Which layers.
+        passes: How many passes over the data.
+
+    Returns:
+        The function of variables and batches that returns new variables. Those of each
+        call must be of the same structure.
+
+    Raises:
+        ValueError: As `recalibrate` does; so does the function.
+    """
     if passes is not None and passes < 1:
         raise ValueError(f"`passes` must be at least 1; got {passes}.")
-    if passes != 1 and isinstance(batches, Iterator):
-        raise ValueError(
-            "`batches` must be iterated once for each pass; got an iterator, which is"
-            " then empty. Pass a list, or an object that makes a new iterator."
-        )
-    gather = _gatherer(apply, variables, where, {})
-    done = 0
-    while passes is None or done < passes:
-        new = with_moments(variables, gather(variables, iter(batches)))
-        settled = passes is None and _same(new, variables)
-        variables, done = new, done + 1
-        if settled:
-            break
-    return variables
+    made: list[Any] = []
+
+    def run(variables: State, batches: Iterable[Any]) -> State:
+        if passes != 1 and isinstance(batches, Iterator):
+            raise ValueError(
+                "`batches` must be iterated once for each pass; got an iterator, which"
+                " is then empty. Pass a list, or an object that makes a new iterator."
+            )
+        if not made:
+            made.append(_gatherer(apply, variables, where, {}))
+        (gather,) = made
+        done = 0
+        while passes is None or done < passes:
+            new = with_moments(variables, gather(variables, iter(batches)))
+            settled = passes is None and _same(new, variables)
+            variables, done = new, done + 1
+            if settled:
+                break
+        return variables
+
+    return run
 
 
 def population(

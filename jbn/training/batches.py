@@ -22,9 +22,18 @@ class Plan:
         """How many steps are not only there to fill up."""
         return int((self.weights.sum(axis=1) > 0).sum())
 
-    def without_weight(self) -> "Plan":
-        """A plan of the same shape that changes nothing."""
-        return Plan(self.indices, np.zeros_like(self.weights))
+    @property
+    def num_rows(self) -> int:
+        """How many rows a batch has."""
+        return self.indices.shape[1]
+
+    def after(self, steps: int) -> "Plan":
+        """What is left of it."""
+        return Plan(self.indices[steps:], self.weights[steps:])
+
+    def columns(self, which: slice) -> "Plan":
+        """Some of the rows of each batch."""
+        return Plan(self.indices[:, which], self.weights[:, which])
 
 
 def plan_epoch(order: np.ndarray, batch_size: int, *, multiple: int) -> Plan:
@@ -34,7 +43,7 @@ def plan_epoch(order: np.ndarray, batch_size: int, *, multiple: int) -> Plan:
         order: Row numbers, in the order in which to visit them.
         batch_size: Rows in each batch; the last one may have fewer.
         multiple: What the length of each batch is filled up to a multiple of: the
-            number of devices.
+            number of devices, times that of microbatches.
 
     Returns:
         The plan, in which each batch is filled up to the same length.
@@ -56,12 +65,16 @@ def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def chunks(plan: Plan, max_steps: int) -> Iterator[Plan]:
-    """Cuts a plan into pieces of one length, of at most `max_steps` steps."""
+def chunk_length(num_steps: int, max_steps: int) -> int:
+    """The length of chunks of equal length, of at most `max_steps` steps."""
+    count = -(-num_steps // max_steps)
+    return -(-num_steps // count)
+
+
+def chunks(plan: Plan, length: int) -> Iterator[Plan]:
+    """Cuts a plan into pieces of `length` steps, the last of which is filled up."""
     steps = len(plan.indices)
-    count = -(-steps // max_steps)
-    length = -(-steps // count)
-    fill = ((0, count * length - steps), (0, 0))
+    fill = ((0, -steps % length), (0, 0))
     indices, weights = np.pad(plan.indices, fill), np.pad(plan.weights, fill)
-    for start in range(0, count * length, length):
+    for start in range(0, len(indices), length):
         yield Plan(indices[start : start + length], weights[start : start + length])

@@ -3,7 +3,8 @@
 import dataclasses
 import datetime
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,10 @@ from jbn.training.errors import UsageError
 # Without "{None}|" and "(default: None)": the texts say what the default does.
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 _Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+_Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+_Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+
+Model = Literal["mlp", "resnet8", "resnet18", "resnet50", "unet", "dcgan"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,32 +28,57 @@ class Config:
     """Trains a network with batch normalization on images.
 
     Without flags: a perceptron with two hidden layers, on the handwritten digits that
-    come with the package. That takes some seconds and no network.
+    come with the package. That takes some seconds and no network. Defaults are those of
+    --model, which --model=NAME --help shows.
 
     Attributes:
-        dataset: The data: `digits`, which comes with the package, or the TensorFlow
-            Datasets name of any image classification set (`mnist`, `cifar10`, ...).
+        model: `mlp`, `resnet8`, `resnet18` and `resnet50` classify images; `unet` their
+            pixels; `dcgan` learns to make such images.
+        dataset: The data: `digits` or `digit_trimaps`, which come with the package, or
+            the TensorFlow Datasets name of a set of images with labels (`mnist`,
+            `cifar10`, `imagenet2012`, ...), for `unet` with a segmentation mask
+            (`oxford_iiit_pet`), for `dcgan` of any images.
         data_dir: Folder of prepared data sets. By default that of TensorFlow Datasets,
             which is $TFDS_DATA_DIR or ~/tensorflow_datasets.
         manual_dir: Folder with the original files of the set, downloaded by hand.
             Needed once, to prepare a set without a network.
         image_size: Height and width to resize the images to. Needed where they differ
             in size.
+        loader: `memory` reads the set into memory, `grain` reads images from disk when
+            they are needed. By default grain for sets of more than 4 GiB of pixels.
+        shift: Move training images by up to so many pixels, at random.
+        flip: Mirror training images, at random.
+        crop: Cut out random parts of training images, as for ImageNet (grain alone).
         workdir: Where configuration, metrics, curves and checkpoints go. By default a
             new folder in runs/, named after the data, the seed and the time. A folder
             with anything in it is refused, unless to resume the run in it.
         resume: Continue the run in --workdir from its last checkpoint, with the flags
             that it was started with. Give more --epochs to train on after its end.
-        epochs: Passes over the training data. The default suits the digits, where an
-            epoch is 23 steps; of mnist, 5 do.
+        epochs: Passes over the training data.
         batch_size: Examples in each step, over all devices together. None is dropped:
             the last batch of an epoch is smaller.
-        learning_rate: Step size of the Adam optimizer.
+        microbatches: Parts of a batch to take one after the other, in the memory of one
+            of them. Each is normalized by itself; the running statistics are those of
+            the batch.
+        optimizer: `adam` (with --weight-decay AdamW), or `sgd` with momentum.
+        learning_rate: Its largest step size. Of dcgan, the generator's; that of the
+            discriminator is a fifth.
+        beta1: Of Adam; the momentum of SGD.
+        schedule: `cosine` lets the step size fall to zero at the end.
+        warmup_epochs: Epochs over which the step size rises from zero.
+        weight_decay: Of kernels alone: not of biases, nor of the scales of norms.
+        clip_norm: Scale gradients down to this norm. By default not at all.
+        label_smoothing: Share of the probability that all classes have in equal parts.
+        ema_decay: Evaluate an average of the parameters over the steps, of which the
+            old has this weight. Its statistics are taken anew from the data.
+        precision: `bf16` computes in bfloat16; parameters and statistics stay float32.
         momentum: Weight of the old running statistics in batch normalization.
             Evaluation uses these, so they must have caught up with the model. On the
             digits, 0.99 keeps 79 % of what they were an epoch ago, and the test
             accuracy of a short run trails far behind the training accuracy. With 0.9
             it is 9 %.
+        bn_group_size: How many devices share the statistics of a batch: 1 is per-device
+            batch normalization. By default all. Running statistics are those of all.
         seed: Sets the initial parameters and the order of the examples. On one device,
             equal seeds give equal runs, to the last bit.
         parallel: How several devices share a batch: `pmap` maps the step over them,
@@ -56,22 +86,54 @@ class Config:
             results are the same.
         accelerator: What to run on. By default whatever JAX finds; one that is not
             there is an error.
-        num_devices: How many devices to run on. By default all, or one CPU. CPU devices
-            are virtual: there are as many as asked for.
+        num_devices: How many devices to run on, of each process. By default all, or one
+            CPU. CPU devices are virtual: there are as many as asked for.
         steps_per_dispatch: The most steps to hand to the devices at once. More keeps a
             small model from waiting for Python.
+        save_every: Save a checkpoint after so many steps, too, not only after an epoch.
+        max_skipped: How many steps in a row may be skipped, because something in them
+            is infinite or not a number, before the run stops.
+        profile: Write a trace of a few steps to the folder of the run, for TensorBoard
+            or Perfetto.
+        distributed: Run as one of several processes, on one or several machines, that
+            find each other by themselves: under Slurm, Open MPI, Kubernetes, on Cloud
+            TPU. Where they do not, give the next three.
+        coordinator: Address and port of process 0, such as `10.0.0.1:1234`.
+        num_processes: How many processes there are.
+        process_id: Which of them this is, from 0.
+        peer_timeout: Seconds without a sign of life after which another process is
+            given up, and this one ends.
     """
 
+    model: Model = "mlp"
     dataset: str = "digits"
     data_dir: _Folder = None
     manual_dir: _Folder = None
     image_size: _Count = None
+    loader: Annotated[
+        Literal["memory", "grain"] | None,
+        tyro.conf.arg(metavar="{memory,grain}", help_behavior_hint=""),
+    ] = None
+    shift: int = 0
+    flip: bool = False
+    crop: bool = False
     workdir: _Folder = None
     resume: bool = False
     epochs: int = 60
     batch_size: int = 64
+    microbatches: int = 1
+    optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 1e-3
+    beta1: float = 0.9
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: _Number = None
+    label_smoothing: float = 0.0
+    ema_decay: _Number = None
+    precision: Literal["f32", "bf16"] = "f32"
     momentum: float = 0.9
+    bn_group_size: _Count = None
     seed: int = 0
     parallel: Literal["pmap", "jit"] = "pmap"
     accelerator: Annotated[
@@ -80,34 +142,127 @@ class Config:
     ] = None
     num_devices: _Count = None
     steps_per_dispatch: int = 256
+    save_every: _Count = None
+    max_skipped: int = 10
+    profile: bool = False
+    distributed: bool = False
+    coordinator: _Text = None
+    num_processes: _Count = None
+    process_id: _Count = None
+    peer_timeout: int = 100
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name in ("epochs", "batch_size", "steps_per_dispatch"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("num_devices", "image_size"):
-            value = getattr(self, name)
-            _check(self, name, value is None or value >= 1, "at least 1")
+        at_least = {
+            1: (
+                *("epochs", "batch_size", "steps_per_dispatch", "num_devices"),
+                *("image_size", "microbatches", "bn_group_size", "save_every"),
+                *("num_processes", "peer_timeout"),
+            ),
+            0: ("shift", "warmup_epochs", "weight_decay", "max_skipped", "process_id"),
+        }
+        for least, names in at_least.items():
+            for name in names:
+                value = getattr(self, name)
+                fits = value is None or value >= least
+                _check(self, name, fits, f"at least {least}")
         _check(self, "learning_rate", self.learning_rate > 0, "above 0")
         _check(self, "momentum", 0 <= self.momentum <= 1, "from 0 to 1")
+        for name in ("beta1", "label_smoothing", "ema_decay"):
+            value = getattr(self, name)
+            _check(self, name, value is None or 0 <= value < 1, "from 0 to below 1")
+        clip = self.clip_norm
+        _check(self, "clip_norm", clip is None or clip > 0, "above 0")
         _check(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1")
         if self.resume and self.workdir is None:
             raise UsageError("--resume needs --workdir: the folder of the run.")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuses flags that have no meaning together."""
+        if self.crop and self.image_size is None:
+            raise UsageError("--crop needs --image-size: what to make the parts.")
+        if self.model == "dcgan":
+            for name in ("microbatches", "bn_group_size", "label_smoothing"):
+                if getattr(self, name) != getattr(Config, name):
+                    raise UsageError(f"{_flag(name)} is not for --model=dcgan.")
+        several = ("coordinator", "num_processes", "process_id")
+        given = [name for name in several if getattr(self, name) is not None]
+        if given and len(given) < len(several):
+            missing = next(name for name in several if name not in given)
+            raise UsageError(f"{_flag(given[0])} needs {_flag(missing)}, too.")
+        if given and self.process_id >= self.num_processes:  # type: ignore[operator]
+            raise UsageError(
+                f"--process-id={self.process_id} is out of range: it counts from 0 to "
+                f"--num-processes={self.num_processes} minus 1."
+            )
+
+
+# What suits a model on the data that it has by default.
+# (One step a dispatch: on a CPU, convolutions are slow inside of a loop.)
+_RESNET = {
+    "epochs": 20,
+    "shift": 1,
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    "schedule": "cosine",
+    "warmup_epochs": 2.0,
+    "weight_decay": 5e-4,
+    "steps_per_dispatch": 1,
+}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "mlp": {},
+    "resnet8": _RESNET,
+    "resnet18": _RESNET,
+    "resnet50": _RESNET,
+    "unet": {
+        "dataset": "digit_trimaps",
+        "epochs": 5,
+        "batch_size": 32,
+        "learning_rate": 3e-3,
+        "schedule": "cosine",
+        "warmup_epochs": 0.5,
+        "weight_decay": 1e-4,
+        "steps_per_dispatch": 1,
+    },
+    "dcgan": {
+        "image_size": 16,
+        "epochs": 80,
+        "learning_rate": 1e-3,
+        "beta1": 0.5,
+        "steps_per_dispatch": 1,
+    },
+}
 
 
 # Other values of these make another run, not the continuation of one.
 _FIXED = (
+    "model",
     "dataset",
     "image_size",
+    "shift",
+    "flip",
+    "crop",
     "batch_size",
+    "microbatches",
+    "optimizer",
     "learning_rate",
+    "beta1",
+    "schedule",
+    "warmup_epochs",
+    "weight_decay",
+    "clip_norm",
+    "label_smoothing",
+    "ema_decay",
+    "precision",
     "momentum",
+    "bn_group_size",
     "seed",
 )
 
 
 def parse_config(args: Sequence[str] | None = None) -> Config:
-    """Reads the command line, and for `--resume` the saved configuration beneath it.
+    """Reads the command line, and what suits the model, or a saved run, beneath it.
 
     Args:
         args: Instead of the command line.
@@ -119,7 +274,8 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
         UsageError: If a value is out of range, if there is a run in `workdir` already,
             or nothing to resume, or something fixed would change on resuming.
     """
-    config = _parse(args, Config())
+    args = list(sys.argv[1:] if args is None else args)
+    config = _parse(args, preset(model_in(args)))
     if config.workdir is None:
         return config
     path = config.workdir / "config.json"
@@ -128,7 +284,9 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
             raise UsageError(f"--resume: there is no run in {config.workdir}.")
         saved = load_config(path)
         config = _parse(args, dataclasses.replace(saved, workdir=config.workdir))
-        for name in _FIXED:
+        # A schedule over all epochs is another one with more of them.
+        fixed = _FIXED if saved.schedule == "constant" else (*_FIXED, "epochs")
+        for name in fixed:
             old, new = getattr(saved, name), getattr(config, name)
             if old != new:
                 raise UsageError(
@@ -142,6 +300,11 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
             "run in it with --resume."
         )
     return config
+
+
+def preset(model: str) -> Config:
+    """The defaults of a model."""
+    return Config(**{"model": model, **PRESETS.get(model, {})})
 
 
 def claim_workdir(config: Config) -> Path:
@@ -162,9 +325,16 @@ def claim_workdir(config: Config) -> Path:
     workdir.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(config) | {"workdir": workdir, "resume": False}
     text = json.dumps(values, indent=2, default=str) + "\n"
+    path = workdir / "config.json"
     try:
-        with (workdir / "config.json").open("w" if config.resume else "x") as file:
-            file.write(text)
+        if config.resume:
+            # In one step: a run that is killed right now can still be resumed.
+            new = path.with_suffix(".new")
+            new.write_text(text)
+            new.replace(path)
+        else:
+            with path.open("x") as file:
+                file.write(text)
     except FileExistsError as error:
         raise UsageError(
             f"--workdir={workdir} has just been taken by another run. Choose another."
@@ -181,6 +351,15 @@ def load_config(path: Path) -> Config:
     return Config(**values)
 
 
+def model_in(args: Sequence[str]) -> str:
+    """What --model says, before all the rest is read."""
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        name, is_given, given = flag.partition("=")
+        if name == "--model":
+            return given if is_given else value
+    return "mlp"
+
+
 def _parse(args: Sequence[str] | None, default: Config) -> Config:
     annotated = Annotated[Config, tyro.conf.FlagCreatePairsOff]
     return tyro.cli(annotated, args=args, default=default)
@@ -189,7 +368,7 @@ def _parse(args: Sequence[str] | None, default: Config) -> Config:
 def _new_workdir(config: Config) -> Path:
     name = config.dataset.replace("/", "-").replace(":", "-")
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    first = Path("runs") / f"{name}-mlp-seed{config.seed}-{now}"
+    first = Path("runs") / f"{name}-{config.model}-seed{config.seed}-{now}"
     first.parent.mkdir(exist_ok=True)
     path, count = first, 1
     while True:

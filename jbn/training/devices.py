@@ -24,11 +24,11 @@ def select_devices(
 
     Args:
         accelerator: The kind; `None` for whatever JAX takes by itself.
-        num_devices: How many. CPU devices are virtual, and there are as many as asked
-            for. `None` for all, or one CPU.
+        num_devices: How many, of each process. CPU devices are virtual, and there are
+            as many as asked for. `None` for all, or one CPU.
 
     Returns:
-        The devices.
+        The devices, of all processes, those of a process in a row.
 
     Raises:
         UsageError: If there are none of that kind, or not enough.
@@ -40,15 +40,19 @@ def select_devices(
         pass  # JAX is in use already: see below whether there are enough.
     if accelerator is not None:
         _require(accelerator)
-    devices = jax.devices()
-    if num_devices is None:
-        return devices[:1] if devices[0].platform == "cpu" else devices
-    if num_devices > len(devices):
+    local = jax.local_devices()
+    count = num_devices
+    if count is None:
+        count = 1 if local[0].platform == "cpu" else len(local)
+    if count > len(local):
         raise UsageError(
-            f"--num-devices={num_devices}, but JAX found {describe(devices)}. "
+            f"--num-devices={num_devices}, but JAX found {describe(local)}. "
             "Ask for no more than that, or for virtual ones with --accelerator=cpu."
         )
-    return devices[:num_devices]
+    by_process: dict[int, list[Device]] = {}
+    for device in sorted(jax.devices(), key=lambda d: (d.process_index, d.id)):
+        by_process.setdefault(device.process_index, []).append(device)
+    return [d for devices in by_process.values() for d in devices[:count]]
 
 
 def _require(accelerator: Accelerator) -> None:
@@ -76,4 +80,6 @@ def describe(devices: list[Device]) -> str:
     """Says how many devices there are, and of which kind."""
     platform, kind = devices[0].platform.upper(), devices[0].device_kind
     name = platform if kind.upper() == platform else f"{platform} ({kind})"
-    return f"{len(devices)} {name}"
+    processes = len({device.process_index for device in devices})
+    where = f" in {processes} processes" if processes > 1 else ""
+    return f"{len(devices)} {name}{where}"

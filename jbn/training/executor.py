@@ -1,32 +1,33 @@
-"""Runs a step on one or several devices, many times in each dispatch."""
+"""Runs a step on the devices of one or several processes, many times a dispatch."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jbn.training.batches import Plan
-from jbn.training.data import Split
 from jbn.training.devices import Device
 from jbn.training.state import TrainState
-from jbn.training.step import Metrics
+from jbn.training.step import Batch, Metrics, Step
 
 
 _AXIS = "batch"
-Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-Run = Callable[[TrainState, Any, Plan], tuple[TrainState, dict[str, np.ndarray]]]
+Batches = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
     """Shares out the rows of each batch over `devices`, in one of two ways.
 
+    Device `i` of `n` has the `i`-th of `n` equal parts of the rows.
+
     Attributes:
-        devices: Those to run on.
+        devices: Those to run on, of all processes, those of a process in a row.
         parallel: `pmap` maps the step over a named axis, over which the step itself
             takes its sums; `jit` gives the compiler the whole batch, sharded.
     """
@@ -43,70 +44,157 @@ class Executor:
     def _mesh(self) -> Mesh:
         return Mesh(np.asarray(self.devices), (_AXIS,), axis_types=(AxisType.Auto,))
 
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return NamedSharding(self._mesh, PartitionSpec())
+
+    @property
+    def _by_row(self) -> NamedSharding:
+        return NamedSharding(self._mesh, PartitionSpec(None, _AXIS))
+
+    @property
+    def num_local(self) -> int:
+        """How many of the devices are of this process."""
+        return len(self._local)
+
+    @property
+    def _local(self) -> list[int]:
+        here = jax.process_index()
+        return [i for i, d in enumerate(self.devices) if d.process_index == here]
+
+    def share(self, num_rows: int) -> slice:
+        """Which of the rows of a batch are for this process."""
+        part = num_rows // len(self.devices)
+        return slice(part * self._local[0], part * (self._local[-1] + 1))
+
     def put(self, tree: Any) -> Any:
-        """Copies a pytree to every device."""
-        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+        """Copies a pytree of NumPy arrays, or of this executor's, to every device."""
+        return jax.device_put(self.get(tree), self._everywhere)
 
-    def put_split(self, split: Split) -> Any:
-        """Copies a split of a data set to every device, as uint8 and int32."""
-        return self.put({"image": split.image, "label": split.label})
+    def get(self, tree: Any) -> Any:
+        """Copies a pytree from the devices, which all have it, to NumPy arrays."""
+        first = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x
+        return jax.device_get(jax.tree.map(first, tree))
 
-    def compile(self, step: Step, *, donate: bool) -> Run:
-        """Compiles `step`, repeated over the batches of a plan.
+    def put_rows(self, batch: Batches) -> dict[str, jax.Array]:
+        """Shares out one batch for plain `jit`, from this process's rows of it."""
+        by_row = NamedSharding(self._mesh, PartitionSpec(_AXIS))
+        return {
+            name: jax.make_array_from_process_local_data(by_row, x)
+            for name, x in batch.items()
+        }
+
+    def train(self, step: Step) -> Callable[[TrainState, Any], Any]:
+        """Compiles the training step, repeated over batches.
 
         Args:
             step: The function `(state, batch) -> (state, metrics)`, made with this
                 executor's `axis_name`.
-            donate: Whether the state that goes in may be overwritten.
 
         Returns:
-            The function `(state, data, plan) -> (state, metrics)`, where `state` and
-            `data` come from `put` and `put_split`, and each metric is an array with one
-            entry per batch. It is compiled at the first call with plans of a length.
+            The function `(state, batches) -> (state, metrics)`, where `state` comes
+            from `put`, and is used up; `batches` from `put_batches`; and each metric
+            has one entry per step. What it returns is still being computed.
+        """
+        compiled = self._compile(functools.partial(_repeat, step), donate=True)
+        return self._on_mesh(compiled)
+
+    def evaluate(
+        self, step: Callable[[Any, Batch], Metrics]
+    ) -> Callable[[Any, Any], dict[str, Any]]:
+        """Compiles an evaluation, summed over batches.
+
+        Args:
+            step: The function `(variables, batch) -> sums`.
+
+        Returns:
+            The function `(variables, batches) -> sums`, as for `train`.
         """
 
-        def run(
-            state: TrainState, data: Any, indices: jax.Array, weights: jax.Array
-        ) -> tuple[TrainState, Metrics]:
-            def body(
-                state: TrainState, rows: tuple[jax.Array, jax.Array]
-            ) -> tuple[TrainState, Metrics]:
-                index, weight = rows
-                batch = jax.tree.map(
-                    lambda x: x.at[index].get(mode="promise_in_bounds"), data
-                )
-                return step(state, {**batch, "weight": weight})
+        def run(variables: Any, batches: Batch) -> tuple[Any, Metrics]:
+            each = lambda batch: step(variables, batch)
+            shapes = jax.eval_shape(each, jax.tree.map(lambda x: x[0], batches))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-            return lax.scan(body, state, (indices, weights))
+            def body(sums: Metrics, batch: Batch) -> tuple[Metrics, None]:
+                return jax.tree.map(jnp.add, sums, each(batch)), None
 
+            return variables, _repeat(body, zeros, batches)[0]
+
+        compiled = self._on_mesh(self._compile(run, donate=False))
+        return lambda variables, batches: compiled(variables, batches)[1]
+
+    def lower(self, step: Step, state: Any, batch: Mapping[str, Any]) -> Any:
+        """Lowers one training step, for devices that may not be there.
+
+        Args:
+            step: As for `train`.
+            state: Shapes and dtypes of the state.
+            batch: Those of a batch, with the rows of all devices.
+
+        Returns:
+            A `jax.stages.Lowered`.
+        """
+
+        def stacked(x: Any) -> Any:
+            shape = (1, *x.shape)
+            if self.parallel == "pmap":
+                count = len(self.devices)
+                shape = (1, count, x.shape[0] // count, *x.shape[1:])
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        batches = {name: stacked(x) for name, x in batch.items()}
+        compiled = self._compile(functools.partial(_repeat, step), donate=True)
+        with jax.set_mesh(self._mesh):
+            return compiled.lower(state, batches)
+
+    def _on_mesh(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Calls it under the mesh, where norm layers find the number of devices."""
+
+        def call(*args: Any) -> Any:
+            with jax.set_mesh(self._mesh):
+                return compiled(*args)
+
+        return compiled if self.parallel == "pmap" else call
+
+    def _compile(self, run: Callable[..., Any], *, donate: bool) -> Any:
         donated = (0,) if donate else ()
         if self.parallel == "pmap":
-            compiled: Any = jax.pmap(
+            return jax.pmap(
                 run,
                 axis_name=_AXIS,
-                in_axes=(None, None, 1, 1),
+                in_axes=(None, 1),
                 out_axes=None,  # type: ignore[arg-type]
                 devices=self.devices,
                 donate_argnums=donated,
             )
-        else:
-            everywhere = NamedSharding(self._mesh, PartitionSpec())
-            by_row = NamedSharding(self._mesh, PartitionSpec(None, _AXIS))
-            compiled = jax.jit(
-                run,
-                in_shardings=(everywhere, everywhere, by_row, by_row),
-                out_shardings=everywhere,
-                donate_argnums=donated,
-            )
+        return jax.jit(
+            run,
+            in_shardings=(self._everywhere, self._by_row),
+            out_shardings=self._everywhere,
+            donate_argnums=donated,
+        )
 
-        def call(
-            state: TrainState, data: Any, plan: Plan
-        ) -> tuple[TrainState, dict[str, np.ndarray]]:
-            indices, weights = plan.indices, plan.weights
-            if self.parallel == "pmap":
-                shape = (len(indices), len(self.devices), -1)
-                indices, weights = indices.reshape(shape), weights.reshape(shape)
-            state, metrics = compiled(state, data, indices, weights)
-            return state, jax.device_get(metrics)
+    def put_batches(self, batches: Batches) -> dict[str, Any]:
+        """Shares out this process's rows of several batches, (steps, rows, ...)."""
+        if self.parallel == "pmap":
+            count = self.num_local
+            return {
+                name: x.reshape(len(x), count, x.shape[1] // count, *x.shape[2:])
+                for name, x in batches.items()
+            }
+        return {
+            name: jax.make_array_from_process_local_data(self._by_row, x)
+            for name, x in batches.items()
+        }
 
-        return call
+
+def _repeat(step: Callable[..., Any], carry: Any, batches: Batch) -> tuple[Any, Any]:
+    """`lax.scan`, without a loop around a single step.
+
+    XLA's convolutions for CPUs are ten times slower inside of a loop.
+    """
+    if jax.tree.leaves(batches)[0].shape[0] > 1:
+        return lax.scan(step, carry, batches)
+    carry, out = step(carry, jax.tree.map(lambda x: x[0], batches))
+    return carry, jax.tree.map(lambda x: x[None], out)

@@ -1,63 +1,65 @@
-"""Metrics of a run: one JSON line an epoch, and a picture of them."""
+"""Metrics of a run: sums over steps, and a JSON line an epoch."""
 
 import dataclasses
 import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 
+Line = dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True)
-class EpochMetrics:
-    """What is written down about one epoch.
+class Metric:
+    """How a metric is called, shown and compared.
 
     Attributes:
-        epoch: Counted from one.
-        step: Optimizer steps taken so far.
-        train_loss: Mean over the examples, while the model was changing.
-        train_accuracy: Likewise, with the statistics of the batch.
-        test_loss: Mean over the test split after the epoch, with the running
-            statistics.
-        test_accuracy: Likewise.
-        examples_per_second: Training examples by the time they took; compilation and
-            evaluation are not counted.
+        name: In the files of metrics, after `train_` or `test_`.
+        label: In words.
+        percent: Whether to show it as a percentage.
+        higher_is_better: Which of two values is better.
     """
 
-    epoch: int
-    step: int
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    examples_per_second: float
+    name: str
+    label: str
+    percent: bool = False
+    higher_is_better: bool = True
 
-    @classmethod
-    def summarize(
-        cls,
-        epoch: int,
-        step: int,
-        train: dict[str, np.ndarray],
-        test: dict[str, np.ndarray],
-        examples_per_second: float,
-    ) -> "EpochMetrics":
-        """Takes the means over the examples of the metrics of each step."""
-        return cls(
-            epoch, step, *_means(train), *_means(test), round(examples_per_second, 1)
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"loss {self.train_loss:.4f}  train {100 * self.train_accuracy:6.2f} %  "
-            f"test {100 * self.test_accuracy:6.2f} %  "
-            f"{self.examples_per_second:,.0f} examples/s"
-        )
+    def show(self, value: float) -> str:
+        """The value, for people."""
+        return f"{100 * value:.2f} %" if self.percent else f"{value:.4g}"
 
 
-def _means(metrics: dict[str, np.ndarray]) -> tuple[float, float]:
-    """The mean loss and the accuracy over the examples of several steps."""
-    weight = metrics["weight"].astype(np.float64)
-    loss = np.sum(metrics["loss"] * weight) / np.sum(weight)
-    return float(loss), float(np.sum(metrics["correct"]) / np.sum(weight))
+class Sums:
+    """Sums over the steps of an epoch, in float64.
+
+    Args:
+        start: Those of its first steps, from an earlier process.
+    """
+
+    def __init__(self, start: Mapping[str, float] | None = None):
+        self.values: dict[str, Any] = dict(start or {})
+
+    def add(self, metrics: Mapping[str, np.ndarray]) -> None:
+        """Adds those of some more steps."""
+        for name, value in metrics.items():
+            total = self.values.get(name, 0) + _wide(value)
+            self.values[name] = np.asarray(total)
+
+    def add_steps(self, metrics: Mapping[str, np.ndarray]) -> None:
+        """Adds those of some more steps, one after the other."""
+        each = {**metrics, "num_skipped": metrics["skipped"] > 0}
+        self.add({k: np.asarray(np.sum(_wide(v), axis=0)) for k, v in each.items()})
+
+    def as_json(self) -> dict[str, float]:
+        """The sums as plain numbers."""
+        return {name: value.item() for name, value in self.values.items()}
 
 
 class MetricsFile:
@@ -70,70 +72,58 @@ class MetricsFile:
     def __init__(self, path: Path):
         self.path = path
 
-    def append(self, metrics: EpochMetrics) -> None:
+    def append(self, line: Line) -> None:
         """Adds a line."""
         with self.path.open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+            file.write(json.dumps(line) + "\n")
 
-    def read(self) -> list[EpochMetrics]:
+    def read(self) -> list[Line]:
         """Reads all lines, but for a last one that was not written to its end."""
         if not self.path.exists():
             return []
         *lines, _ = self.path.read_text().split("\n")
-        return [EpochMetrics(**json.loads(line)) for line in lines]
+        return [json.loads(line) for line in lines]
 
-    def truncate(self, epoch: int) -> None:
-        """Drops the lines after `epoch`, which a run wrote that ended in between."""
-        kept = [metrics for metrics in self.read() if metrics.epoch <= epoch]
-        self.path.unlink(missing_ok=True)
-        for metrics in kept:
-            self.append(metrics)
+    def truncate(self, step: int) -> None:
+        """Drops the lines after `step`, which a run wrote that ended in between."""
+        kept = [line for line in self.read() if line["step"] <= step]
+        new = self.path.with_suffix(".new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        new.replace(self.path)
 
 
-def plot_curves(history: list[EpochMetrics], path: Path, title: str) -> None:
-    """Draws loss and accuracy over the epochs.
+def peak_memory() -> int:
+    """The most bytes in use so far, on a device; on a CPU, of the whole process."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if peaks:
+        return int(max(peaks))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
-    Args:
-        history: The metrics of each epoch.
-        path: The PNG file to write.
-        title: Put above the picture.
-    """
-    # Not pyplot: that would look for a screen. And only here: it takes a second.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    epochs = [m.epoch for m in history]
-    train, test = "#5b7db1", "#d1495b"
-    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left", fontweight="bold")
-    loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [m.train_loss for m in history], color=train, label="train")
-    loss.plot(epochs, [m.test_loss for m in history], color=test, label="test")
-    loss.set_yscale("log")
-    loss.set_title("Cross-entropy", fontsize=10, loc="left")
-    accuracy.plot(epochs, [m.train_accuracy for m in history], color=train)
-    accuracy.plot(epochs, [m.test_accuracy for m in history], color=test)
-    accuracy.set_title("Accuracy", fontsize=10, loc="left")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    final = history[-1]
-    accuracy.annotate(
-        f"{100 * final.test_accuracy:.2f} %",
-        (final.epoch, final.test_accuracy),
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="right",
-        color=test,
-        fontsize=10,
-        fontweight="bold",
-    )
-    for axes in (loss, accuracy):
-        for line in axes.lines:
-            line.set(linewidth=1.8, marker="o" if len(epochs) < 12 else "", ms=4)
-        axes.set_xlabel("Epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    loss.legend(frameon=False)
-    figure.savefig(path)
+def show(line: Line, metric: Metric) -> str:
+    """An epoch in a line, for people."""
+    parts = [f"loss {line['train_loss']:.4f}"]
+    for split in ("train", "test"):
+        value = line.get(f"{split}_{metric.name}")
+        if value is not None:
+            name = split if metric.name == "accuracy" else f"{split} {metric.name}"
+            shown = f"{100 * value:6.2f} %" if metric.percent else f"{value:8.4f}"
+            parts.append(f"{name} {shown}")
+    if line.get("skipped"):
+        parts.append(f"{line['skipped']} steps skipped")
+    parts.append(f"{line['examples_per_second']:,.0f} examples/s")
+    return "  ".join(parts)
+
+
+def _wide(value: Any) -> np.ndarray:
+    value = np.asarray(value)
+    whole = np.issubdtype(value.dtype, np.integer) or value.dtype == bool
+    return value.astype(np.int64 if whole else np.float64)
+
+
+def best_of(history: Sequence[Line], metric: Metric) -> Line:
+    """The epoch of the best test metric; of two, the later one."""
+    sign = 1 if metric.higher_is_better else -1
+    return max(history, key=lambda m: (sign * m[f"test_{metric.name}"], m["epoch"]))

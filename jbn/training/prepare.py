@@ -152,7 +152,8 @@ def make_builder(name: str, data_dir: Path | None) -> Any:
     """Makes the TFDS builder of the data set called `name`.
 
     Args:
-        name: Its name in TFDS, such as `mnist` or `emnist/letters`, or `digits`.
+        name: Its name in TFDS, such as `mnist` or `emnist/letters`, or `digits`, or
+            `digit_trimaps`.
         data_dir: Folder of prepared data sets; `None` for TFDS's own default.
 
     Returns:
@@ -166,6 +167,10 @@ def make_builder(name: str, data_dir: Path | None) -> Any:
         from jbn.training.digits.builder import Digits
 
         return Digits(data_dir=folder)
+    if name == "digit_trimaps":
+        from jbn.training.digits.trimaps import DigitTrimaps
+
+        return DigitTrimaps(data_dir=folder)
     if name in idx.NAMES:
         return idx.builder_class(name)(data_dir=folder)
     try:

@@ -3,10 +3,7 @@
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import optax
 
 
 @jax.tree_util.register_dataclass
@@ -16,42 +13,32 @@ class TrainState:
 
     The fields are arrays, or pytrees of arrays; or of whatever a `jax.tree.map` over
     the state makes of them.
+
+    Attributes:
+        step: Batches seen. It counts those that were skipped for not being finite, so
+            that it says where in the data the run is.
+        params: Parameters.
+        batch_stats: Running statistics.
+        opt_state: The optimizer's state.
+        average: `{}`, or an average over the steps: its `params`, and the `batch_stats`
+            that belong to them.
     """
 
     step: Any
     params: Any
     batch_stats: Any
     opt_state: Any
+    average: Any = dataclasses.field(default_factory=dict)
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables to evaluate: the average, if there is one."""
+        if self.average:
+            return dict(self.average)
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
-def create_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    image_shape: tuple[int, ...],
-    seed: int,
-) -> TrainState:
-    """Initializes the model and the optimizer.
-
-    Args:
-        model: Called with images and `train`.
-        optimizer: Makes the optimizer's state.
-        image_shape: Shape of one image, uint8.
-        seed: Everything that is random follows from this.
-
-    Returns:
-        The state at step 0.
-    """
-
-    @jax.jit
-    def create() -> TrainState:
-        images = jnp.zeros((1, *image_shape), jnp.uint8)
-        variables = model.init(jax.random.key(seed), images, train=False)
-        params = variables["params"]
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=optimizer.init(params),
-        )
-
-    return create()
+    def with_variables(self, variables: dict[str, Any]) -> "TrainState":
+        """Replaces what `variables` is."""
+        if self.average:
+            return dataclasses.replace(self, average=variables)
+        return dataclasses.replace(self, **variables)

@@ -1,130 +1,205 @@
-"""The training step and the evaluation step: pure functions of state and batch.
+"""The training step: a pure function of state and batch, whatever is trained.
 
-A batch is a dict of `image`, `label` and `weight`. Rows of weight zero only fill it up:
-they take no part in the loss, the gradient, the metrics or the batch statistics. A
+A batch is a dict of arrays with one row per example: `image`, uint8; `weight`; `index`,
+the row of the data set; and what else the task needs. Rows of weight zero only fill it
+up: they take no part in the loss, the gradient, the metrics or the batch statistics. A
 batch of nothing but such rows leaves the state as it was.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+import jbn
 from jbn.training.state import TrainState
 
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Objective = Callable[[Any, Any, Batch], tuple[jax.Array, tuple[Any, Metrics]]]
+
+
+@runtime_checkable
+class Updates(Protocol):
+    """What the step needs of a task (see `tasks`)."""
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Makes `params`, `batch_stats` and `opt_state`."""
+        ...
+
+    def update(
+        self, state: TrainState, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """Makes new ones of a batch."""
+        ...
+
+
+def create_state(task: Updates, seed: int, *, averaged: bool = False) -> TrainState:
+    """Initializes the model and the optimizer.
+
+    Args:
+        task: What is trained.
+        seed: Everything that is random follows from this.
+        averaged: Whether to keep an average over the steps.
+
+    Returns:
+        The state at step 0.
+    """
+
+    @jax.jit
+    def create() -> TrainState:
+        state = TrainState(
+            step=jnp.zeros((), jnp.int32), **task.init(jax.random.key(seed))
+        )
+        if not averaged:
+            return state
+        # A copy: donated buffers must not be given twice.
+        copy = lambda tree: jax.tree.map(jnp.array, tree)
+        return dataclasses.replace(state, average=copy(state.variables))
+
+    return create()
 
 
 def make_train_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    *,
-    axis_name: str | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    task: Updates, *, seed: int = 0, ema_decay: float | None = None
+) -> Step:
     """Makes the one training step, whichever way it is then run.
 
-    With an `axis_name`, `batch` is one device's share of the rows, and sums go over all
-    the devices. The loss is
-
-        loss = sum(weight * cross_entropy) / sum(weight)
-
-    over the rows of all devices, so that it does not matter how they are shared out.
+    With the task's `axis_name`, `batch` is one device's share of the rows, and sums go
+    over all the devices. A step that makes anything infinite or not a number is skipped
+    whole: parameters, statistics, optimizer and average stay as they were.
 
     Args:
-        model: Called with images, `train` and `mask`. Its norm layers must take their
-            statistics over `axis_name` too.
-        optimizer: Turns gradients into updates.
-        axis_name: The mapped axis over the devices, or `None` if `batch` holds all the
-            rows (under plain `jit`, sharded or not).
+        task: What is trained.
+        seed: What is random in a step follows from this, the step's number and the rows
+            of the data set, and from nothing else.
+        ema_decay: Weight of the old in the average of the parameters, once the run is
+            long enough: it is at most `(1 + step) / (10 + step)`, so that the average
+            soon forgets the initial parameters.
 
     Returns:
-        The function `(state, batch) -> (state, metrics)`. The metrics are the `loss`,
-        the number of right answers, `correct`, and the sum of the weights, `weight`,
-        over all the rows of all devices.
+        The function `(state, batch) -> (state, metrics)`. The metrics are sums over all
+        rows of all devices: those of the task, and `skipped`: 1 if the `loss` was not
+        finite, 2 if anything else was not. Of a skipped step they are 0.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        weight = batch["weight"]
-        total = _sum(weight, axis_name)
-
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            logits, updated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                batch["image"],
-                train=True,
-                mask=weight > 0,
-                mutable=["batch_stats"],
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        new, metrics = task.update(state, batch, key)
+        if ema_decay is not None:
+            done = state.step.astype(jnp.float32)
+            decay = jnp.minimum(ema_decay, (1 + done) / (10 + done))
+            params = optax.incremental_update(
+                new.params, state.average["params"], 1 - decay
             )
-            loss = _weighted_loss(logits, batch, total, axis_name)
-            return loss, (logits, updated.get("batch_stats", {}))
+            average = {**state.average, "params": params}
+            new = dataclasses.replace(new, average=average)
 
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (logits, batch_stats)), grads = gradient(state.params)
-        if axis_name is not None:
-            # The loss is already the sum over the devices, and under pmap its gradient
-            # with respect to this device's copy of the parameters counts each of them:
-            # the mean of these gradients is the gradient of the loss.
-            grads = lax.pmean(grads, axis_name)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-        )
-        new_state = jax.tree.map(
-            lambda new, old: jnp.where(total > 0, new, old), new_state, state
-        )
-        correct = _num_correct(logits, batch, axis_name)
-        return new_state, {"loss": loss, "correct": correct, "weight": total}
+        finite_loss = jnp.isfinite(metrics["loss"])
+        finite = finite_loss & _all_finite(new)
+        seen = metrics["weight"] > 0
+        new = jax.tree.map(lambda n, o: jnp.where(seen & finite, n, o), new, state)
+        new = dataclasses.replace(new, step=jnp.where(seen, state.step + 1, state.step))
+        zeroed = lambda v: jnp.where(finite, v, jnp.zeros_like(v))
+        metrics = jax.tree.map(zeroed, metrics)
+        reason = jnp.where(finite, 0, jnp.where(finite_loss, 2, 1))
+        return new, {**metrics, "skipped": jnp.where(seen, reason, 0)}
 
     return train_step
 
 
-def make_eval_step(
-    model: nn.Module, *, axis_name: str | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Makes the evaluation step, which normalizes by the running statistics.
+def gradient(
+    objective: Objective,
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    *,
+    axis_name: str | None,
+    microbatches: int = 1,
+    momentum: float | None = None,
+) -> tuple[Any, Any, Metrics]:
+    """The gradient of a loss that is a sum over the rows of all devices.
 
     Args:
-        model: Called with images and `train`.
-        axis_name: As for `make_train_step`.
+        objective: The function of parameters, running statistics and a batch that
+            returns the loss, already summed over the devices, and as auxiliary output
+            the new statistics and metrics.
+        params: Parameters.
+        batch_stats: Running statistics.
+        batch: The batch, or one device's share of it.
+        axis_name: The mapped axis over the devices, if there is one.
+        microbatches: Into how many parts to cut the batch, one after the other, so that
+            the memory of one is enough. Each is normalized by itself. The norm layers
+            must then gather moments (`accumulate=True`).
+        momentum: With several microbatches, that of the running statistics, which move
+            once, by the moments of all.
 
     Returns:
-        The function `(state, batch) -> (state, metrics)`, which returns the state as it
-        was, and the metrics of `make_train_step`.
+        The gradient, the new statistics, and the metrics.
     """
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+    if microbatches == 1:
+        (_, (batch_stats, metrics)), grads = differentiate(params, batch_stats, batch)
+    else:
 
-    def eval_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits = model.apply(variables, batch["image"], train=False)
-        total = _sum(batch["weight"], axis_name)
-        loss = _weighted_loss(logits, batch, total, axis_name)
-        correct = _num_correct(logits, batch, axis_name)
-        return state, {"loss": loss, "correct": correct, "weight": total}
+        def body(carry: Any, part: Batch) -> tuple[Any, None]:
+            stats, sums = carry
+            (_, (stats, metrics)), grads = differentiate(params, stats, part)
+            return (stats, jax.tree.map(jnp.add, sums, (grads, metrics))), None
 
-    return eval_step
+        def first(part: Batch) -> Any:
+            (_, (_, metrics)), grads = differentiate(params, batch_stats, part)
+            return grads, metrics
+
+        # Every k-th row: cutting it into blocks would move rows between devices.
+        parts = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0),
+            batch,
+        )
+        shapes = jax.eval_shape(first, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (batch_stats, (grads, metrics)), _ = lax.scan(body, (batch_stats, zeros), parts)
+        batch_stats = jbn.commit(batch_stats, momentum=momentum)
+    if axis_name is not None:
+        # The loss is already the sum over the devices, and under pmap its gradient with
+        # respect to this device's copy of the parameters counts each of them: the mean
+        # of these gradients is the gradient of the loss.
+        grads = lax.pmean(grads, axis_name)
+    return grads, batch_stats, metrics
 
 
-def _sum(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Sums over the rows of all devices."""
+def descend(
+    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
+    """New parameters, and the new state of the optimizer."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def sum_rows(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """Sums everything, over all devices."""
     total = jnp.sum(x)
     return total if axis_name is None else lax.psum(total, axis_name)
 
 
-def _weighted_loss(
-    logits: Any, batch: Batch, total: jax.Array, axis_name: str | None
-) -> jax.Array:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    return _sum(batch["weight"] * losses, axis_name) / jnp.where(total > 0, total, 1)
+def by_row(key: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """A key for each row, which does not depend on which device has it."""
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
 
 
-def _num_correct(logits: Any, batch: Batch, axis_name: str | None) -> jax.Array:
-    right = jnp.argmax(logits, axis=-1) == batch["label"]
-    return _sum(jnp.where(right, batch["weight"], 0), axis_name)
+_SMALL = 4096
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    # The many small ones together: each reduction takes XLA some 50 ms to compile.
+    finite = [jnp.isfinite(x).ravel() for x in floats]
+    parts = [x for x in finite if x.size >= _SMALL]
+    parts += [jnp.concatenate([x for x in finite if x.size < _SMALL])]
+    return jnp.all(jnp.stack([jnp.all(x) for x in parts]))

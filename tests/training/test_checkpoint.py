@@ -1,5 +1,7 @@
 """Checkpoints: what is kept, and that it comes back to the last bit."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,37 +11,204 @@ import pytest
 
 from jbn.models import MLP
 from jbn.training.checkpoint import Checkpoints
+from jbn.training.errors import UsageError
 from jbn.training.executor import Executor
-from jbn.training.state import TrainState, create_state
+from jbn.training.state import TrainState
+from jbn.training.step import create_state
+from jbn.training.tasks import Supervised
 
 
-@pytest.fixture
+def make(width: int = 3, *, depth: int = 1, averaged: bool = False) -> TrainState:
+    task = Supervised(
+        kind="classification",
+        model=MLP(features=(width,) * depth, num_classes=2),
+        image_shape=(2, 2, 1),
+        num_classes=2,
+        optimizer=optax.adam(1e-3),
+    )
+    return jax.device_get(create_state(task, seed=1, averaged=averaged))
+
+
+@pytest.fixture(scope="module")
 def state() -> TrainState:
-    return create_state(MLP(features=(3,)), optax.adam(1e-3), (2, 2, 1), seed=1)
+    return make()
 
 
-def test_keeps_the_last_and_the_best(tmp_path: Path, state: TrainState):
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.last_epoch is None
+def at(state: TrainState, step: int) -> TrainState:
+    """The state after other steps, which its parameters show."""
+    params = jax.tree.map(lambda x: x + np.float32(step), state.params)
+    return dataclasses.replace(state, step=np.int32(step), params=params)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("higher_is_better", "values", "best"),
+    [
+        (True, [0.5, 0.9, 0.7, 0.8], 20),
+        (True, [0.9, 0.9, 0.7, 0.8], 20),  # The later one of two.
+        (False, [0.5, 0.9, 0.3, 0.4], 30),
+        (False, [0.5, 0.3, 0.3, 0.4], 30),
+        (True, [0.0, 0.0, -1.0, -2.0], 20),
+        (False, [0.1, 0.2, 0.3, 0.05], 40),
+    ],
+)
+def test_keeps_the_last_and_the_best(
+    tmp_path: Path,
+    state: TrainState,
+    higher_is_better: bool,
+    values: list[float],
+    best: int,
+):
+    options = {"higher_is_better": higher_is_better}
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        assert checkpoints.last_step is None
+        assert checkpoints.best_step is None
         assert checkpoints.describe() == "There is no checkpoint yet."
-        for epoch, accuracy in enumerate([0.5, 0.9, 0.7, 0.8], start=1):
-            step = np.int32(10 * epoch)
-            new = TrainState(step, state.params, state.batch_stats, state.opt_state)
-            checkpoints.save(epoch, new, accuracy)
-    assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
-    with Checkpoints(tmp_path) as checkpoints:
-        assert (checkpoints.last_epoch, checkpoints.best_epoch) == (4, 2)
-        assert str(tmp_path / "4") in checkpoints.describe()
-        for epoch in (2, 4):
-            assert checkpoints.restore(epoch, state).step == 10 * epoch
+        for step, value in zip((10, 20), values[:2], strict=True):
+            checkpoints.save(at(state, step), metric=value)
+    # In another process the old metrics count as well.
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        for step, value in zip((30, 40), values[2:], strict=True):
+            checkpoints.save(at(state, step), metric=value)
+        checkpoints.wait()
+        assert checkpoints.steps == sorted({best, 40})
+    assert names(tmp_path) == {str(best), "40"}
+    for read_only in (False, True):
+        with Checkpoints(tmp_path, **options, read_only=read_only) as checkpoints:
+            assert (checkpoints.last_step, checkpoints.best_step) == (40, best)
+            assert checkpoints.steps == sorted({best, 40})
+            assert str(tmp_path / "40") in checkpoints.describe()
+            assert "after step 40" in checkpoints.describe()
+            for step in (best, 40):
+                restored, progress = checkpoints.restore(step, state)
+                assert restored.step == step
+                expected = at(state, step).params
+                jax.tree.map(np.testing.assert_array_equal, restored.params, expected)
+                assert progress == {}
+    assert names(tmp_path) == {str(best), "40"}
 
 
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_in_the_middle_of_an_epoch(
+    tmp_path: Path, state: TrainState, higher_is_better: bool
+):
+    """Without a metric: never the best, and gone when there is a later one."""
+    options = {"higher_is_better": higher_is_better}
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(at(state, step), progress={"loss": step / 3, "weight": 8})
+        checkpoints.wait()
+        assert checkpoints.steps == [3]
+        for step, value in ((10, 0.5), (20, 0.6), (30, 0.5)):
+            checkpoints.save(at(state, step - 1), progress={"loss": 0.1})
+            checkpoints.save(at(state, step), metric=value)
+        checkpoints.save(at(state, 31), progress={"loss": 0.1, "num_skipped": 2})
+        checkpoints.wait()
+        best = 20 if higher_is_better else 30
+        assert checkpoints.steps == [best, 31]
+        assert (checkpoints.last_step, checkpoints.best_step) == (31, best)
+    assert names(tmp_path) == {str(best), "31"}
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        assert checkpoints.best_step == best
+        restored, progress = checkpoints.restore(31, state)
+        assert restored.step == 31
+        assert progress == {"loss": 0.1, "num_skipped": 2}
+        assert isinstance(progress["num_skipped"], int)
+        checkpoints.save(at(state, 32))
+    assert names(tmp_path) == {str(best), "32"}
+
+
+@pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("parallel", ["pmap", "jit"])
-def test_comes_back_to_the_last_bit(tmp_path: Path, state: TrainState, parallel: str):
-    executor = Executor(jax.devices()[:2], parallel)  # pyright: ignore
+def test_comes_back_to_the_last_bit(tmp_path: Path, parallel: str, averaged: bool):
+    """Also onto another number of devices."""
+    state = make(averaged=averaged)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda x: (
+            rng.normal(size=x.shape).astype(x.dtype) if x.dtype == np.float32 else x
+        ),
+        state,
+    )
+    executor = Executor(jax.devices()[:4], parallel)  # pyright: ignore
+    sums = {"loss": 0.1 + 0.2, "weight": 1e-320, "correct": 1 / 3}
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, executor.put(state), 0.5)
-        like = jax.tree.map(np.zeros_like, jax.device_get(state))
-        restored = checkpoints.restore(1, like)
+        checkpoints.save(
+            executor.get(executor.put(at(state, 7))), metric=0.5, progress=sums
+        )
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        restored, progress = checkpoints.restore(7, jax.eval_shape(lambda: state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state))
+    two = Executor(jax.devices()[:2], parallel)  # pyright: ignore
+    for found in (restored, two.get(two.put(restored))):
+        jax.tree.map(np.testing.assert_array_equal, found, at(state, 7))
+    dtypes = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
+    assert dtypes(restored) == dtypes(state)
+    assert progress == sums
+    assert restored.variables is not None
+
+
+@pytest.mark.parametrize(
+    ("like", "match"),
+    [
+        (make(4), r"its batch_stats/BatchNorm_0/mean has shape \(3,\), and .* \(4,\)"),
+        (make(depth=2), "it has no batch_stats/BatchNorm_1/mean"),
+        (make(averaged=True), "it has no average/batch_stats/BatchNorm_0/mean"),
+    ],
+)
+def test_of_another_model(
+    tmp_path: Path, state: TrainState, like: TrainState, match: str
+):
+    """The first name that differs is named, and nothing is changed."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(state, 5), metric=0.5)
+        checkpoints.wait()
+        with pytest.raises(UsageError, match=rf"5 is of another model: {match}"):
+            checkpoints.restore(5, like)
+    assert names(tmp_path) == {"5"}
+
+
+def test_of_a_smaller_model(tmp_path: Path, state: TrainState):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(make(depth=2), 5), metric=0.5)
+        checkpoints.wait()
+        match = "it has batch_stats/BatchNorm_1/mean, which that of the run's"
+        with pytest.raises(UsageError, match=match):
+            checkpoints.restore(5, state)
+
+
+def test_cannot_be_read(tmp_path: Path, state: TrainState):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(state, 5), metric=0.5)
+    shutil.rmtree(tmp_path / "5" / "state")
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UsageError, match=r"5 cannot be read \("):
+            checkpoints.restore(5, state)
+
+
+def test_what_has_not_been_finished_is_not_there(tmp_path: Path, state: TrainState):
+    """As a process leaves it that is killed while it saves."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(state, 5), metric=0.5)
+    unfinished = "6.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "5", tmp_path / unfinished)
+    (tmp_path / unfinished / "_CHECKPOINT_METADATA").unlink()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps == [5]
+    assert names(tmp_path) == {"5", unfinished}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.last_step == 5
+        checkpoints.save(at(state, 6), metric=0.6)
+    assert names(tmp_path) == {"6"}
+
+
+def test_read_only_leaves_the_folder_alone(tmp_path: Path, state: TrainState):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(state, 5), metric=0.5)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        checkpoints.restore(5, state)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

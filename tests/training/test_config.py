@@ -2,10 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from jbn.training.config import Config, claim_workdir, load_config, parse_config
+from jbn.training.config import (
+    PRESETS,
+    Config,
+    claim_workdir,
+    load_config,
+    parse_config,
+    preset,
+)
 from jbn.training.errors import UsageError
 
 
@@ -59,6 +67,38 @@ def test_every_run_has_a_folder_of_its_own(
         (["--momentum=1.5"], "--momentum=1.5 is out of range: from 0 to 1"),
         (["--seed=-1"], "--seed=-1 is out of range"),
         (["--resume"], "--resume needs --workdir"),
+        (["--beta1=1"], "--beta1=1.0 is out of range: from 0 to below 1"),
+        (["--clip-norm=0"], "--clip-norm=0.0 is out of range: above 0"),
+        (["--microbatches=0"], "--microbatches=0 is out of range: at least 1"),
+        (["--max-skipped=-1"], "--max-skipped=-1 is out of range: at least 0"),
+        (["--crop"], "--crop needs --image-size"),
+        (["--model=dcgan", "--microbatches=2"], "--microbatches is not for"),
+        (["--coordinator=h:1"], "--coordinator needs --num-processes, too"),
+        (["--num-processes=2"], "--num-processes needs --coordinator, too"),
+        (
+            ["--coordinator=h:1", "--num-processes=2"],
+            "--coordinator needs --process-id, too",
+        ),
+        (["--model", "dcgan", "--bn-group-size=1"], "--bn-group-size is not for"),
+        (["--model=dcgan", "--label-smoothing=.1"], "--label-smoothing is not for"),
+        (["--seed=4294967296"], "--seed=4294967296 is out of range"),
+        *(
+            ([f"--{name}=0"], f"--{name}=0 is out of range: at least 1")
+            for name in ("bn-group-size", "save-every", "num-processes", "peer-timeout")
+        ),
+        *(
+            ([f"--{name}=-1"], rf"--{name}=-1(\.0)? is out of range: at least 0")
+            for name in ("shift", "warmup-epochs", "weight-decay", "process-id")
+        ),
+        *(
+            ([f"--{name}={value}"], rf"--{name}={value} is out of range: from 0 to bel")
+            for name in ("beta1", "label-smoothing", "ema-decay")
+            for value in (-0.1, 1.0)
+        ),
+        (
+            ["--coordinator=h:1", "--num-processes=2", "--process-id=2"],
+            "--process-id=2 is out of range",
+        ),
     ],
 )
 def test_out_of_range(args: list[str], match: str):
@@ -79,3 +119,94 @@ def test_resuming_takes_the_flags_of_the_run(tmp_path: Path):
     for flag in ("--seed=6", "--learning-rate=0.1", "--batch-size=8", "--momentum=0.5"):
         with pytest.raises(UsageError, match="leave the flag out"):
             parse_config(["--resume", workdir, flag])
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_defaults_are_those_of_the_model(model: str, tmp_path: Path):
+    for args in (["--model", model], [f"--model={model}"]):
+        assert parse_config(args) == preset(model)
+    for name, value in PRESETS[model].items():
+        assert getattr(preset(model), name) == value
+    workdir = f"--workdir={tmp_path / model}"
+    first = parse_config([f"--model={model}", workdir, "--seed=4"])
+    claim_workdir(first)
+    again = parse_config(["--resume", workdir])
+    assert again == dataclasses.replace(first, resume=True)
+
+
+def test_a_schedule_is_over_all_epochs(tmp_path: Path):
+    workdir = f"--workdir={tmp_path}"
+    claim_workdir(parse_config([workdir, "--schedule=cosine", "--epochs=3"]))
+    with pytest.raises(UsageError, match=r"made with --epochs=3.*resumed with 4"):
+        parse_config(["--resume", workdir, "--epochs=4"])
+    assert load_config(tmp_path / "config.json").epochs == 3
+
+
+def test_what_may_change_on_resuming(tmp_path: Path):
+    """Where and how it runs, but not what; nor how long, if a schedule ends there."""
+    workdir = f"--workdir={tmp_path}"
+    first = parse_config([workdir, "--schedule=cosine", "--epochs=3"])
+    claim_workdir(first)
+    match = "was made with --epochs=3. It cannot be resumed with 4"
+    with pytest.raises(UsageError, match=match):
+        parse_config([workdir, "--resume", "--epochs=4"])
+    other: dict[str, Any] = {
+        "steps_per_dispatch": 5,
+        "num_devices": 2,
+        "save_every": 7,
+        "max_skipped": 1,
+        "peer_timeout": 20,
+        "loader": "grain",
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in other.items()]
+    again = parse_config([workdir, "--resume", *flags])
+    assert again == dataclasses.replace(first, resume=True, **other)
+    for flag in (
+        *("--model=resnet8", "--dataset=mnist", "--image-size=9", "--shift=1"),
+        *("--flip", "--microbatches=2", "--optimizer=sgd", "--beta1=0.5"),
+        *("--schedule=constant", "--warmup-epochs=1", "--weight-decay=0.1"),
+        *("--clip-norm=1", "--label-smoothing=0.1", "--ema-decay=0.9"),
+        *("--precision=bf16", "--bn-group-size=1"),
+    ):
+        with pytest.raises(UsageError, match="leave the flag out"):
+            parse_config([workdir, "--resume", flag])
+
+
+# ---- What suits a model --------------------------------------------------------------
+
+
+def test_every_model_has_its_defaults():
+    models = get_args(Config.__annotations__["model"])
+    assert set(PRESETS) == set(models)
+    for model in models:
+        for args in ([f"--model={model}"], ["--model", model]):
+            config = parse_config(args)
+            assert config == preset(model) == Config(model=model, **PRESETS[model])
+    assert preset("mlp") == Config()
+
+
+def test_flags_come_before_what_suits_a_model():
+    config = parse_config(["--epochs=2", "--model=unet", "--dataset=pets"])
+    expected = dataclasses.replace(preset("unet"), epochs=2, dataset="pets")
+    assert config == expected
+
+
+@pytest.mark.parametrize("model", ["resnet18", "dcgan"])
+def test_help_shows_what_suits_a_model(model: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        parse_config([f"--model={model}", "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"(default: {model})" in text
+    for name, value in PRESETS[model].items():
+        flag = f"--{name.replace('_', '-')} "
+        after = text[text.index(flag) :]
+        assert f"(default: {value})" in after[:600] or name == "image_size"
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(["--model=vgg"])
+    assert exit_.value.code == 2
+    assert "resnet18" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import io
 import subprocess
 import sys
 import threading
@@ -13,12 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.utils import Size
 
 from jbn.training import idx
-from jbn.training.data import load_dataset
+from jbn.training.batches import plan_epoch
+from jbn.training.data import InMemory, OnDisk, load_dataset, read_images
 from jbn.training.errors import UsageError
+from jbn.training.loader import load
+from jbn.training.png import encode_png
 
 
 MNIST_FILES = Path(__file__).parents[3] / "shared" / "data" / "mnist"
@@ -27,6 +32,13 @@ MNIST_FILES = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tfds")
+
+
+def in_memory(name: str, **options: Any) -> InMemory:
+    """The training split."""
+    split = load_dataset(name, **options).train
+    assert isinstance(split, InMemory)
+    return split
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -78,7 +90,10 @@ def test_digits_are_those_of_scikit_learn(data_dir: Path):
     datasets = pytest.importorskip("sklearn.datasets")
     bunch = datasets.load_digits()
     dataset = load_dataset("digits", data_dir=data_dir)
-    assert dataset.num_classes == 10
+    assert list(dataset.classes) == [str(digit) for digit in range(10)]
+    assert dataset.image_shape == (8, 8, 1)
+    assert isinstance(dataset.train, InMemory)
+    assert isinstance(dataset.test, InMemory)
     assert (len(dataset.train), len(dataset.test)) == (1437, 360)
     assert dataset.train.image.shape[1:] == (8, 8, 1)
 
@@ -114,14 +129,14 @@ def test_digits_are_read_without_tensorflow_in_the_same_order(data_dir: Path):
         check=True,
     )
     assert run.stderr == ""
-    labels = load_dataset("digits", data_dir=data_dir).train.label
+    labels = in_memory("digits", data_dir=data_dir).label
     np.testing.assert_array_equal(np.array(run.stdout.split(), int), labels)
 
 
 def test_images_are_resized(data_dir: Path):
-    dataset = load_dataset("digits", data_dir=data_dir, image_size=6)
-    assert dataset.train.image.shape == (1437, 6, 6, 1)
-    assert dataset.train.image.std() > 50
+    image = in_memory("digits", data_dir=data_dir, image_size=6).image
+    assert image.shape == (1437, 6, 6, 1)
+    assert image.std() > 50
 
 
 def test_files_at_hand(
@@ -239,25 +254,12 @@ def mock(name: str, features: dict[str, Any], examples: dict[str, list[Any]]) ->
     return Mock
 
 
-def test_other_splits_and_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets `load_dataset` find sets that are described by features and examples."""
     from jbn.training import prepare
-    from jbn.training.png import encode_png
 
-    image = tfds.features.Image(shape=(None, None, 1))
-    features = {"image": image, "label": tfds.features.ClassLabel(num_classes=2)}
-    small = {"image": encode_png(np.zeros((4, 4), np.uint8)), "label": 0}
-    large = {"image": encode_png(np.zeros((6, 5), np.uint8)), "label": 1}
-    builders = {
-        "only_train": mock("only_train", features, {"train": [small] * 10}),
-        "validated": mock(
-            "validated", features, {"train": [small], "validation": [small]}
-        ),
-        "uneven": mock("uneven", features, {"train": [small, large] * 5}),
-        "no_train": mock("no_train", features, {"extra": [small]}),
-        "no_label": mock(
-            "no_label", {"image": image}, {"train": [{"image": small["image"]}]}
-        ),
-    }
+    builders: dict[str, Any] = {}
     monkeypatch.setattr(
         prepare, "make_builder", lambda name, folder: builders[name](data_dir=folder)
     )
@@ -265,19 +267,263 @@ def test_other_splits_and_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "tensorflow_datasets.core.dataset_builder.FileReaderBuilder.url_infos", None
     )
 
-    def sizes(name: str, **kwargs: Any) -> tuple[int, int]:
-        dataset = load_dataset(name, data_dir=tmp_path, **kwargs)
-        return len(dataset.train), len(dataset.test)
+    def add(name: str, features: dict[str, Any], examples: dict[str, list[Any]]) -> Any:
+        builders[name] = mock(name, features, examples)
+        return lambda **kwargs: load_dataset(name, data_dir=tmp_path, **kwargs)
 
-    assert sizes("only_train") == (8, 2)
-    assert sizes("validated") == (1, 1)
-    with pytest.raises(UsageError, match="pass --image-size"):
-        sizes("uneven")
-    assert sizes("uneven", image_size=4) == (8, 2)
+    return add
+
+
+IMAGE = tfds.features.Image(shape=(None, None, 1))
+LABEL = tfds.features.ClassLabel(names=["cat", "dog"])
+BOTH = {"image": IMAGE, "label": LABEL}
+SMALL = {"image": encode_png(np.zeros((4, 4), np.uint8)), "label": 0}
+LARGE = {"image": encode_png(np.zeros((6, 5), np.uint8)), "label": 1}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def sizes(dataset: Any) -> tuple[int, int]:
+    return len(dataset.train), len(dataset.test)
+
+
+def test_other_splits(sets: Any):
+    only_train = sets("only_train", BOTH, {"train": [SMALL] * 10})()
+    assert sizes(only_train) == (8, 2)
+    assert list(only_train.classes) == ["cat", "dog"]
+    validated = {"train": [SMALL], "validation": [SMALL]}
+    assert sizes(sets("validated", BOTH, validated)()) == (1, 1)
     with pytest.raises(UsageError, match="has no split called `train`, only extra"):
-        sizes("no_train")
-    with pytest.raises(UsageError, match="is not an image classification set"):
-        sizes("no_label")
+        sets("no_train", BOTH, {"extra": [SMALL]})()
+
+
+def test_images_of_different_sizes(sets: Any):
+    load_uneven = sets("uneven", BOTH, {"train": [SMALL, LARGE] * 5})
+    with pytest.raises(UsageError, match="pass --image-size"):
+        load_uneven()
+    dataset = load_uneven(image_size=4)
+    assert sizes(dataset) == (8, 2)
+    assert dataset.image_shape == (4, 4, 1)
+    with pytest.raises(UsageError, match=r"read from disk.*pass --image-size"):
+        load_uneven(loader="grain")
+    with pytest.raises(UsageError, match="--crop is for sets that are read with"):
+        load_uneven(image_size=4, crop=True)
+    dataset = load_uneven(image_size=3, loader="grain")
+    assert isinstance(dataset.train, OnDisk)
+    assert dataset.image_shape == (3, 3, 1)
+
+
+# ---- Targets -------------------------------------------------------------------------
+
+
+def test_sets_without_what_is_to_be_learnt(sets: Any):
+    """The message names what there is, and what is needed."""
+    load_images = sets(
+        "no_label", {"image": IMAGE}, {"train": [{"image": SMALL["image"]}]}
+    )
+    with pytest.raises(UsageError, match="is not an image classification set: it has"):
+        load_images()
+    load_labels = sets("labels", BOTH, {"train": [SMALL] * 5})
+    with pytest.raises(UsageError, match=r"is not a segmentation set: .* image, label"):
+        load_labels(target="segmentation_mask")
+    text = {"text": tfds.features.Text()}
+    load_text = sets("text", text, {"train": [{"text": "a"}]})
+    with pytest.raises(UsageError, match="is not a set of images"):
+        load_text(target=None)
+
+
+@pytest.mark.parametrize("loader", ["memory", "grain"])
+def test_images_alone(sets: Any, loader: Any):
+    examples = [{"image": SMALL["image"]}] * 5
+    load_images = sets(
+        "images", {"image": IMAGE}, {"train": examples, "test": examples}
+    )
+    dataset = load_images(target=None, loader=loader, image_size=4)
+    assert (sizes(dataset), list(dataset.classes)) == ((5, 5), [])
+    rows = dataset.train.rows(np.arange(3))
+    np.testing.assert_array_equal(rows["label"], [0, 0, 0])
+    assert rows["image"].shape == (3, 4, 4, 1)
+
+
+def test_no_labels(sets: Any):
+    """As test splits have that are for a competition."""
+    hidden = {"train": [SMALL], "test": [{**SMALL, "label": -1}]}
+    with pytest.raises(UsageError, match="The split `test` of `hidden` has no labels"):
+        sets("hidden", BOTH, hidden)(loader="memory")
+
+
+def test_segmentation_masks(sets: Any, rng: np.random.Generator):
+    """Trimaps count from 1, 255 is no label, and masks are resized with images."""
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "segmentation_mask": tfds.features.Image(
+            shape=(None, None, 1), use_colormap=True
+        ),
+        "label": LABEL,
+    }
+    image = rng.integers(0, 256, (6, 6, 3), np.uint8)
+    mask = rng.integers(1, 4, (6, 6, 1), np.uint8)
+    mask[:2, :2] = 1
+    mask[2:4, :2] = 255
+    mask[4:, :2], mask[:2, 2:4] = 3, 2
+    example = {
+        "image": png(image),
+        "segmentation_mask": png(mask[..., 0]),
+        "label": 1,
+    }
+    load_masks = sets("masks", features, {"train": [example] * 4, "test": [example]})
+    dataset = load_masks(target="segmentation_mask")
+    assert list(dataset.classes) == ["1", "2", "3"]
+    assert (dataset.train.label.shape, dataset.train.label.dtype) == (
+        (4, 6, 6),
+        np.int32,
+    )
+    known = np.where(mask == 255, 0, mask).astype(np.int32)[..., 0] - 1
+    np.testing.assert_array_equal(dataset.test.label[0], known)
+    np.testing.assert_array_equal(dataset.test.image[0], image)
+    # Nothing is mixed from the labels of neighbors.
+    halved = load_masks(target="segmentation_mask", image_size=3)
+    found = halved.test.label[0]
+    assert halved.test.image.shape == (1, 3, 3, 3)
+    np.testing.assert_array_equal(found[:, 0], [0, -1, 2])
+    assert found[0, 1] == 1
+    # The same set has images with labels, too.
+    assert list(load_masks(target="label").train.label) == [1] * 4
+    with pytest.raises(
+        UsageError, match="has labels of pixels, and such sets are read"
+    ):
+        load_masks(target="segmentation_mask", loader="grain", image_size=3)
+
+
+def test_digit_trimaps(data_dir: Path):
+    dataset = load_dataset(
+        "digit_trimaps", data_dir=data_dir, target="segmentation_mask"
+    )
+    assert list(dataset.classes) == ["1", "2", "3"]
+    assert isinstance(dataset.train, InMemory)
+    assert set(np.unique(dataset.train.label)) <= {-1, 0, 1, 2}
+    assert dataset.train.label.shape[1:] == dataset.image_shape[:2]
+
+
+# ---- From disk -----------------------------------------------------------------------
+
+
+def test_from_disk_as_from_memory(data_dir: Path):
+    """The middle part, where that is a whole number of pixels; and the same labels."""
+    pytest.importorskip("grain")
+    whole = load_dataset("digits", data_dir=data_dir)
+    disk = load_dataset("digits", data_dir=data_dir, loader="grain", image_size=7)
+    assert isinstance(whole.train, InMemory)
+    assert isinstance(disk.train, OnDisk)
+    assert disk.image_shape == (7, 7, 1)
+    assert list(disk.classes) == list(whole.classes)
+    for split in ("train", "test"):
+        memory, other = getattr(whole, split), getattr(disk, split)
+        assert len(other) == len(memory)
+        plan = plan_epoch(np.arange(0, len(memory), 9), 16, multiple=1)
+        for (count, found), (n, expected) in zip(
+            load(other, plan, 2), load(memory, plan, 2), strict=True
+        ):
+            assert count == n
+            # (87.5 % of 8 are 7, from the upper left: there is no half pixel.)
+            np.testing.assert_array_equal(
+                found["image"], expected["image"][..., :7, :7, :]
+            )
+            for name in ("label", "index", "weight"):
+                np.testing.assert_array_equal(found[name], expected[name])
+
+
+def gradient_source(sizes: list[tuple[int, int]]) -> list[Any]:
+    """Images in which the value of a pixel says where it is."""
+    found = []
+    for i, (height, width) in enumerate(sizes):
+        y, x = np.mgrid[:height, :width]
+        image = np.stack([255 * y / (height - 1), 255 * x / (width - 1), 0 * x], -1)
+        found.append({"image": np.rint(image).astype(np.uint8), "label": i})
+    return found
+
+
+def test_the_middle_part():
+    source = gradient_source([(160, 320), (320, 160)])
+    split = OnDisk(source, "image", "label", 14)
+    for i, image in enumerate(split.rows(np.array([0, 1]))["image"]):
+        assert image.shape == (14, 14, 3)
+        values = image.astype(float) / 255
+        for axis, size in ((0, (160, 320)[i]), (1, (320, 160)[i])):
+            line = values[..., axis].mean(axis=1 - axis)
+            # 140 pixels around the middle; the outermost of 14 are 65 from there.
+            np.testing.assert_allclose(line.mean(), 0.5, atol=0.01)
+            np.testing.assert_allclose(line[-1] - line[0], 130 / size, atol=0.02)
+
+
+def test_random_parts():
+    """Follow from seed, epoch and number; of all sizes, in all places."""
+    source = gradient_source([(60, 80)] * 200)
+    split = OnDisk(source, "image", "label", 10, crop=True, seed=5)
+    for epoch in (1, 2):
+        first, again = (split.row(3, epoch)["image"] for _ in range(2))
+        np.testing.assert_array_equal(first, again)
+    same = OnDisk(source, "image", "label", 10, crop=True, seed=5).row(3, 2)["image"]
+    np.testing.assert_array_equal(split.row(3, 2)["image"], same)
+    different = [split.row(3, 1), split.row(3, 2), split.row(4, 1)]
+    different.append(OnDisk(source, "image", "label", 10, crop=True, seed=6).row(3, 1))
+    for i, one in enumerate(different):
+        for other in different[:i]:
+            assert (one["image"] != other["image"]).any()
+
+    spans, middles = [], []
+    for i in range(200):
+        values = split.row(i, 1)["image"].astype(float) / 255
+        assert values.shape == (10, 10, 3)
+        y, x = values[..., 0].mean(1), values[..., 1].mean(0)
+        # The outermost of ten are nine tenths of the part from each other.
+        spans.append([(y[-1] - y[0]) / 0.9 * 59, (x[-1] - x[0]) / 0.9 * 79])
+        middles.append([y.mean(), x.mean()])
+    height, width = np.array(spans).T
+    area, ratio = height * width / 4800, width / height
+    assert area.min() > 0.05
+    assert area.max() < 1.1
+    assert np.quantile(area, 0.1) < 0.25
+    assert np.quantile(area, 0.9) > 0.7
+    assert ratio.min() > 0.65
+    assert ratio.max() < 1.5
+    assert np.std(middles, axis=0).min() > 0.05
+    np.testing.assert_allclose(np.mean(middles, axis=0), 0.5, atol=0.05)
+
+
+def test_parts_of_narrow_images():
+    """No part of an aspect ratio up to 4/3 has half the area: the middle is taken."""
+    source = gradient_source([(4, 400)])
+    split = OnDisk(source, "image", "label", 5, crop=True)
+    for epoch in range(20):
+        assert split.row(0, epoch)["image"].shape == (5, 5, 3)
+
+
+# ---- Files ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_files(tmp_path: Path, rng: np.random.Generator, channels: int):
+
+    pixels = rng.integers(0, 256, (6, 5, 3), np.uint8)
+    color, gray = tmp_path / "color.png", tmp_path / "gray.png"
+    Image.fromarray(pixels).save(color)
+    Image.fromarray(pixels[..., 0]).save(gray)
+    found = read_images([color, gray], (6, 5, channels))
+    assert (found.shape, found.dtype) == ((2, 6, 5, channels), np.uint8)
+    np.testing.assert_array_equal(found[1], pixels[..., :1].repeat(channels, -1))
+    if channels == 3:
+        np.testing.assert_array_equal(found[0], pixels)
+    assert read_images([gray], (3, 4, channels)).shape == (1, 3, 4, channels)
+    other = tmp_path / "text.png"
+    other.write_text("no image")
+    for path in (other, tmp_path / "nowhere.png"):
+        with pytest.raises(UsageError, match=f"{path} is not an image that can be"):
+            read_images([path], (6, 5, channels))
 
 
 @pytest.mark.slow

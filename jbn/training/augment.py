@@ -1,0 +1,41 @@
+"""Random changes of images on the device, the same for an image and its labels."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def augment(
+    batch: dict[str, jax.Array], keys: jax.Array, shift: int, flip: bool
+) -> dict[str, jax.Array]:
+    """Moves and mirrors each image.
+
+    Args:
+        batch: With `image`, of shape (batch, height, width, channels), and perhaps a
+            `label` of shape (batch, height, width), which moves along.
+        keys: One for each image.
+        shift: Most pixels to move by, in either direction. What comes in from outside
+            is zero, and of label -1.
+        flip: Whether to mirror left and right, every second image on average.
+
+    Returns:
+        The batch with other images.
+    """
+
+    def one(image: jax.Array, label: jax.Array, key: jax.Array):
+        for_shift, for_flip = jax.random.split(key)
+        y, x = jax.random.randint(for_shift, (2,), 0, 2 * shift + 1)
+        mirrored = flip & jax.random.bernoulli(for_flip)
+
+        def move(v: jax.Array, outside: int) -> jax.Array:
+            widths = [(shift, shift)] * 2 + [(0, 0)] * (v.ndim - 2)
+            fill = jnp.asarray(outside, v.dtype)
+            padded = jnp.pad(v, widths, constant_values=fill)
+            zeros = [0] * (v.ndim - 2)
+            v = lax.dynamic_slice(padded, [y, x, *zeros], v.shape)
+            return jnp.where(mirrored, jnp.flip(v, 1), v)
+
+        return move(image, 0), move(label, -1) if label.ndim == 2 else label
+
+    image, label = jax.vmap(one)(batch["image"], batch["label"], keys)
+    return {**batch, "image": image, "label": label}

@@ -1,0 +1,201 @@
+"""Makes what a configuration says: norm layers, model, optimizer, task."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import optax
+
+from jbn import models
+from jbn.linen import BatchNorm, DomainBatchNorm, GhostBatchNorm
+from jbn.tools import decays
+from jbn.training.config import Config
+from jbn.training.data import Dataset, Target
+from jbn.training.errors import UsageError
+from jbn.training.executor import Executor
+from jbn.training.tasks import GAN, Supervised, Task
+
+
+_LATENT_SIZE = 64
+# Of the generator's: two time scales, as of Heusel et al., 2017.
+_DISCRIMINATOR_RATE = 0.2
+
+
+def target_of(config: Config) -> Target | None:
+    """What of a data set the model is to find."""
+    if config.model == "dcgan":
+        return None
+    return "segmentation_mask" if config.model == "unet" else "label"
+
+
+def make_task(
+    config: Config,
+    dataset: Dataset,
+    executor: Executor | None = None,
+    *,
+    steps_per_epoch: int = 1,
+) -> Task:
+    """Makes the task of a configuration.
+
+    Args:
+        config: Of the run.
+        dataset: Its data, for their classes and their shape.
+        executor: What runs it; by default one device.
+        steps_per_epoch: For the schedule.
+
+    Returns:
+        The task.
+
+    Raises:
+        UsageError: If model and data, or the group size and the devices, do not fit.
+    """
+    optimizer = make_optimizer(config, steps_per_epoch)
+    slower = dataclasses.replace(
+        config, learning_rate=_DISCRIMINATOR_RATE * config.learning_rate
+    )
+    axis_name = None if executor is None else executor.axis_name
+    norm, local_norm = make_norm(config, executor), make_norm(config, None)
+    if config.model == "dcgan":
+        optimizers = optimizer, make_optimizer(slower, steps_per_epoch)
+        return _make_gan(config, dataset, optimizers, norm, local_norm, axis_name)
+    classes = len(dataset.classes)
+    return Supervised(
+        kind="segmentation" if config.model == "unet" else "classification",
+        model=_make_model(config, classes, norm),
+        local_model=_make_model(config, classes, local_norm),
+        image_shape=tuple(dataset.image_shape),
+        num_classes=classes,
+        optimizer=optimizer,
+        axis_name=axis_name,
+        label_smoothing=config.label_smoothing,
+        microbatches=config.microbatches,
+        momentum=config.momentum,
+        shift=config.shift,
+        flip=config.flip,
+    )
+
+
+def make_norm(config: Config, executor: Executor | None) -> Callable[..., Any]:
+    """Makes what makes the norm layers, which share statistics as the flags say.
+
+    Running statistics are those of all devices in any case, merged exactly in every
+    step, so that there is nothing to merge before an evaluation or a checkpoint.
+
+    Args:
+        config: With `momentum`, `bn_group_size` and `microbatches`.
+        executor: What the layers run on; `None` for one device.
+
+    Returns:
+        A partial of a norm class.
+
+    Raises:
+        UsageError: If the group size does not divide the number of devices.
+    """
+    options: dict[str, Any] = {"momentum": config.momentum}
+    if config.microbatches > 1:
+        options["accumulate"] = True
+    if executor is None:
+        return functools.partial(BatchNorm, **options)
+    options["axis_name"] = executor.axis_name
+    devices, size = len(executor.devices), config.bn_group_size
+    if size is None or size == devices:
+        return functools.partial(BatchNorm, **options)
+    if size > devices or devices % size:
+        raise UsageError(
+            f"--bn-group-size={size} must divide the number of devices, {devices}."
+        )
+    if executor.parallel == "jit":
+        return functools.partial(GhostBatchNorm, num_groups=devices // size, **options)
+    options["devices_per_group"] = size
+    return functools.partial(GhostBatchNorm, num_groups=1, **options)
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> Any:
+    """Makes the optimizer.
+
+    Args:
+        config: Of the run.
+        steps_per_epoch: For the schedule.
+
+    Returns:
+        An `optax.GradientTransformation`.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    rate: Any = config.learning_rate
+    if config.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total
+        )
+    elif warmup:
+        rate = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    parts = []
+    if config.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decays)
+    if config.optimizer == "sgd":
+        # The decay of SGD goes through its momentum; that of AdamW does not.
+        parts += [decay] if config.weight_decay else []
+        parts.append(optax.trace(config.beta1, nesterov=True))
+    else:
+        # A hidden unit that is active for every example of a batch has a bias that the
+        # norm takes away again: its gradient is zero, or 1e-8 after rounding. The usual
+        # epsilon, 1e-8, makes a step of nearly full size of that noise, and after three
+        # epochs one and four devices differ by 1e-2 in the loss of a step. With this
+        # one, by 1e-6.
+        parts.append(optax.scale_by_adam(b1=config.beta1, eps=1e-5))
+        parts += [decay] if config.weight_decay else []
+    return optax.chain(*parts, optax.scale_by_learning_rate(rate))
+
+
+def _make_model(config: Config, num_classes: int, norm: Any) -> nn.Module:
+    options: dict[str, Any] = {"num_classes": num_classes, "norm": norm}
+    if config.precision == "bf16":
+        options["dtype"] = jnp.bfloat16
+    if config.model == "mlp":
+        return models.MLP(**options)
+    if config.model == "unet":
+        return models.UNet(**options)
+    if config.model != "resnet8" and (config.image_size or 0) < 96:
+        options["stem"] = "small"
+    return getattr(models, config.model)(**options)
+
+
+def _make_gan(
+    config: Config,
+    dataset: Dataset,
+    optimizers: tuple[Any, Any],
+    norm: Any,
+    local_norm: Any,
+    axis_name: str | None,
+) -> GAN:
+    height, width, channels = dataset.image_shape
+    if height != width or height not in (8, 16, 32, 64):
+        raise UsageError(
+            f"--model=dcgan makes square images of 8, 16, 32 or 64 pixels; those of "
+            f"{dataset.name} are {height}x{width}: pass --image-size."
+        )
+    dtype = {"dtype": jnp.bfloat16} if config.precision == "bf16" else {}
+    width = min(64, 2 * height)
+    make = lambda norm: models.Generator(
+        image_size=height, channels=channels, width=width, norm=norm, **dtype
+    )
+    domains = functools.partial(
+        DomainBatchNorm,
+        num_domains=2,
+        momentum=config.momentum,
+        axis_name=axis_name,
+    )
+    return GAN(
+        generator=make(norm),
+        local_generator=make(local_norm),
+        discriminator=models.Discriminator(width=width, norm=domains, **dtype),
+        image_shape=tuple(dataset.image_shape),
+        latent_size=_LATENT_SIZE,
+        optimizer=optimizers[0],
+        discriminator_optimizer=optimizers[1],
+        axis_name=axis_name,
+    )

@@ -1,0 +1,100 @@
+"""Evaluates a model on the test split, and takes statistics anew for it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jbn.tools.recalibrate import recalibrator
+from jbn.training.batches import Plan, chunk_length, permutation, plan_epoch
+from jbn.training.data import Dataset, Split
+from jbn.training.executor import Executor
+from jbn.training.loader import Batches, load
+from jbn.training.metrics import Sums
+from jbn.training.tasks import Task
+
+
+_MOST_ROWS = 1024
+_MOST_BATCH_BYTES = 2**24
+_MOST_CHUNK_BYTES = 2**26
+# Of training examples: the moments of some thousand are those of all.
+_CALIBRATION_ROWS = 8192
+
+
+class Evaluation:
+    """Evaluates on all the devices of a run.
+
+    Args:
+        task: What the model is for.
+        executor: What to run it on.
+        dataset: Its data.
+        batch_size: That of training.
+        most_steps: How many batches to hand to the devices at once.
+        seed: Of the order in which examples are taken for statistics.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        executor: Executor,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        most_steps: int = 64,
+        seed: int = 0,
+    ):
+        self._executor, self._dataset = executor, dataset
+        self._most_steps = most_steps
+        rows = _MOST_BATCH_BYTES // int(np.prod(dataset.image_shape))
+        size = max(batch_size, min(rows, _MOST_ROWS))
+        multiple = len(executor.devices)
+        test = dataset.test
+        self._plan = plan_epoch(np.arange(len(test)), size, multiple=multiple)
+        # Epochs count from 1: an order that the training has not had.
+        order = permutation(seed, 0, len(dataset.train))[:_CALIBRATION_ROWS]
+        self._calibration = plan_epoch(order, batch_size, multiple=multiple)
+        self._sums = executor.evaluate(task.evaluate)
+        self._recalibrate = recalibrator(task.apply)
+
+    def __call__(self, variables: Any) -> dict[str, np.ndarray]:
+        """The sums of the task over the test split, with the running statistics."""
+        variables = self._executor.put(variables)
+        sums = Sums()
+        length = steps_per_dispatch(self._dataset.test, self._plan, self._most_steps)
+        for _, batches in self._load(self._dataset.test, self._plan, length):
+            found = self._sums(variables, self._executor.put_batches(batches))
+            sums.add(self._executor.get(found))
+        return sums.values
+
+    def recalibrated(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables with the statistics of training examples, in NumPy arrays."""
+
+        def batches() -> Iterator[Any]:
+            for _, batches in self._load(self._dataset.train, self._calibration, 1):
+                yield self._executor.put_rows({k: v[0] for k, v in batches.items()})
+
+        variables = self._executor.put(dict(variables))
+        return self._executor.get(self._recalibrate(variables, batches()))
+
+    def _load(
+        self, split: Split, plan: Plan, length: int
+    ) -> Iterator[tuple[int, Batches]]:
+        share = self._executor.share(plan.num_rows)
+        return load(split, plan, length, share=share)
+
+
+def steps_per_dispatch(split: Split, plan: Plan, most: int) -> int:
+    """How many batches to hand to the devices at once.
+
+    Args:
+        split: Where the examples come from.
+        plan: The batches of an epoch.
+        most: The most.
+
+    Returns:
+        As many as 64 MiB hold, in chunks of equal length.
+    """
+    example = split.rows(np.zeros(1, np.int64))
+    size = plan.num_rows * sum(x.nbytes for x in example.values())
+    most = min(most, max(1, _MOST_CHUNK_BYTES // size))
+    return chunk_length(len(plan.indices), most)

@@ -1,0 +1,281 @@
+"""Opens what `train.py` has left in the folder of a run, without changing it."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import absl.logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbn.training.batches import permutation, plan_epoch
+from jbn.training.build import make_task, target_of
+from jbn.training.checkpoint import Checkpoints
+from jbn.training.config import Config, Model, claim_workdir, load_config
+from jbn.training.data import Dataset, load_dataset
+from jbn.training.devices import select_devices
+from jbn.training.errors import UsageError
+from jbn.training.evaluation import Evaluation
+from jbn.training.executor import Executor
+from jbn.training.loader import load
+from jbn.training.metrics import MetricsFile
+from jbn.training.state import TrainState
+from jbn.training.step import create_state
+from jbn.training.tasks import Supervised, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run, opened at one checkpoint, on one device.
+
+    Attributes:
+        folder: Where it is.
+        config: What it was started with.
+        step: That of the checkpoint.
+        steps_per_epoch: Of its training.
+        dataset: Its data.
+        task: What it is for.
+        state: The state of the checkpoint.
+        progress: Sums over the epoch that it is in the middle of, or `{}`.
+    """
+
+    folder: Path
+    config: Config
+    step: int
+    steps_per_epoch: int
+    dataset: Dataset
+    task: Task
+    state: TrainState
+    progress: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables of the model; the average of them, if the run has one."""
+        return self.state.variables
+
+    @property
+    def supervised(self) -> Supervised:
+        """The task, if it has one model.
+
+        Raises:
+            UsageError: If it has not.
+        """
+        if isinstance(self.task, Supervised):
+            return self.task
+        raise UsageError(
+            f"{self.folder} is of --model={self.config.model}, which is two networks; "
+            "this is for one."
+        )
+
+    def describe(self) -> str:
+        """Names the checkpoint."""
+        epoch = self.step / self.steps_per_epoch
+        return f"{self.folder}, after step {self.step} (epoch {epoch:.4g})"
+
+    def batches(
+        self, split: str = "train", *, most: int | None = None
+    ) -> Iterator[dict[str, jax.Array]]:
+        """Batches as in training, in an order of its own.
+
+        Args:
+            split: `"train"` or `"test"`.
+            most: How many batches at most.
+
+        Yields:
+            The batches. Rows that only fill up the last one have weight zero.
+        """
+        rows = getattr(self.dataset, split)
+        # Epochs count from 1: an order that the training has not had.
+        order = permutation(self.config.seed, 0, len(rows))
+        if most is not None:
+            order = order[: most * self.config.batch_size]
+        plan = plan_epoch(order, self.config.batch_size, multiple=1)
+        for _, batches in load(rows, plan, 1):
+            yield {name: jnp.asarray(x[0]) for name, x in batches.items()}
+
+    def evaluate(
+        self, variables: Mapping[str, Any], model: Any = None
+    ) -> dict[str, float]:
+        """Metrics on the test split, with the running statistics.
+
+        Args:
+            variables: Of the model.
+            model: In place of the run's own.
+
+        Returns:
+            The metrics by name.
+        """
+        sums = self.test_sums(variables, model)
+        return self.task.summarize(sums)
+
+    def test_sums(
+        self, variables: Mapping[str, Any], model: Any = None
+    ) -> dict[str, np.ndarray]:
+        """The sums that `evaluate` is made of."""
+        task = self.task
+        if model is not None:
+            task = dataclasses.replace(self.supervised, model=model)
+        executor = Executor(jax.devices()[:1], "jit")
+        evaluation = Evaluation(
+            task,
+            executor,
+            self.dataset,
+            batch_size=self.config.batch_size,
+            most_steps=self.config.steps_per_dispatch,
+        )
+        return evaluation(variables)
+
+
+def open_run(path: Path, checkpoint: str = "last") -> OpenRun:
+    """Opens a run. Nothing is written there.
+
+    Args:
+        path: The folder that `train.py` wrote, or one of its `checkpoints`.
+        checkpoint: `last`, `best`, or the number of steps of one that is kept.
+
+    Returns:
+        The run.
+
+    Raises:
+        UsageError: If there is no run, or no such checkpoint, or if that is of another
+            model.
+    """
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        path, checkpoint = path.parent.parent, path.name
+    config = read_config(path)
+    # On one device: a CPU, or whatever JAX finds.
+    select_devices(None, None)
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        folder = path / "checkpoints"
+        if not folder.is_dir():
+            raise UsageError(f"{path} has no checkpoints yet.")
+        # (Only the task knows whether higher is better, and that needs the data.)
+        better = config.model != "dcgan"
+        with Checkpoints(folder, higher_is_better=better, read_only=True) as found:
+            step = _find(found, path, checkpoint)
+            dataset = load_dataset(
+                config.dataset,
+                target=target_of(config),
+                data_dir=config.data_dir,
+                manual_dir=config.manual_dir,
+                image_size=config.image_size,
+                loader=config.loader,
+                crop=config.crop,
+                seed=config.seed,
+            )
+            count = -(-len(dataset.train) // config.batch_size)
+            task = make_task(config, dataset, steps_per_epoch=count)
+            averaged = config.ema_decay is not None
+            make = lambda: create_state(task, config.seed, averaged=averaged)
+            state, progress = found.restore(step, jax.eval_shape(make))
+    finally:
+        absl.logging.set_verbosity(verbosity)
+    return OpenRun(path, config, step, count, dataset, task, state, progress)
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder. Give one that train.py wrote.")
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} is not a run: it has no config.json. Give a folder that train.py"
+            " wrote."
+        )
+    try:
+        config = load_config(path)
+        if config.model not in get_args(Model):
+            raise ValueError(f"there is no model {config.model!r}")
+        return config
+    except UsageError as error:
+        raise UsageError(f"{path} is not of a run: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UsageError(
+            f"{path} is not the configuration of a run ({type(error).__name__}: "
+            f"{text})."
+        ) from error
+
+
+def save_run(
+    run: OpenRun,
+    folder: Path,
+    state: TrainState,
+    test: Mapping[str, float],
+    progress: Mapping[str, float] | None = None,
+) -> None:
+    """Writes a run like another, with another state.
+
+    It has the one checkpoint, and can be resumed.
+
+    Args:
+        run: The other.
+        folder: Where to; must not be there.
+        state: The state.
+        test: The test metrics with it.
+        progress: Sums over the epoch that the state is in the middle of.
+
+    Raises:
+        UsageError: If `folder` is there already.
+    """
+    refuse_existing(folder)
+    claim_workdir(dataclasses.replace(run.config, workdir=folder, resume=False))
+    history = MetricsFile(run.folder / "metrics.jsonl").read()
+    file = MetricsFile(folder / "metrics.jsonl")
+    for line in history:
+        if line["step"] == run.step:
+            line = line | {f"test_{name}": value for name, value in test.items()}
+        if line["step"] <= run.step:
+            file.append(line)
+    metric = run.task.metric
+    better = metric.higher_is_better
+    with Checkpoints(folder / "checkpoints", higher_is_better=better) as checkpoints:
+        # (As in training, one in the middle of an epoch is never the best.)
+        whole = run.step % run.steps_per_epoch == 0
+        checkpoints.save(
+            jax.device_get(state),
+            metric=test[metric.name] if whole else None,
+            progress=progress,
+        )
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises a `UsageError` if there is something at `path`, or no folder to be in."""
+    if path.exists() or path.is_symlink():
+        raise UsageError(f"{path} exists already, and is left alone. Choose another.")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(
+            f"{path} cannot be written: there is no folder {path.absolute().parent}."
+        )
+
+
+def _find(checkpoints: Checkpoints, folder: Path, checkpoint: str) -> int:
+    """The number of a checkpoint."""
+    steps = checkpoints.steps
+    if not steps:
+        raise UsageError(f"{folder} has no checkpoints yet.")
+    if checkpoint == "last":
+        return steps[-1]
+    if checkpoint == "best":
+        best = checkpoints.best_step
+        return steps[-1] if best is None else best
+    if not checkpoint.isdecimal():
+        raise UsageError(
+            f"--checkpoint={checkpoint} must be last, best or a number of steps."
+        )
+    if int(checkpoint) not in steps:
+        kept = ", ".join(map(str, steps))
+        raise UsageError(
+            f"{folder} has no checkpoint {checkpoint}: it has kept steps {kept}."
+        )
+    return int(checkpoint)

@@ -1,0 +1,171 @@
+"""What `train.py` does beside training: `eval`, `predict` and `compile`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from jbn.training import compile, pictures
+from jbn.training.data import read_images
+from jbn.training.errors import UsageError
+from jbn.training.run import OpenRun, open_run
+from jbn.training.tasks import GAN, Supervised
+
+
+_Run = Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]
+_Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")]
+_Which = Annotated[str, tyro.conf.arg(metavar="best|last|STEP")]
+_Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+
+_AT_ONCE = 64  # Images; a model of pixels needs the memory.
+
+
+def evaluate(
+    run: _Run,
+    /,
+    checkpoint: _Which = "last",
+    pictures: _Folder = None,
+) -> int:
+    """Evaluates a checkpoint on the test split. Prints metrics as JSON.
+
+    Args:
+        run: Folder of a run, or of one of its checkpoints.
+        checkpoint: The best on the test set, the last, or by its number of steps.
+        pictures: Draw the confusion matrix, overlays or samples in this folder.
+    """
+    opened = open_run(run, checkpoint)
+    if pictures is not None:
+        _make_folder(pictures)
+    sums = opened.test_sums(opened.variables)
+    metrics = opened.task.summarize(sums)
+    print(json.dumps({"step": opened.step, **metrics}))
+    if pictures is not None:
+        figures = opened.task.pictures(opened.variables, sums, opened.dataset)
+        for name, figure in figures.items():
+            figure.savefig(pictures / f"{name}.png")
+            # Not among the JSON.
+            print(f"saved in {pictures / name}.png", file=sys.stderr)
+    return 0
+
+
+def predict(
+    run: _Run,
+    files: _Files = (),
+    /,
+    out: _Folder = None,
+    checkpoint: _Which = "last",
+    samples: int = 64,
+    seed: int = 0,
+) -> int:
+    """Applies a checkpoint to image files, or lets it make images.
+
+    Images are made gray or RGB, and of the size that the model was trained with.
+    Prints a line for each: its class, and the probability of that; or the share of
+    pixels of each class, with the classes of the pixels as a PNG of gray values in
+    --out, and in color over the image. A GAN takes no files, and writes samples.png and
+    samples.npy to --out.
+
+    Args:
+        run: Folder of a run, or of one of its checkpoints.
+        files: Images.
+        out: Where files go. By default the folder in which you are.
+        checkpoint: The best on the test set, the last, or by its number of steps.
+        samples: How many images to make.
+        seed: Of these.
+    """
+    opened = open_run(run, checkpoint)
+    folder = Path() if out is None else out
+    if isinstance(opened.task, GAN):
+        if files:
+            raise UsageError("A GAN makes images, and takes none: leave the files out.")
+        if samples < 1:
+            raise UsageError(f"--samples={samples} is out of range: at least 1.")
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"--seed={seed} is out of range: from 0 to 2^32 - 1.")
+        _make_folder(folder)
+        _save_samples(opened.task, opened, folder, samples, seed)
+        return 0
+    task = opened.supervised
+    if not files:
+        raise UsageError("Name the image files to predict, after the checkpoint.")
+    images = read_images(files, opened.dataset.image_shape)
+    if task.kind == "segmentation":
+        _make_folder(folder)
+    model: Any = task.model
+    apply = jax.jit(lambda v, x: jax.nn.softmax(model.apply(v, x, train=False)))
+    parts = [images[i : i + _AT_ONCE] for i in range(0, len(images), _AT_ONCE)]
+    probabilities = np.concatenate([apply(opened.variables, x) for x in parts])
+    if task.kind == "classification":
+        width = max(len(str(file)) for file in files)
+        for file, row in zip(files, probabilities, strict=True):
+            best = int(row.argmax())
+            name = opened.dataset.classes[best]
+            print(f"{file!s:{width}}  {name}  {row[best]:.4f}")
+        return 0
+    _save_masks(task, opened, files, images, probabilities, folder)
+    return 0
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be a folder: {error}") from error
+
+
+def _save_samples(
+    task: GAN, run: OpenRun, folder: Path, number: int, seed: int
+) -> None:
+    from PIL import Image
+
+    images = task.sample(run.variables, number, seed)
+    columns = max(1, round(number**0.5))
+    sheet = pictures.tiles(pictures.as_rgb(images), columns)
+    Image.fromarray(sheet).save(folder / "samples.png")
+    np.save(folder / "samples.npy", images)
+    print(f"saved {number} images in {folder / 'samples.png'} and samples.npy")
+
+
+def _save_masks(
+    task: Supervised,
+    run: OpenRun,
+    files: Sequence[Path],
+    images: np.ndarray,
+    probabilities: np.ndarray,
+    folder: Path,
+) -> None:
+    from PIL import Image
+
+    classes, found = run.dataset.classes, probabilities.argmax(-1)
+    colored = pictures.color_labels(pictures.as_rgb(images), found, len(classes))
+    for i, (file, mask, over) in enumerate(zip(files, found, colored, strict=True)):
+        shares = np.bincount(mask.ravel(), minlength=task.num_classes) / mask.size
+        text = "  ".join(
+            f"{name}: {100 * share:.1f} %"
+            for name, share in zip(classes, shares, strict=True)
+        )
+        # Files in different folders may have the same name.
+        name = f"{i:04d}-{file.stem}"
+        Image.fromarray(mask.astype(np.uint8)).save(folder / f"{name}-mask.png")
+        Image.fromarray(over).save(folder / f"{name}-overlay.png")
+        print(f"{file}  {text}  {folder / name}-mask.png")
+
+
+COMMANDS = ("eval", "predict", "compile")
+
+
+def run_command(name: str, args: Sequence[str]) -> int:
+    """Runs one of the commands; returns the exit status."""
+    if name == "compile":
+        return compile.main(args)
+    return tyro.cli(
+        evaluate if name == "eval" else predict,
+        args=args,
+        prog=f"train.py {name}",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )

@@ -1,0 +1,202 @@
+"""Classification of images or of their pixels: logits against integer labels."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jbn.training import augment, pictures
+from jbn.training.data import Dataset
+from jbn.training.metrics import Metric
+from jbn.training.state import TrainState
+from jbn.training.step import Batch, Metrics, by_row, descend, gradient, sum_rows
+
+
+_METRICS = {
+    "classification": Metric("accuracy", "accuracy", percent=True),
+    "segmentation": Metric("miou", "mean intersection over union", percent=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """Minimizes the cross-entropy of `model`'s logits and the labels of a batch.
+
+        loss = sum(weight * cross_entropy) / sum(weight)
+
+    over the examples, or their pixels, of all devices, so that it does not matter how
+    they are shared out. A pixel of label -1 takes no part.
+
+    Attributes:
+        kind: `classification`, of images with labels of shape (batch,), or
+            `segmentation`, with labels of shape (batch, height, width).
+        model: Called with images, `train` and `mask`. Its norm layers must take their
+            statistics over `axis_name` too.
+        image_shape: Shape of one image.
+        num_classes: Labels are below this.
+        optimizer: Turns gradients into updates.
+        axis_name: The mapped axis over the devices, or `None` if a batch holds all the
+            rows (under plain `jit`, sharded or not).
+        local_model: The model without mapped axes.
+        label_smoothing: Share of the probability that all classes have in equal parts.
+        microbatches: Parts of a batch that gradients are summed over.
+        momentum: Of the running statistics; needed with several microbatches.
+        shift: Most pixels to move an image by in training, at random.
+        flip: Whether to mirror images in training, at random.
+    """
+
+    kind: Literal["classification", "segmentation"]
+    model: nn.Module
+    image_shape: tuple[int, ...]
+    num_classes: int
+    optimizer: optax.GradientTransformation
+    axis_name: str | None = None
+    local_model: nn.Module | None = None
+    label_smoothing: float = 0.0
+    microbatches: int = 1
+    momentum: float = 0.9
+    shift: int = 0
+    flip: bool = False
+    recalibrates: bool = dataclasses.field(default=False, init=False)
+
+    @property
+    def metric(self) -> Metric:
+        """Accuracy, or the mean over the classes of intersection over union."""
+        return _METRICS[self.kind]
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Makes `params`, `batch_stats` and `opt_state`."""
+        images = jnp.zeros((1, *self.image_shape), jnp.uint8)
+        variables = self.model.init(key, images, train=False)
+        params = variables["params"]
+        return {
+            "params": params,
+            "batch_stats": variables.get("batch_stats", {}),
+            "opt_state": self.optimizer.init(params),
+        }
+
+    def update(
+        self, state: TrainState, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """One step of the optimizer; sums of `loss`, `correct` and `weight`."""
+        if self.shift or self.flip:
+            batch = augment.augment(batch, by_row(key, batch), self.shift, self.flip)
+        total = sum_rows(_weights(batch), self.axis_name)
+
+        def objective(params: Any, batch_stats: Any, batch: Batch) -> Any:
+            logits, updated = self.model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                batch["image"],
+                train=True,
+                mask=batch["weight"] > 0,
+                mutable=["batch_stats"],
+            )
+            sums = self._sums(logits, batch, self.label_smoothing)
+            loss = sums["loss"] / jnp.where(total > 0, total, 1)
+            return loss, (updated.get("batch_stats", {}), sums)
+
+        grads, batch_stats, metrics = gradient(
+            objective,
+            state.params,
+            state.batch_stats,
+            batch,
+            axis_name=self.axis_name,
+            microbatches=self.microbatches,
+            momentum=self.momentum,
+        )
+        params, opt_state = descend(
+            self.optimizer, grads, state.opt_state, state.params
+        )
+        new = dataclasses.replace(
+            state, params=params, batch_stats=batch_stats, opt_state=opt_state
+        )
+        return new, metrics
+
+    def evaluate(self, variables: Mapping[str, Any], batch: Batch) -> Metrics:
+        """The sums of `update`, and `confusion`: examples by label and prediction."""
+        logits: Any = self.model.apply(variables, batch["image"], train=False)
+        found = jnp.argmax(logits, axis=-1)
+        counts = _weights(batch) > 0
+        # (Only int32 counts pixels beyond 2^24 one by one.)
+        confusion = jnp.zeros((self.num_classes, self.num_classes), jnp.int32)
+        confusion = confusion.at[batch["label"], found].add(counts.astype(jnp.int32))
+        if self.axis_name is not None:
+            confusion = jax.lax.psum(confusion, self.axis_name)
+        return {**self._sums(logits, batch, 0.0), "confusion": confusion}
+
+    def apply(self, variables: Mapping[str, Any], batch: Batch) -> Any:
+        """Applies the model as in training, on all rows."""
+        return (self.local_model or self.model).apply(
+            variables,
+            batch["image"],
+            train=True,
+            mask=batch["weight"] > 0,
+            mutable=["batch_stats"],
+        )
+
+    def summarize(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Mean loss and accuracy; for segmentation, of an evaluation, `miou`."""
+        weight = float(sums["weight"])
+        values = {
+            "loss": float(sums["loss"]) / weight if weight else float("nan"),
+            "accuracy": float(sums["correct"]) / weight if weight else float("nan"),
+        }
+        if self.kind == "segmentation" and "confusion" in sums:
+            values["miou"] = float(
+                np.nanmean(intersection_over_union(sums["confusion"]))
+            )
+        return values
+
+    def pictures(
+        self,
+        variables: Mapping[str, Any],
+        sums: Mapping[str, np.ndarray],
+        dataset: Dataset,
+    ) -> dict[str, Any]:
+        """The confusion matrix, or images with what was found in them."""
+        if self.kind == "classification":
+            return {"confusion": pictures.confusion(sums["confusion"], dataset.classes)}
+        rows = np.linspace(0, len(dataset.test) - 1, 6).astype(int)
+        examples = dataset.test.rows(rows)
+        model = self.local_model or self.model
+        apply = jax.jit(lambda v, images: model.apply(v, images, train=False))
+        found = np.asarray(apply(variables, examples["image"])).argmax(-1)
+        return {
+            "overlays": pictures.overlays(
+                examples["image"], examples["label"], found, dataset.classes
+            )
+        }
+
+    def _sums(self, logits: Any, batch: Batch, smoothing: float) -> Metrics:
+        weights, labels = _weights(batch), jnp.maximum(batch["label"], 0)
+        # Not picked by index: for pixels, XLA folds that scatter for seconds.
+        one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        one_hot = optax.smooth_labels(one_hot, smoothing) if smoothing else one_hot
+        losses = optax.safe_softmax_cross_entropy(logits, one_hot)
+        right = jnp.argmax(logits, axis=-1) == labels
+        sums = {
+            # Chosen, not multiplied: a loss that is not finite may be of no weight.
+            "loss": jnp.where(weights > 0, weights * losses, 0),
+            "correct": jnp.where(right, weights, 0),
+            "weight": weights,
+        }
+        return {name: sum_rows(x, self.axis_name) for name, x in sums.items()}
+
+
+def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
+    """For each class; NaN for one that is neither there nor found."""
+    both = np.diagonal(confusion).astype(np.float64)
+    either = confusion.sum(axis=0) + confusion.sum(axis=1) - both
+    return np.divide(both, either, out=np.full_like(both, np.nan), where=either > 0)
+
+
+def _weights(batch: Batch) -> jax.Array:
+    """The weight of each label."""
+    weight, label = batch["weight"], batch["label"]
+    weight = weight.reshape(weight.shape + (1,) * (label.ndim - 1))
+    return jnp.where(label >= 0, weight, jnp.zeros_like(weight))
