@@ -303,8 +303,10 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
 
 
 def preset(model: str) -> Config:
-    """The defaults of a model."""
-    return Config(**{"model": model, **PRESETS.get(model, {})})
+    """The defaults of a model; of one that is not known, the general ones."""
+    if model not in PRESETS:
+        return Config()
+    return Config(**{"model": model, **PRESETS[model]})
 
 
 def claim_workdir(config: Config) -> Path:

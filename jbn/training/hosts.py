@@ -17,6 +17,8 @@ from jbn.training.errors import UsageError
 
 
 _SHUTDOWN_SECONDS = 30
+# The others may still be starting.
+_START_SECONDS = 60
 
 
 def connect(config: Config) -> None:
@@ -41,7 +43,7 @@ def connect(config: Config) -> None:
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=max(config.peer_timeout, 10),
+            initialization_timeout=max(config.peer_timeout, _START_SECONDS),
             heartbeat_timeout_seconds=config.peer_timeout,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
