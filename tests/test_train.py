@@ -428,7 +428,9 @@ def spoil(module: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return spoil
 
 
-@pytest.mark.parametrize("what", ["loss", "parameters"])
+@pytest.mark.parametrize(
+    "what", ["loss", pytest.param("parameters", marks=pytest.mark.slow)]
+)
 def test_steps_that_are_not_finite_are_skipped(
     train: Train, spoil: Callable[..., None], tmp_path: Path, what: str
 ):
