@@ -25,6 +25,9 @@ Parallel = Literal["pmap", "jit"]
 SHAPE = (8, 8, 1)
 NUM_ROWS = 20  # In batches of 12: the second has 8.
 MOMENTUM = 0.6
+# Compiles GANs a dozen times.
+pytestmark = pytest.mark.slow
+
 WAYS = [("pmap", 1), ("pmap", 4), ("jit", 4)]
 
 
