@@ -22,9 +22,9 @@ import jbn.linen
 import jbn.nnx
 from jbn.models import MLP
 from jbn.tools import population, recalibrate
-from jbn.training.data import load_dataset
-from jbn.training.state import create_state
-from jbn.training.step import make_train_step
+from jbn.training.data import InMemory, load_dataset
+from jbn.training.step import create_state, make_train_step
+from jbn.training.tasks import Supervised
 
 
 # Float32 against float64; data of mean 100 and standard deviation 3.
@@ -613,6 +613,16 @@ def test_nothing_else_changes_and_inputs_are_not_touched(x, rng):
     assert shapes(new) == shapes(variables)
 
 
+def classification(model, optimizer, image_shape):
+    return Supervised(
+        kind="classification",
+        model=model,
+        image_shape=image_shape,
+        num_classes=10,
+        optimizer=optimizer,
+    )
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_training_state_stays_bit_for_bit(rng):
     """Recalibrating between two steps of training does not disturb them."""
@@ -620,11 +630,12 @@ def test_the_training_state_stays_bit_for_bit(rng):
     batch = {
         "image": images,
         "label": jnp.arange(16) % 10,
+        "index": jnp.arange(16),
         "weight": jnp.ones(16),
     }
-    model, optimizer = MLP(features=(4,)), optax.sgd(1e-2)
-    step = jax.jit(make_train_step(model, optimizer))
-    state, _ = step(create_state(model, optimizer, (4, 4, 1), 0), batch)
+    model = MLP(features=(4,))
+    task = classification(model, optax.sgd(1e-2), (4, 4, 1))
+    state, _ = jax.jit(make_train_step(task))(create_state(task, 0), batch)
     before = jax.tree.map(np.array, state)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     recalibrate(apply(model, train=True), variables, [images])
@@ -688,10 +699,12 @@ def test_a_loader_is_iterated_once_for_each_pass(x, rng):
 def test_it_closes_the_gap_after_few_steps_with_a_slow_momentum():
     """Momentum .99, 23 steps: running statistics still are four fifths initial."""
     data = load_dataset("digits")
+    assert isinstance(data.train, InMemory)
+    assert isinstance(data.test, InMemory)
     model = MLP(norm=functools.partial(jbn.linen.BatchNorm, momentum=0.99))
-    optimizer = optax.adam(1e-2)
-    state = create_state(model, optimizer, data.train.image.shape[1:], 0)
-    step = jax.jit(make_train_step(model, optimizer))
+    task = classification(model, optax.adam(1e-2), data.image_shape)
+    state = create_state(task, 0)
+    step = jax.jit(make_train_step(task))
     order = np.random.default_rng(0).permutation(len(data.train))
     parts = [order[i : i + 64] for i in range(0, len(order), 64)]
     assert len(parts) == 23
@@ -699,6 +712,7 @@ def test_it_closes_the_gap_after_few_steps_with_a_slow_momentum():
         batch = {
             "image": jnp.asarray(data.train.image[rows]),
             "label": jnp.asarray(data.train.label[rows]),
+            "index": jnp.asarray(rows),
             "weight": jnp.ones(len(rows)),
         }
         state, _ = step(state, batch)
