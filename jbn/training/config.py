@@ -325,7 +325,10 @@ def claim_workdir(config: Config) -> Path:
     if workdir is None:
         workdir = _new_workdir(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.asdict(config) | {"workdir": workdir, "resume": False}
+    # How it is started, and as which of several processes, is no matter of the run.
+    names = ("resume", "distributed", "coordinator", "num_processes", "process_id")
+    defaults = {name: getattr(Config, name) for name in names}
+    values = dataclasses.asdict(config) | {"workdir": workdir} | defaults
     text = json.dumps(values, indent=2, default=str) + "\n"
     path = workdir / "config.json"
     try:

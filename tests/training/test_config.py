@@ -210,3 +210,13 @@ def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]):
         parse_config(["--model=vgg"])
     assert exit_.value.code == 2
     assert "resnet18" in capsys.readouterr().err
+
+
+def test_a_run_of_several_processes_is_resumed_by_one(tmp_path: Path):
+    """The flags that join processes are of a process, and not of its run."""
+    together = ["--coordinator=h:1", "--num-processes=2", "--process-id=0"]
+    workdir = f"--workdir={tmp_path}"
+    claim_workdir(parse_config([workdir, *together, "--distributed", "--seed=3"]))
+    again = parse_config(["--resume", workdir])
+    assert (again.coordinator, again.num_processes, again.process_id) == (None,) * 3
+    assert (again.distributed, again.seed) == (False, 3)
