@@ -280,7 +280,7 @@ def test_gan_in_general(images: InMemory):
 def test_gan_new_statistics_are_the_generators(images: InMemory):
     """Those of the discriminator stay as they are."""
     task = make_big_gan("batch")  # (Not mapped here: the local generator is asked.)
-    variables = jax.device_get(create_state(make_big_gan(), 0).variables)
+    variables = create_state(make_big_gan(), 0).variables
     _, updated = task.apply(variables, first_batch(images))
     old, new = variables["batch_stats"], updated["batch_stats"]
     jax.tree.map(
