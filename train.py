@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from jbn.training import hosts
 from jbn.training.batches import Plan, permutation, plan_epoch
-from jbn.training.build import make_task, target_of
+from jbn.training.build import make_task, open_dataset
 from jbn.training.checkpoint import Checkpoints
 from jbn.training.config import Config, claim_workdir, parse_config
-from jbn.training.data import load_dataset
 from jbn.training.devices import describe, select_devices
 from jbn.training.errors import NonFiniteLossError, UsageError
 from jbn.training.evaluation import Evaluation, steps_per_dispatch
@@ -66,16 +65,7 @@ def train(config: Config) -> int:
 
     devices = select_devices(config.accelerator, config.num_devices)
     executor = Executor(devices, config.parallel)
-    dataset = load_dataset(
-        config.dataset,
-        target=target_of(config),
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        image_size=config.image_size,
-        loader=config.loader,
-        crop=config.crop,
-        seed=config.seed,
-    )
+    dataset = open_dataset(config)
     num_train, num_test = len(dataset.train), len(dataset.test)
 
     def plan(epoch: int) -> Plan:
@@ -83,9 +73,10 @@ def train(config: Config) -> int:
         multiple = len(devices) * config.microbatches
         return plan_epoch(order, config.batch_size, multiple=multiple)
 
-    steps_per_epoch = plan(1).num_steps
-    share = executor.share(plan(1).num_rows)
-    length = steps_per_dispatch(dataset.train, plan(1), config.steps_per_dispatch)
+    first_plan = plan(1)  # All are of one shape.
+    steps_per_epoch = first_plan.num_steps
+    share = executor.share(first_plan.num_rows)
+    length = steps_per_dispatch(dataset.train, first_plan, config.steps_per_dispatch)
 
     # ---- Model, optimizer, steps -----------------------------------------------------
 
@@ -153,7 +144,7 @@ def train(config: Config) -> int:
             stack.callback(report.draw, history)
         if done < total:
             # Steps of weight zero change nothing; this only compiles the program.
-            nothing = empty_chunk(dataset.train, plan(1), length, share=share)
+            nothing = empty_chunk(dataset.train, first_plan, length, share=share)
             state, _ = train_steps(state, executor.put_batches(nothing))
 
         # ---- Train -------------------------------------------------------------------
@@ -174,7 +165,7 @@ def train(config: Config) -> int:
                 done += count
                 bar.update(count)
                 profile.next()
-                stopped = preemption.reached(done)
+                stopped = preemption.reached()
                 due = config.save_every and done - saved >= config.save_every
                 if done % steps_per_epoch and (due or stopped):
                     checkpoints.save(executor.get(state), progress=sums.as_json())

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn.linen import BatchNorm, DomainBatchNorm
+from jbn.models.inputs import without_masked
 from jbn.ops import xla
 from jbn.typing import ArrayLike, DType
 
@@ -85,10 +86,9 @@ class Generator(nn.Module):
                 "`image_size` must be 8, 16, 32 or another power of two from there;"
                 f" got {self.image_size}."
             )
-        y = jnp.asarray(latents)
-        rows = None if mask is None else jnp.asarray(mask)[:, None, None, None]
+        y, rows = without_masked(jnp.asarray(latents), mask)
         if rows is not None:
-            y = jnp.where(rows[:, 0, 0], y, jnp.zeros((), y.dtype))
+            rows = rows[..., None, None]
         width = self.width * 2 ** (count - 1)
         y = nn.Dense(
             4 * 4 * width,
@@ -198,11 +198,8 @@ class Discriminator(nn.Module):
             )
         if jnp.issubdtype(y.dtype, jnp.integer):
             y = y.astype(jnp.float32) / 127.5 - 1.0
-        call: dict[str, Any] = {"use_running_average": not train, "mask": None}
-        if mask is not None:
-            call["mask"] = jnp.asarray(mask)[:, None, None, None]
-            # Norms leave masked NaN alone, but the gradient of a kernel does not.
-            y = jnp.where(call["mask"], y, jnp.zeros((), y.dtype))
+        y, rows = without_masked(y, mask)
+        call: dict[str, Any] = {"use_running_average": not train, "mask": rows}
         if domain is not None:
             call["domain"] = domain
         for i in range(1, count + 1):

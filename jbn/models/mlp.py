@@ -5,9 +5,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jbn.linen import BatchNorm
+from jbn.models.inputs import as_unit, without_masked
 from jbn.ops import xla
 from jbn.typing import ArrayLike, DType
 
@@ -31,6 +31,7 @@ class MLP(nn.Module):
             float32 in any case.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> model = MLP(features=(8,), num_classes=3)
         >>> images = jnp.zeros((2, 4, 4, 1), jnp.uint8)
         >>> variables = model.init(jax.random.key(0), images, train=False)
@@ -60,15 +61,8 @@ class MLP(nn.Module):
         Returns:
             Logits, of shape `(batch, num_classes)`.
         """
-        y = jnp.asarray(x)
-        if jnp.issubdtype(y.dtype, jnp.integer):
-            y = y.astype(jnp.float32) / 255.0
-        y = y.reshape(y.shape[0], -1)
-        rows = None
-        if mask is not None:
-            rows = jnp.asarray(mask)[:, None]
-            # Norms leave masked NaN alone, but the gradient of a kernel does not.
-            y = jnp.where(rows, y, jnp.zeros((), y.dtype))
+        y = as_unit(x)
+        y, rows = without_masked(y.reshape(y.shape[0], -1), mask)
         for i, width in enumerate(self.features):
             y = nn.relu(nn.Dense(width, dtype=self.dtype)(y))
             # Not named after its class: any norm then fits the same variables.

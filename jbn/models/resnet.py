@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jbn.linen import BatchNorm
+from jbn.models.inputs import as_unit, without_masked
 from jbn.ops import xla
 from jbn.typing import ArrayLike, DType
 
@@ -130,6 +130,7 @@ class ResNet(nn.Module):
             and what follows are float32 in any case.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> model = ResNet(stage_sizes=(1,), widths=(4,), num_classes=3, stem="small")
         >>> images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
         >>> variables = model.init(jax.random.key(0), images, train=False)
@@ -188,14 +189,7 @@ class ResNet(nn.Module):
                 "`widths` must be one for each stage; got"
                 f" {len(self.widths)} for {len(self.stage_sizes)} stages."
             )
-        y = jnp.asarray(x)
-        if jnp.issubdtype(y.dtype, jnp.integer):
-            y = y.astype(jnp.float32) / 255.0
-        rows = None
-        if mask is not None:
-            rows = jnp.asarray(mask)[:, None, None, None]
-            # Norms leave masked NaN alone, but the gradient of a kernel does not.
-            y = jnp.where(rows, y, jnp.zeros((), y.dtype))
+        y, rows = without_masked(as_unit(x), mask)
         call: dict[str, Any] = {"train": train, "mask": rows}
 
         large = self.stem == "imagenet"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn.linen import BatchNorm
+from jbn.models.inputs import as_unit, without_masked
 from jbn.ops import xla
 from jbn.typing import ArrayLike, DType
 
@@ -88,14 +89,7 @@ class UNet(nn.Module):
         """
         if not self.widths:
             raise ValueError("`widths` must be one for each level; got none.")
-        y = jnp.asarray(x)
-        if jnp.issubdtype(y.dtype, jnp.integer):
-            y = y.astype(jnp.float32) / 255.0
-        rows = None
-        if mask is not None:
-            rows = jnp.asarray(mask)[:, None, None, None]
-            # Norms leave masked NaN alone, but the gradient of a kernel does not.
-            y = jnp.where(rows, y, jnp.zeros((), y.dtype))
+        y, rows = without_masked(as_unit(x), mask)
 
         def level(width: int, name: str) -> Callable[[jax.Array], jax.Array]:
             layer = _Level(width, self.norm, self.dtype, name=name)

@@ -16,7 +16,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from jbn.tools.layers import LINEN_NORMS, Where, chosen, nnx_norms, stats_nodes
-from jbn.tools.recalibrate import population
+from jbn.tools.recalibrate import population, unjitted
 from jbn.typing import Moments
 
 
@@ -253,8 +253,7 @@ def _layers(apply: Any, variables: Any, batch: Any, where: Where) -> list[_Layer
             modules[tuple(scope.path)] = layer
         return next_call(*args, **kwargs)
 
-    if isinstance(apply, jax.stages.Wrapped) and hasattr(apply, "__wrapped__"):
-        apply = apply.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+    apply = unjitted(apply)
     with nn.intercept_methods(record):
         # A function of its own: JAX does not run again one that it has traced before.
         jax.eval_shape(lambda *args: apply(*args), variables, batch)

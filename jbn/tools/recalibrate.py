@@ -189,6 +189,13 @@ def _same(new: Any, old: Any) -> bool:
     return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
 
+def unjitted(apply: Any) -> Any:
+    """The function itself: what is compiled knows nothing of layers replaced since."""
+    if isinstance(apply, jax.stages.Wrapped) and hasattr(apply, "__wrapped__"):
+        return apply.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+    return apply
+
+
 def _gatherer(
     apply: Callable[[Any, Any], Any], variables: Any, where: Where, options: Mapping
 ) -> Callable[[Any, Iterator[Any]], dict[str, Moments]]:
@@ -196,9 +203,7 @@ def _gatherer(
 
     It traces `apply` once for each shape of a batch, however often it is called.
     """
-    if isinstance(apply, jax.stages.Wrapped) and hasattr(apply, "__wrapped__"):
-        # What it has compiled before knows nothing of what is replaced.
-        apply = apply.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+    apply = unjitted(apply)
     if isinstance(variables, nnx.Module):
         gather = _nnx_gatherer(apply, where, options)
     elif isinstance(variables, Mapping):

@@ -1,4 +1,4 @@
-"""Makes what a configuration says: norm layers, model, optimizer, task."""
+"""Makes what a configuration says: data, norm layers, model, optimizer, task."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jbn import models
 from jbn.linen import BatchNorm, DomainBatchNorm, GhostBatchNorm
 from jbn.tools import decays
 from jbn.training.config import Config
-from jbn.training.data import Dataset, Target
+from jbn.training.data import Dataset, Target, load_dataset
 from jbn.training.errors import UsageError
 from jbn.training.executor import Executor
 from jbn.training.tasks import GAN, Supervised, Task
@@ -29,6 +29,20 @@ def target_of(config: Config) -> Target | None:
     if config.model == "dcgan":
         return None
     return "segmentation_mask" if config.model == "unet" else "label"
+
+
+def open_dataset(config: Config) -> Dataset:
+    """Finds the data of a configuration, as `load_dataset` does."""
+    return load_dataset(
+        config.dataset,
+        target=target_of(config),
+        data_dir=config.data_dir,
+        manual_dir=config.manual_dir,
+        image_size=config.image_size,
+        loader=config.loader,
+        crop=config.crop,
+        seed=config.seed,
+    )
 
 
 def make_task(

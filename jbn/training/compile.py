@@ -12,9 +12,9 @@ import numpy as np
 import tyro
 
 from jbn.training.ahead import compile_ahead, topology_devices
-from jbn.training.build import make_task, target_of
+from jbn.training.build import make_task, open_dataset
 from jbn.training.config import Config, model_in, preset
-from jbn.training.data import Dataset, InMemory, load_dataset
+from jbn.training.data import Dataset, InMemory
 from jbn.training.devices import describe, select_devices
 from jbn.training.errors import UsageError
 from jbn.training.executor import Executor
@@ -115,14 +115,8 @@ def lower(config: Config, dataset: Dataset, executor: Executor) -> Any:
 def _dataset(command: Compile) -> Dataset:
     config = command.config
     if command.shape is None:
-        return load_dataset(
-            config.dataset,
-            target=target_of(config),
-            data_dir=config.data_dir,
-            manual_dir=config.manual_dir,
-            image_size=config.image_size,
-            loader=config.loader,
-        )
+        # (How images are cut out does not change their shape.)
+        return open_dataset(dataclasses.replace(config, crop=False))
     nothing = InMemory(np.zeros((0, *command.shape), np.uint8), np.zeros(0, np.int32))
     classes = [str(i) for i in range(command.num_classes)]
     return Dataset("images", classes, command.shape, nothing, nothing)

@@ -83,8 +83,7 @@ class OnDisk:
             box = _random_box(rng, height, width)
         else:
             side = max(1, round(0.875 * min(height, width)))
-            top, left = (height - side) // 2, (width - side) // 2
-            box = (left, top, left + side, top + side)
+            box = _middle_box(height, width, side)
         label = 0 if self.label_key is None else int(example[self.label_key])
         return {
             "image": _resize(image, self.size, box),
@@ -335,7 +334,10 @@ def _random_box(
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
             return int(left), int(top), int(left + w), int(top + h)
-    side = min(height, width)
+    return _middle_box(height, width, min(height, width))
+
+
+def _middle_box(height: int, width: int, side: int) -> tuple[int, int, int, int]:
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 

@@ -1,5 +1,6 @@
 """Evaluates a model on the test split, and takes statistics anew for it."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,15 +45,11 @@ class Evaluation:
         seed: int = 0,
     ):
         self._executor, self._dataset = executor, dataset
-        self._most_steps = most_steps
+        self._batch_size, self._seed = batch_size, seed
         rows = _MOST_BATCH_BYTES // int(np.prod(dataset.image_shape))
         size = max(batch_size, min(rows, _MOST_ROWS))
-        multiple = len(executor.devices)
-        test = dataset.test
-        self._plan = plan_epoch(np.arange(len(test)), size, multiple=multiple)
-        # Epochs count from 1: an order that the training has not had.
-        order = permutation(seed, 0, len(dataset.train))[:_CALIBRATION_ROWS]
-        self._calibration = plan_epoch(order, batch_size, multiple=multiple)
+        self._plan = self._plan_of(np.arange(len(dataset.test)), size)
+        self._most_steps = most_steps
         self._sums = executor.evaluate(task.evaluate)
         self._recalibrate = recalibrator(task.apply)
 
@@ -60,8 +57,7 @@ class Evaluation:
         """The sums of the task over the test split, with the running statistics."""
         variables = self._executor.put(variables)
         sums = Sums()
-        length = steps_per_dispatch(self._dataset.test, self._plan, self._most_steps)
-        for _, batches in self._load(self._dataset.test, self._plan, length):
+        for _, batches in self._load(self._dataset.test, self._plan, self._length):
             found = self._sums(variables, self._executor.put_batches(batches))
             sums.add(self._executor.get(found))
         return sums.values
@@ -75,6 +71,20 @@ class Evaluation:
 
         variables = self._executor.put(dict(variables))
         return self._executor.get(self._recalibrate(variables, batches()))
+
+    @functools.cached_property
+    def _length(self) -> int:
+        return steps_per_dispatch(self._dataset.test, self._plan, self._most_steps)
+
+    @functools.cached_property
+    def _calibration(self) -> Plan:
+        """Of few runs alone, and the same each time."""
+        # Epochs count from 1: an order that the training has not had.
+        order = permutation(self._seed, 0, len(self._dataset.train))
+        return self._plan_of(order[:_CALIBRATION_ROWS], self._batch_size)
+
+    def _plan_of(self, order: np.ndarray, batch_size: int) -> Plan:
+        return plan_epoch(order, batch_size, multiple=len(self._executor.devices))
 
     def _load(
         self, split: Split, plan: Plan, length: int

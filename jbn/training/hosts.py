@@ -133,8 +133,8 @@ class Preemption:
         self._asked = True
         signal.signal(number, self._old)
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and end after `step`, the same in all processes."""
+    def reached(self) -> bool:
+        """Whether to save and end now; the same in all, which must ask as often."""
         if jax.process_count() == 1:
             return self._asked
         from jax.experimental import multihost_utils

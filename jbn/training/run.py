@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn.training.batches import permutation, plan_epoch
-from jbn.training.build import make_task, target_of
+from jbn.training.build import make_task, open_dataset
 from jbn.training.checkpoint import Checkpoints
 from jbn.training.config import Config, Model, claim_workdir, load_config
-from jbn.training.data import Dataset, load_dataset
+from jbn.training.data import Dataset
 from jbn.training.devices import select_devices
 from jbn.training.errors import UsageError
 from jbn.training.evaluation import Evaluation
@@ -158,16 +158,7 @@ def open_run(path: Path, checkpoint: str = "last") -> OpenRun:
         better = config.model != "dcgan"
         with Checkpoints(folder, higher_is_better=better, read_only=True) as found:
             step = _find(found, path, checkpoint)
-            dataset = load_dataset(
-                config.dataset,
-                target=target_of(config),
-                data_dir=config.data_dir,
-                manual_dir=config.manual_dir,
-                image_size=config.image_size,
-                loader=config.loader,
-                crop=config.crop,
-                seed=config.seed,
-            )
+            dataset = open_dataset(config)
             count = -(-len(dataset.train) // config.batch_size)
             task = make_task(config, dataset, steps_per_epoch=count)
             averaged = config.ema_decay is not None

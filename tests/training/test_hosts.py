@@ -136,17 +136,17 @@ def test_sigterm_is_noticed_once():
     ours = signal.getsignal(signal.SIGTERM)
     try:
         with hosts.Preemption() as preemption:
-            assert not preemption.reached(1)
+            assert not preemption.reached()
             assert signal.getsignal(signal.SIGTERM) is not ours
             signal.raise_signal(signal.SIGTERM)
-            assert preemption.reached(2)
-            assert preemption.reached(3)
+            assert preemption.reached()
+            assert preemption.reached()
             assert not caught
             signal.raise_signal(signal.SIGTERM)
             assert len(caught) == 1
         assert signal.getsignal(signal.SIGTERM) is ours
         with hosts.Preemption() as preemption:
-            assert not preemption.reached(4)
+            assert not preemption.reached()
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -159,7 +159,7 @@ def test_in_another_thread_nothing_is_caught():
 
     def use() -> None:
         with hosts.Preemption() as preemption:
-            seen.append((preemption.reached(1), signal.getsignal(signal.SIGTERM)))
+            seen.append((preemption.reached(), signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=use)
     thread.start()

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jbn.training.build import make_task, target_of
+from jbn.training.build import make_task, open_dataset
 from jbn.training.checkpoint import Checkpoints
 from jbn.training.config import claim_workdir, parse_config
-from jbn.training.data import load_dataset
 from jbn.training.metrics import MetricsFile
 from jbn.training.run import OpenRun, open_run
 from jbn.training.step import create_state
@@ -67,12 +66,7 @@ def untrained(name: str, home: Path, *flags: str) -> None:
     config = parse_config(
         [*flags, f"--data-dir={home}/data", f"--workdir={home / name}"]
     )
-    dataset = load_dataset(
-        config.dataset,
-        target=target_of(config),
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-    )
+    dataset = open_dataset(config)
     task = make_task(config, dataset)
     rng = np.random.default_rng(0)
 

@@ -10,6 +10,19 @@ import tensorflow_datasets as tfds
 from jbn.training.png import encode_png
 
 
+CITATION = (
+    "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten "
+    "Digits, UCI Machine Learning Repository, 1998, CC BY 4.0."
+)
+LICENSE = "CC BY 4.0"
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images of values from 0 to 16, labels, and which are of the test split."""
+    with np.load(Path(__file__).with_name("digits.npz")) as archive:
+        return archive["images"], archive["labels"], archive["test"]
+
+
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """8x8 images of handwritten digits, in a fixed 80/20 split."""
 
@@ -26,17 +39,13 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 }
             ),
             supervised_keys=("image", "label"),
-            citation=(
-                "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten "
-                "Digits, UCI Machine Learning Repository, 1998, CC BY 4.0."
-            ),
-            license="CC BY 4.0",
+            citation=CITATION,
+            license=LICENSE,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
         del dl_manager  # Nothing to download.
-        with np.load(Path(__file__).with_name("digits.npz")) as archive:
-            images, labels, test = archive["images"], archive["labels"], archive["test"]
+        images, labels, test = read_digits()
         # 0..16 to 0..255; rounding loses nothing.
         images = np.rint(images * (255 / 16)).astype(np.uint8)
         return {

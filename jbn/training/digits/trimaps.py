@@ -1,12 +1,12 @@
 """TFDS builder of digits to segment, in color: needs no network and no TensorFlow."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jbn.training.digits.builder import CITATION, LICENSE, read_digits
 from jbn.training.png import encode_png
 
 
@@ -46,17 +46,13 @@ class DigitTrimaps(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 }
             ),
             supervised_keys=("image", "label"),
-            citation=(
-                "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten "
-                "Digits, UCI Machine Learning Repository, 1998, CC BY 4.0."
-            ),
-            license="CC BY 4.0",
+            citation=CITATION,
+            license=LICENSE,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
         del dl_manager  # Nothing to download.
-        with np.load(Path(__file__).with_name("digits.npz")) as archive:
-            images, labels, test = archive["images"], archive["labels"], archive["test"]
+        images, labels, test = read_digits()
         return {
             "train": self._generate_examples("train", images[~test], labels[~test]),
             "test": self._generate_examples("test", images[test], labels[test]),
