@@ -23,7 +23,7 @@ from jbn.training.evaluation import Evaluation, steps_per_dispatch
 from jbn.training.executor import Executor
 from jbn.training.guard import Guard
 from jbn.training.loader import ahead, empty_chunk, load
-from jbn.training.metrics import MetricsFile, Sums, best_of, peak_memory, show
+from jbn.training.metrics import MetricsFile, Sums, peak_memory, show
 from jbn.training.report import Events, Profile, Report
 from jbn.training.step import create_state, make_train_step
 from jbn.training.subcommands import COMMANDS, run_command
@@ -212,6 +212,7 @@ def train(config: Config) -> int:
                 events.write(line, figures)
             width = len(str(config.epochs))
             write(f"epoch {epoch:{width}}/{config.epochs}  {show(line, task.metric)}")
+        best_step = checkpoints.best_step
 
     # ---- Report ----------------------------------------------------------------------
 
@@ -221,7 +222,8 @@ def train(config: Config) -> int:
             f"--resume --workdir={workdir} goes on"
         )
         return 0
-    final, best = history[-1], best_of(history, task.metric)
+    final = history[-1]
+    best = next(line for line in history if line["step"] == best_step)
     name = f"test_{task.metric.name}"
     write(
         f"saved in {workdir}: config.json, metrics.jsonl, pictures, events/, and "

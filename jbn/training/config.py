@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -358,7 +359,7 @@ def load_config(path: Path) -> Config:
 
 def model_in(args: Sequence[str]) -> str:
     """What --model says, before all the rest is read."""
-    for flag, value in zip(args, [*args[1:], ""], strict=True):
+    for flag, value in itertools.pairwise([*args, ""]):
         name, is_given, given = flag.partition("=")
         if name == "--model":
             return given if is_given else value

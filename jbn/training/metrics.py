@@ -4,7 +4,7 @@ import dataclasses
 import json
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,3 @@ def _wide(value: Any) -> np.ndarray:
     value = np.asarray(value)
     whole = np.issubdtype(value.dtype, np.integer) or value.dtype == bool
     return value.astype(np.int64 if whole else np.float64)
-
-
-def best_of(history: Sequence[Line], metric: Metric) -> Line:
-    """The epoch of the best test metric; of two, the later one."""
-    sign = 1 if metric.higher_is_better else -1
-    return max(history, key=lambda m: (sign * m[f"test_{metric.name}"], m["epoch"]))

@@ -154,13 +154,12 @@ def open_run(path: Path, checkpoint: str = "last") -> OpenRun:
         folder = path / "checkpoints"
         if not folder.is_dir():
             raise UsageError(f"{path} has no checkpoints yet.")
-        # (Only the task knows whether higher is better, and that needs the data.)
-        better = config.model != "dcgan"
+        dataset = open_dataset(config)
+        count = -(-len(dataset.train) // config.batch_size)
+        task = make_task(config, dataset, steps_per_epoch=count)
+        better = task.metric.higher_is_better
         with Checkpoints(folder, higher_is_better=better, read_only=True) as found:
             step = _find(found, path, checkpoint)
-            dataset = open_dataset(config)
-            count = -(-len(dataset.train) // config.batch_size)
-            task = make_task(config, dataset, steps_per_epoch=count)
             averaged = config.ema_decay is not None
             make = lambda: create_state(task, config.seed, averaged=averaged)
             state, progress = found.restore(step, jax.eval_shape(make))

@@ -121,6 +121,11 @@ def test_resuming_takes_the_flags_of_the_run(tmp_path: Path):
             parse_config(["--resume", workdir, flag])
 
 
+def test_no_flag_at_all_is_the_perceptron_on_digits():
+    assert parse_config([]) == Config()
+    assert (Config().model, Config().dataset) == ("mlp", "digits")
+
+
 @pytest.mark.parametrize("model", PRESETS)
 def test_defaults_are_those_of_the_model(model: str, tmp_path: Path):
     for args in (["--model", model], [f"--model={model}"]):

@@ -16,7 +16,6 @@ from jbn.training.metrics import (
     Metric,
     MetricsFile,
     Sums,
-    best_of,
     peak_memory,
     show,
 )
@@ -127,14 +126,6 @@ def test_show():
     assert "test miou  25.00 %  3 steps skipped  1,234" in text
     assert "train miou" not in text
     assert "test frechet   0.1235" in show(make(1, test_frechet=0.12346), DISTANCE)
-
-
-def test_the_best():
-    """By the metric's own direction; of two, the later."""
-    history = [make(i, test_accuracy=a) for i, a in enumerate([0.1, 0.7, 0.7, 0.3], 1)]
-    assert best_of(history, ACCURACY)["epoch"] == 3
-    history = [make(i, test_frechet=a) for i, a in enumerate([4, 0.1, 0.1, 3], 1)]
-    assert best_of(history, DISTANCE)["epoch"] == 3
 
 
 def test_peak_memory():

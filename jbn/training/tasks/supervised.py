@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +34,9 @@ class Supervised:
     Attributes:
         kind: `classification`, of images with labels of shape (batch,), or
             `segmentation`, with labels of shape (batch, height, width).
-        model: Called with images, `train` and `mask`. Its norm layers must take their
-            statistics over `axis_name` too.
+        model: A Linen module, or what has `init` and `apply` as one. It is called with
+            images, `train` and `mask`. Its norm layers must take their statistics over
+            `axis_name` too.
         image_shape: Shape of one image.
         num_classes: Labels are below this.
         optimizer: Turns gradients into updates.
@@ -51,12 +51,12 @@ class Supervised:
     """
 
     kind: Literal["classification", "segmentation"]
-    model: nn.Module
+    model: Any
     image_shape: tuple[int, ...]
     num_classes: int
     optimizer: optax.GradientTransformation
     axis_name: str | None = None
-    local_model: nn.Module | None = None
+    local_model: Any = None
     label_smoothing: float = 0.0
     microbatches: int = 1
     momentum: float = 0.9
