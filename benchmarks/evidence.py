@@ -27,7 +27,8 @@ from jbn.training.data import load_dataset
 
 
 mpl.use("Agg")
-FOLDER = Path(__file__).parents[1] / "docs" / "evidence"
+DOCS = Path(__file__).parents[1] / "docs"
+EVIDENCE, BENCHMARKS = DOCS / "evidence", DOCS / "benchmarks"
 # Okabe and Ito (2008): eight colors that color-blind people tell apart.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
@@ -320,8 +321,10 @@ def style():
     return plt
 
 
-def report(name, question, seeds, results, text, figure, notes=()):
-    """Prints the table; writes NAME.json and NAME.png."""
+def report(
+    name, question, seeds, results, text, figure, notes=(), folder=EVIDENCE
+):
+    """Prints the table; writes NAME.json and NAME.png, if there is a folder for it."""
     packages = "jax jaxlib flax dm-haiku equinox keras torch optax numpy matplotlib"
     versions = {"python": platform.python_version(), "jbn": jbn.__version__}
     for package in packages.split():
@@ -341,12 +344,12 @@ def report(name, question, seeds, results, text, figure, notes=()):
         "wall_seconds": round(time.perf_counter() - STARTED, 1),
         "cpu_seconds": round(time.process_time(), 1),
     }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    content = {**about, "results": _plain(results)}
-    (FOLDER / f"{name}.json").write_text(
-        json.dumps(content, indent=1, allow_nan=False) + "\n"
-    )
-    figure.savefig(FOLDER / f"{name}.png")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {**about, "results": _plain(results)}
+        text_ = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        (folder / f"{name}.json").write_text(text_)
+        figure.savefig(folder / f"{name}.png")
     print(f"{about['platform']}, JAX {jax.__version__}, {about['date']}\n")
     print(text)
     print(f"\n{about['wall_seconds']} s, {about['cpu_seconds']} s of CPU")

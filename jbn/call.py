@@ -17,7 +17,15 @@ from jax import lax
 from jbn import axes, summary
 from jbn.axes import Layout, Rows
 from jbn.moments import as_moments, row_summary
-from jbn.normalize import affine, apply, check_epsilon, check_stats, expand_stats
+from jbn.normalize import (
+    affine,
+    apply,
+    check_activation,
+    check_epsilon,
+    check_residual,
+    check_stats,
+    expand_stats,
+)
 from jbn.ops import xla
 from jbn.ops.segments import Segments, inside
 from jbn.robust import check_trim, trimmed
@@ -25,6 +33,7 @@ from jbn.running import check_rule, update_batch_stats
 from jbn.shrink import check_tau, shrink
 from jbn.summary import Summary
 from jbn.typing import (
+    Activation,
     ArrayLike,
     Axes,
     AxisIndexGroups,
@@ -57,6 +66,8 @@ class Options(TypedDict, total=False):
     tau: float | int | ArrayLike
     min_weight: float | int | ArrayLike
     trim: float | int | ArrayLike | None
+    residual: ArrayLike | None
+    activation: Activation | None
     dtype: DType | None
 
 
@@ -77,6 +88,8 @@ class Call:
     scale: jax.Array | None
     bias: jax.Array | None
     epsilon: jax.Array
+    residual: jax.Array | None
+    activation: Activation | None
     dtype: DType
     use_running_average: bool
     update_stats: bool
@@ -133,6 +146,7 @@ class Call:
         return apply(
             rows,
             self.dtype,
+            self.activation,
             self.x,
             self.weights,
             self.segments,
@@ -140,6 +154,7 @@ class Call:
             self.scale,
             self.bias,
             self.epsilon,
+            self.residual,
         )
 
     def _effective_weight(self, weight: jax.Array) -> jax.Array:
@@ -173,6 +188,8 @@ def prepare(
     tau: float | int | ArrayLike = 0.0,
     min_weight: float | int | ArrayLike = 0.0,
     trim: float | int | ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation | None = None,
     dtype: DType | None = None,
     domain: ArrayLike | int | None = None,
     num_domains: int | None = None,
@@ -220,6 +237,8 @@ def prepare(
         scale=scale,
         bias=bias,
         epsilon=check_epsilon(epsilon),
+        residual=check_residual(residual, lay, x.dtype),
+        activation=check_activation(activation),
         dtype=axes.output_dtype(dtype, x.dtype),
         use_running_average=use_running_average,
         update_stats=update_stats,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jbn import axes
 from jbn.call import Stats, prepare, thread
 from jbn.typing import (
+    Activation,
     ArrayLike,
     Axes,
     AxisIndexGroups,
@@ -108,6 +109,8 @@ def batch_norm(
     tau: float | int | ArrayLike = 0.0,
     min_weight: float | int | ArrayLike = 0.0,
     trim: float | int | ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation | None = None,
     dtype: DType | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Normalizes each feature of `x` by the mean and variance of the batch.
@@ -180,6 +183,12 @@ def batch_norm(
             them, unless most elements are that far. Takes one more all-reduce, and
             keeps a mask for the backward pass (with `weights`, weights of all
             elements). See `jbn.trimmed_weights`.
+        residual: Added to the output, before `activation`; of the shape of `x`.
+        activation: A function of each element, such as `jax.nn.relu`, applied last.
+            Here it costs no memory: the backward pass finds its slope from `x` (and
+            `residual`), where behind the layer it would keep an array of its own. It
+            is applied in float32 or wider, before the output is rounded. What it
+            closes over is a constant.
         dtype: Dtype of the output; that of `x` by default.
 
     Returns:
@@ -230,6 +239,8 @@ def batch_norm(
         tau=tau,
         min_weight=min_weight,
         trim=trim,
+        residual=residual,
+        activation=activation,
         dtype=dtype,
     )
     return thread(call)

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jbn import axes
 from jbn.functional import batch_norm, init
 from jbn.running import as_batch_stats, batch_stats_dict
-from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, DType, Params
+from jbn.typing import (
+    Activation,
+    ArrayLike,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    DType,
+    Params,
+)
 from jbn.variants.conditional import conditional_batch_norm
 from jbn.variants.domain import domain_batch_norm
 from jbn.variants.frozen import frozen_batch_norm
@@ -60,6 +68,8 @@ class BatchNorm(nn.Module):
         min_weight: Batches of no more weight are normalized by the running statistics.
         trim: How many standard deviations make an outlier that does not count.
         accumulate: Only gather moments, for `jbn.commit`. Adds `batch_stats/pending`.
+        activation: A function of each element, such as `nn.relu`, applied last. Here
+            it takes less memory in training than behind the layer.
     """
 
     use_running_average: bool | None = None
@@ -85,6 +95,7 @@ class BatchNorm(nn.Module):
     min_weight: float = 0.0
     trim: float | None = None
     accumulate: bool = False
+    activation: Activation | None = None
 
     def __post_init__(self):
         if axes.is_count(self.use_running_average):
@@ -104,6 +115,7 @@ class BatchNorm(nn.Module):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
@@ -113,13 +125,21 @@ class BatchNorm(nn.Module):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count. See `jbn.batch_norm`.
             weights: Non-negative weight of each element. See `jbn.batch_norm`.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
         """
         mode = _mode(self, use_running_average)
         return _thread(
-            self, batch_norm, x, mode, update_stats, mask=mask, weights=weights
+            self,
+            batch_norm,
+            x,
+            mode,
+            update_stats,
+            mask=mask,
+            weights=weights,
+            residual=residual,
         )
 
 
@@ -151,6 +171,7 @@ class BatchRenorm(BatchNorm, _RenormFields):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
         r_max: float | ArrayLike | None = None,
         d_max: float | ArrayLike | None = None,
     ) -> jax.Array:
@@ -162,6 +183,7 @@ class BatchRenorm(BatchNorm, _RenormFields):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
             r_max: In place of the attribute, for this call.
             d_max: In place of the attribute, for this call.
 
@@ -187,6 +209,7 @@ class BatchRenorm(BatchNorm, _RenormFields):
             step=step,
             mask=mask,
             weights=weights,
+            residual=residual,
             r_max=limit(r_max, self.r_max),
             d_max=limit(d_max, self.d_max),
         )
@@ -216,6 +239,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
@@ -225,6 +249,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -237,6 +262,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
             update_stats,
             mask=mask,
             weights=weights,
+            residual=residual,
             num_groups=self.num_groups,
             devices_per_group=1 if self.is_initializing() else self.devices_per_group,
         )
@@ -270,6 +296,7 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates the statistics of its domains.
 
@@ -280,6 +307,7 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -295,6 +323,7 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
             params_front=front if self.own_affine else (),
             mask=mask,
             weights=weights,
+            residual=residual,
             domain=domain,
             num_domains=self.num_domains,
         )
@@ -330,6 +359,7 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
@@ -342,6 +372,7 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -357,6 +388,7 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
             scale_init=nn.initializers.zeros if from_zero else self.scale_init,
             mask=mask,
             weights=weights,
+            residual=residual,
             labels=labels,
             scale=scale,
             bias=bias,
@@ -390,6 +422,7 @@ class FrozenBatchNorm(BatchNorm):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`.
 
@@ -399,6 +432,7 @@ class FrozenBatchNorm(BatchNorm):
             update_stats: Whether to update the statistics, unless `freeze_stats`.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -414,6 +448,7 @@ class FrozenBatchNorm(BatchNorm):
             update_stats,
             mask=mask,
             weights=weights,
+            residual=residual,
             freeze_affine=self.freeze_affine,
             freeze_stats=self.freeze_stats,
             freeze_mode=self.freeze_mode,
@@ -497,6 +532,7 @@ def _thread(
         tau=layer.tau,
         min_weight=layer.min_weight,
         trim=layer.trim,
+        activation=layer.activation,
         dtype=layer.dtype,
         **call,
     )

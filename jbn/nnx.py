@@ -13,6 +13,7 @@ from jbn import axes
 from jbn.functional import batch_norm, init
 from jbn.running import as_batch_stats, batch_stats_dict, commit as commit_stats
 from jbn.typing import (
+    Activation,
     ArrayLike,
     Axes,
     AxisIndexGroups,
@@ -76,6 +77,8 @@ class BatchNorm(nnx.Module):
         min_weight: Batches of no more weight are normalized by the running statistics.
         trim: How many standard deviations make an outlier that does not count.
         accumulate: Only gather moments, for `jbn.nnx.commit`. Adds `pending`.
+        activation: A function of each element, such as `nnx.relu`, applied last. Here
+            it takes less memory in training than behind the layer.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class BatchNorm(nnx.Module):
         min_weight: float = 0.0,
         trim: float | None = None,
         accumulate: bool = False,
+        activation: Activation | None = None,
         _stats_front: tuple[int, ...] = (),
         _params_front: tuple[int, ...] | None = (),
     ):
@@ -160,6 +164,7 @@ class BatchNorm(nnx.Module):
         self.min_weight = min_weight
         self.trim = trim
         self.accumulate = accumulate
+        self.activation = activation
 
     def __call__(
         self,
@@ -169,6 +174,7 @@ class BatchNorm(nnx.Module):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `mean` and `var` in place.
 
@@ -178,13 +184,21 @@ class BatchNorm(nnx.Module):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count. See `jbn.batch_norm`.
             weights: Non-negative weight of each element. See `jbn.batch_norm`.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
         """
         mode = _mode(self, use_running_average)
         return _thread(
-            self, batch_norm, x, mode, update_stats, mask=mask, weights=weights
+            self,
+            batch_norm,
+            x,
+            mode,
+            update_stats,
+            mask=mask,
+            weights=weights,
+            residual=residual,
         )
 
     def set_view(
@@ -241,6 +255,7 @@ class BatchRenorm(BatchNorm):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
         r_max: float | ArrayLike | None = None,
         d_max: float | ArrayLike | None = None,
     ) -> jax.Array:
@@ -252,6 +267,7 @@ class BatchRenorm(BatchNorm):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
             r_max: In place of the constructor's, for this call.
             d_max: In place of the constructor's, for this call.
 
@@ -272,6 +288,7 @@ class BatchRenorm(BatchNorm):
             update_stats,
             mask=mask,
             weights=weights,
+            residual=residual,
             r_max=limit(r_max, self.r_max),
             d_max=limit(d_max, self.d_max),
         )
@@ -307,6 +324,7 @@ class GhostBatchNorm(BatchNorm):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `mean` and `var` in place.
 
@@ -316,6 +334,7 @@ class GhostBatchNorm(BatchNorm):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -328,6 +347,7 @@ class GhostBatchNorm(BatchNorm):
             update_stats,
             mask=mask,
             weights=weights,
+            residual=residual,
             num_groups=self.num_groups,
             devices_per_group=self.devices_per_group,
         )
@@ -369,6 +389,7 @@ class DomainBatchNorm(BatchNorm):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates the statistics of its domains.
 
@@ -379,6 +400,7 @@ class DomainBatchNorm(BatchNorm):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -391,6 +413,7 @@ class DomainBatchNorm(BatchNorm):
             update_stats,
             mask=mask,
             weights=weights,
+            residual=residual,
             domain=domain,
             num_domains=self.num_domains,
         )
@@ -433,6 +456,7 @@ class ConditionalBatchNorm(BatchNorm):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `mean` and `var` in place.
 
@@ -445,6 +469,7 @@ class ConditionalBatchNorm(BatchNorm):
             update_stats: Whether to update them; by default in training only.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -457,6 +482,7 @@ class ConditionalBatchNorm(BatchNorm):
             update_stats,
             mask=mask,
             weights=weights,
+            residual=residual,
             labels=labels,
             scale=scale,
             bias=bias,
@@ -498,6 +524,7 @@ class FrozenBatchNorm(BatchNorm):
         update_stats: bool | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`.
 
@@ -507,6 +534,7 @@ class FrozenBatchNorm(BatchNorm):
             update_stats: Whether to update the statistics, unless `freeze_stats`.
             mask: Boolean; which elements count.
             weights: Non-negative weight of each element.
+            residual: Added to the output, before the activation.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -519,6 +547,7 @@ class FrozenBatchNorm(BatchNorm):
             update_stats,
             mask=mask,
             weights=weights,
+            residual=residual,
             freeze_affine=self.freeze_affine,
             freeze_stats=self.freeze_stats,
             freeze_mode=self.freeze_mode,
@@ -639,6 +668,7 @@ def _thread(
         tau=layer.tau,
         min_weight=layer.min_weight,
         trim=layer.trim,
+        activation=layer.activation,
         dtype=layer.dtype,
         **_rule(layer),
         **call,

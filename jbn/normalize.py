@@ -4,13 +4,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jbn import axes
 from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
 from jbn.ops.segments import spread
-from jbn.typing import ArrayLike, Axes, BatchStats, DType, Moments, Params
+from jbn.typing import (
+    Activation,
+    ArrayLike,
+    Axes,
+    BatchStats,
+    DType,
+    Moments,
+    Params,
+)
 
 
 def normalize(
@@ -59,12 +68,14 @@ def normalize(
     return apply(
         None,
         axes.output_dtype(dtype, x.dtype),
+        None,
         x,
         None,
         None,
         expand_stats(stats, lay, x.dtype),
         *affine(params, lay, axis, x.dtype),
         check_epsilon(epsilon),
+        None,
     )
 
 
@@ -139,17 +150,68 @@ def check_epsilon(epsilon: float | int | ArrayLike) -> jax.Array:
     return axes.check_number(epsilon, "epsilon", 0, why)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def apply(rows, dtype, x, weights, segments, stats, scale, bias, epsilon):
-    """`scale * (x - mean) / sqrt(var + epsilon) + bias`, with the project's derivative.
+def check_activation(activation: Activation | None) -> Activation | None:
+    """Refuses what is not a hashable function."""
+    if activation is None:
+        return None
+    if not callable(activation):
+        raise TypeError(
+            "`activation` must be a function of one array, such as `jax.nn.relu`; got"
+            f" {activation!r}."
+        )
+    try:
+        hash(activation)
+    except TypeError:
+        raise TypeError(
+            "`activation` must be hashable, as functions are; got"
+            f" {type(activation).__name__}, which is not. If it holds arrays, apply it"
+            " to the output instead."
+        ) from None
+    return activation
 
-    If `rows` are given, `stats` must be the moments of `x` over them, and the
-    derivative goes through those moments; what comes in as the tangent of `stats` is
-    then left out, being counted already. Otherwise `stats` are independent of `x`.
+
+def check_residual(
+    residual: ArrayLike | None, lay: axes.Layout, dtype: DType
+) -> jax.Array | None:
+    """Refuses what does not fit an input of `dtype`."""
+    if residual is None:
+        return None
+    residual = residual if hasattr(residual, "dtype") else np.asarray(residual)
+    real = not jnp.issubdtype(dtype, jnp.complexfloating)
+    axes.check_real(residual, "residual", real)
+    if tuple(residual.shape) != lay.shape:
+        raise ValueError(
+            "`residual` must have the shape of `x`, to which it is added; got"
+            f" {tuple(residual.shape)} for `x` of shape {lay.shape}."
+        )
+    return jnp.asarray(residual)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def apply(
+    rows,
+    dtype,
+    activation,
+    x,
+    weights,
+    segments,
+    stats,
+    scale,
+    bias,
+    epsilon,
+    residual,
+):
+    """`activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual)`.
+
+    With the project's derivative. If `rows` are given, `stats` must be the moments of
+    `x` over them, and the derivative goes through those moments; what comes in as the
+    tangent of `stats` is then left out, being counted already. Otherwise `stats` are
+    independent of `x`.
 
     Args:
         rows: Which rows of `x` the `stats` are of; `None` if they are not of `x`.
         dtype: Dtype of the output.
+        activation: A function of each element, or `None`.
         x: Input.
         weights: Weights that the moments were taken with, or `None`.
         segments: Which statistics each row is normalized by, or `None`. With them,
@@ -159,30 +221,33 @@ def apply(rows, dtype, x, weights, segments, stats, scale, bias, epsilon):
         scale: Scale that broadcasts to `x`, or `None`.
         bias: Bias that broadcasts to `x`, or `None`.
         epsilon: Added to the variance.
+        residual: Of the shape of `x`, or `None`.
 
     Returns:
-        The normalized array, of the shape of `x`.
+        An array of the shape of `x`.
     """
     del rows
-    return _formula(dtype, x, weights, segments, stats, scale, bias, epsilon)
+    operands = (x, weights, segments, stats, scale, bias, epsilon, residual)
+    return _formula(dtype, activation, operands)
 
 
 @functools.partial(apply.defjvp, symbolic_zeros=True)
-def _apply_jvp(rows, dtype, primals, tangents):
-    x, weights, segments, stats, scale, _, epsilon = primals
-    # Recomputed, not saved: of all that the tangent reads, only `x` is large.
-    tangent = jax.checkpoint(functools.partial(_tangent, rows, dtype))
-    dy = tangent(
-        (x, weights, segments, stats, scale, epsilon), jax.tree.map(nonzero, tangents)
-    )
+def _apply_jvp(rows, dtype, activation, primals, tangents):
+    read, weights = list(primals), primals[1]
+    if activation is None and weights is None:
+        read[-1] = None  # The derivative does not depend on the residual.
+    # Recomputed, not saved: of all that the tangent reads, only `x` is large, and the
+    # residual.
+    tangent = jax.checkpoint(functools.partial(_tangent, rows, dtype, activation))
+    dy = tangent(read, jax.tree.map(nonzero, tangents))
     # The function itself, not its formula, or second derivatives would miss the rule.
-    return apply(rows, dtype, *primals), dy
+    return apply(rows, dtype, activation, *primals), dy
 
 
-def _tangent(rows, dtype, primals, tangents):
+def _tangent(rows, dtype, activation, primals, tangents):
     """The derivative, linear in `tangents`, in which `None` stands for zero.
 
-    With d = x - mean, xh = d * rstd and slope = rstd * scale,
+    With d = x - mean, xh = d * rstd and slope = rstd * scale, before the activation
 
         dy = slope * (dx - dmean - xh * rstd * dvar / 2) + xh * dscale + dbias
 
@@ -193,54 +258,104 @@ def _tangent(rows, dtype, primals, tangents):
     whose operator on dx is self-adjoint: its transpose is the backward pass of Ioffe
     and Szegedy (2015) with its terms collected. All that belongs to a feature is
     collected first, so that the transpose takes two sums over the rows and no more.
+
+    The transpose passes over memory twice: it takes the sums, then makes what belongs
+    to `x`. What comes from a feature and what comes from an element is therefore kept
+    apart up to the end, and each looks at `x` by itself. Shared, the compiler would
+    write out what both compute: `x` in float32, or the slope of the activation.
     """
-    x, weights, segments, stats, scale, epsilon = primals
-    dx, dweights, _, dstats, dscale, dbias, depsilon = tangents
+    x, weights, segments, stats, scale, bias, epsilon, residual = primals
+    dx, dweights, _, dstats, dscale, dbias, depsilon, dresidual = tangents
     # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
     dx = None if dx is None else xla.wide(dx)
+    of_element = lax.optimization_barrier((x, stats.mean, residual))
+    of_feature = lax.optimization_barrier((x, stats.mean, residual))
+
     dmean = dvar = None
     if rows is None:
         dmean, dvar = dstats.mean, dstats.var
     elif dx is not None or dweights is not None:
+        x, mean, _ = of_element
         dmean, dvar, _ = row_moments_tangent(
-            rows, x, weights, segments, stats, dx, dweights
+            rows, x, weights, segments, stats._replace(mean=mean), dx, dweights
         )
     if depsilon is not None:
         depsilon = jnp.broadcast_to(depsilon.astype(stats.var.dtype), stats.var.shape)
         dvar = depsilon if dvar is None else dvar + depsilon
 
-    xh = xla.center(x, stats.mean, weights, segments)
-    rstd = gain(stats.var, epsilon, None).astype(xh.dtype)
-    slope = gain(stats.var, epsilon, scale).astype(xh.dtype)
-    xh = xh * spread(rstd, segments)
-    dgain = None if dscale is None else dscale.astype(xh.dtype)
+    wide = stats.mean.dtype
+    rstd = gain(stats.var, epsilon, None).astype(wide)
+    slope = gain(stats.var, epsilon, scale).astype(wide)
+    dgain = None if dscale is None else dscale.astype(wide)
     if dvar is not None:
-        of_var = -slope * rstd * (dvar / 2).astype(xh.dtype)
+        of_var = -slope * rstd * (dvar / 2).astype(wide)
         dgain = of_var if dgain is None else dgain + of_var
-    dshift = dbias = None if dbias is None else dbias.astype(xh.dtype)
+    dshift = dbias = None if dbias is None else dbias.astype(wide)
     if dmean is not None:
         dshift = -slope * dmean if dshift is None else dshift - slope * dmean
 
-    dy = jnp.zeros_like(xh)
-    if dx is not None:
-        dy += spread(slope, segments) * dx
-    if dgain is not None:
-        dy += xh * spread(dgain, segments)
-    if dshift is not None:
-        dy += spread(dshift, segments)
-    ignored = xla.no_part(x, weights)
-    if ignored is not None:
-        dy = jnp.where(ignored, 0 if dbias is None else spread(dbias, segments), dy)
+    def finish(view, tangent, where_ignored):
+        """What comes of a tangent before the activation."""
+        x, mean, residual = view
+        ignored = xla.no_part(x, weights)
+        if ignored is not None:
+            tangent = jnp.where(ignored, where_ignored, tangent)
+        if activation is None:
+            return tangent
+        here = stats._replace(mean=mean)
+        before = _before((x, weights, segments, here, scale, bias, epsilon, residual))
+        tangent = jnp.broadcast_to(tangent, x.shape)
+        return jax.jvp(activation, (before,), (tangent,))[1].astype(wide)
+
+    dy = zero = jnp.zeros(x.shape, wide)
+    if dx is not None or dresidual is not None:
+        scaled = zero if dx is None else spread(slope, segments) * dx
+        skipped = zero
+        if dresidual is not None:
+            skipped = _skipped(dresidual, of_element[2], weights, wide)
+        dy += finish(of_element, scaled + skipped, skipped)
+    if dgain is not None or dshift is not None:
+        x, mean, _ = of_feature
+        shifted = zero if dshift is None else spread(dshift, segments)
+        if dgain is not None:
+            xh = xla.center(x, mean, weights, segments) * spread(rstd, segments)
+            shifted = shifted + xh * spread(dgain, segments)
+        of_bias = 0 if dbias is None else spread(dbias, segments)
+        dy += finish(of_feature, shifted, of_bias)
     return dy.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _formula(dtype, x, weights, segments, stats, scale, bias, epsilon):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _formula(dtype, activation, operands):
+    y = _before(operands)
+    if activation is not None:
+        shape = y.shape
+        y = activation(y)
+        if jnp.shape(y) != shape:
+            raise ValueError(
+                "`activation` must act on each element; it made an array of shape"
+                f" {jnp.shape(y)} of one of shape {shape}."
+            )
+    return y.astype(dtype)
+
+
+def _before(operands):
+    """What the activation is applied to, in wide arithmetic."""
+    x, weights, segments, stats, scale, bias, epsilon, residual = operands
     y = xla.center(x, stats.mean, weights, segments)
     y = y * spread(gain(stats.var, epsilon, scale).astype(y.dtype), segments)
     if bias is not None:
         y = y + spread(bias.astype(y.dtype), segments)
-    return y.astype(dtype)
+    if residual is not None:
+        y = y + _skipped(residual, residual, weights, y.dtype)
+    return y
+
+
+def _skipped(v, residual, weights, dtype):
+    """`v`, of the residual; zero where that is weightless and not finite."""
+    v = xla.wide(v).astype(dtype)
+    ignored = None if weights is None else xla.no_part(residual, weights)
+    return v if ignored is None else jnp.where(ignored, jnp.zeros_like(v), v)
 
 
 def gain(var: jax.Array, epsilon: jax.Array, scale: jax.Array | None) -> jax.Array:

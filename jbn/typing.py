@@ -1,6 +1,6 @@
 """The nouns: arrays, axes, and the three small records that functions pass around."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,6 +14,7 @@ Axes: TypeAlias = int | Sequence[int]
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
 AxisIndexGroups: TypeAlias = Sequence[Sequence[int]]
 DType: TypeAlias = Any
+Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class Params(NamedTuple):

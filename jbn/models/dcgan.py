@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jbn.linen import BatchNorm, DomainBatchNorm
 from jbn.models.inputs import without_masked
+from jbn.models.norms import activated
 from jbn.ops import xla
 from jbn.typing import ArrayLike, DType
 
@@ -99,8 +100,8 @@ class Generator(nn.Module):
         )(y)
         y = y.reshape(-1, 4, 4, width)
         for i in range(1, count + 1):
-            norm = self.norm(name=f"norm{i}", scale_init=_near_one)
-            y = nn.relu(norm(y, use_running_average=not train, mask=rows))
+            norm = activated(self.norm, nn.relu, name=f"norm{i}", scale_init=_near_one)
+            y = norm(y, use_running_average=not train, mask=rows)
             last = i == count
             width //= 2
             y = nn.ConvTranspose(
@@ -212,12 +213,19 @@ class Discriminator(nn.Module):
                 kernel_init=_normal,
                 name=f"conv{i}",
             )(y)
-            if i > 1:
-                norm = self.norm(name=f"norm{i}", scale_init=_near_one)
+            if i == 1:
+                y = _leaky_relu(y)
+            else:
+                norm = activated(
+                    self.norm, _leaky_relu, name=f"norm{i}", scale_init=_near_one
+                )
                 y = norm(y, **call)
-            y = nn.leaky_relu(y, 0.2)
         y = xla.wide(y).reshape(y.shape[0], -1)
         return nn.Dense(1, kernel_init=_normal, name="head")(y)[:, 0]
+
+
+def _leaky_relu(y: jax.Array) -> jax.Array:
+    return nn.leaky_relu(y, 0.2)
 
 
 def _doublings(size: int) -> int:

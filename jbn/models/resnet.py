@@ -8,6 +8,7 @@ import jax
 
 from jbn.linen import BatchNorm
 from jbn.models.inputs import as_unit, without_masked
+from jbn.models.norms import activated
 from jbn.ops import xla
 from jbn.typing import ArrayLike, DType
 
@@ -62,10 +63,11 @@ class BasicBlock(_Block):
         """
         call = {"use_running_average": not train, "mask": mask}
         y = _conv(self.width, 3, self.strides, self.dtype, "conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y, **call))
+        y = activated(self.norm, nn.relu, name="norm1")(y, **call)
         y = _conv(self.width, 3, 1, self.dtype, "conv2")(y)
-        y = self.norm(name="norm2", scale_init=nn.initializers.zeros)(y, **call)
-        return nn.relu(self._shortcut(x, self.width, train, mask) + y)
+        zeros = nn.initializers.zeros
+        last = activated(self.norm, nn.relu, name="norm2", scale_init=zeros)
+        return last(y, residual=self._shortcut(x, self.width, train, mask), **call)
 
 
 class BottleneckBlock(_Block):
@@ -93,12 +95,13 @@ class BottleneckBlock(_Block):
         """
         call = {"use_running_average": not train, "mask": mask}
         y = _conv(self.width, 1, 1, self.dtype, "conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y, **call))
+        y = activated(self.norm, nn.relu, name="norm1")(y, **call)
         y = _conv(self.width, 3, self.strides, self.dtype, "conv2")(y)
-        y = nn.relu(self.norm(name="norm2")(y, **call))
+        y = activated(self.norm, nn.relu, name="norm2")(y, **call)
         y = _conv(4 * self.width, 1, 1, self.dtype, "conv3")(y)
-        y = self.norm(name="norm3", scale_init=nn.initializers.zeros)(y, **call)
-        return nn.relu(self._shortcut(x, 4 * self.width, train, mask) + y)
+        zeros = nn.initializers.zeros
+        last = activated(self.norm, nn.relu, name="norm3", scale_init=zeros)
+        return last(y, residual=self._shortcut(x, 4 * self.width, train, mask), **call)
 
 
 class ResNet(nn.Module):
@@ -195,8 +198,8 @@ class ResNet(nn.Module):
         large = self.stem == "imagenet"
         size, strides = (7, 2) if large else (3, 1)
         y = _conv(self.widths[0], size, strides, self.dtype, "stem_conv")(y)
-        norm = self.norm(name="stem_norm")
-        y = nn.relu(norm(y, use_running_average=not train, mask=rows))
+        norm = activated(self.norm, nn.relu, name="stem_norm")
+        y = norm(y, use_running_average=not train, mask=rows)
         if large:
             pad: Any = ((1, 1), (1, 1))
             y = nn.max_pool(y, (3, 3), strides=(2, 2), padding=pad)

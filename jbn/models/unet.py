@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jbn.linen import BatchNorm
 from jbn.models.inputs import as_unit, without_masked
+from jbn.models.norms import activated
 from jbn.ops import xla
 from jbn.typing import ArrayLike, DType
 
@@ -145,6 +146,6 @@ class _Level(nn.Module):
                 kernel_init=_normal,
                 name=f"conv{i}",
             )(x)
-            norm = self.norm(name=f"norm{i}")
-            x = nn.relu(norm(x, use_running_average=not train, mask=mask))
+            norm = activated(self.norm, nn.relu, name=f"norm{i}")
+            x = norm(x, use_running_average=not train, mask=mask)
         return x

@@ -16,6 +16,8 @@ from jax import lax
 
 import jbn.linen
 import jbn.nnx
+from jbn import axes
+from jbn.ops import xla
 from jbn.tools import dataflow
 from jbn.tools.fold_into import (
     Linear,
@@ -28,7 +30,7 @@ from jbn.tools.fold_into import (
     wide_array,
 )
 from jbn.tools.layers import LINEN_NORMS, NNX_NORMS, Where, chosen, is_linen, nnx_norms
-from jbn.typing import ArrayLike
+from jbn.typing import Activation, ArrayLike
 
 
 NNXModel = TypeVar("NNXModel", bound=nnx.Module)
@@ -331,6 +333,12 @@ def _masked(kwargs: Mapping) -> bool:
     return any(kwargs.get(name) is not None for name in ("mask", "weights"))
 
 
+def _does_more(call: dataflow.Call) -> bool:
+    """Whether a batch norm does more than to multiply and add constants."""
+    activation = getattr(call.layer, "activation", None)
+    return activation is not None or call.kwargs.get("residual") is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Skip:
     """What is left of the call of a folded batch norm."""
@@ -340,9 +348,10 @@ class _Skip:
     promoting: tuple[Any, ...]  # otherwise: dtypes that the input is promoted with
     ignores_mask: bool
     is_frozen: bool  # it normalizes by the running statistics in any case
+    activation: Activation | None
 
     def __call__(self, layer: Any, args: Sequence[Any], kwargs: Mapping) -> jax.Array:
-        x = jnp.asarray(args[0] if args else kwargs["x"])
+        x = axes.as_inexact(args[0] if args else kwargs["x"], None)
         mode, _ = _mode(layer, args[1:], kwargs)
         if not mode and not self.is_frozen:
             raise ValueError(
@@ -357,10 +366,13 @@ class _Skip:
             )
         dtype = self.dtype
         if dtype is None:
-            is_number = jnp.issubdtype(x.dtype, jnp.inexact)
-            dtype = x.dtype if is_number else jnp.float32
-            dtype = functools.reduce(jnp.promote_types, self.promoting, dtype)
-        return x.astype(dtype)
+            dtype = functools.reduce(jnp.promote_types, self.promoting, x.dtype)
+        y, residual = xla.wide(x), kwargs.get("residual")
+        if residual is not None:
+            y = y + xla.wide(jnp.asarray(residual)).astype(y.dtype)
+        if self.activation is not None:
+            y = self.activation(y)
+        return y.astype(dtype)
 
 
 def _skip(layer: Any, path: str) -> _Skip:
@@ -376,6 +388,7 @@ def _skip(layer: Any, path: str) -> _Skip:
         tuple(promoting),
         isinstance(layer, _FLAX_NORMS),
         getattr(layer, "freeze_mode", False),
+        getattr(layer, "activation", None),
     )
 
 
@@ -501,9 +514,13 @@ class _Plan:
         axis = call.layer.axis
         axis = (axis,) if isinstance(axis, int) else tuple(axis)
         places = sorted(a % len(call.x_shape) for a in axis)
+        calls = self.flow.calls
+        passing = {p for p, i in self.folded.items() if not _does_more(calls[i])}
         reasons = []
         for forward in (False, True):
-            found = self.flow.neighbor(index, places, forward, self.folded)
+            found = self.flow.neighbor(index, places, forward, passing)
+            if forward and _does_more(call):
+                found = "it does more to its output, before what is behind it"
             if not isinstance(found, str):
                 found = self._into(*gain_and_shift, *found, forward)
             if not isinstance(found, str):

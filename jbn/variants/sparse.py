@@ -94,6 +94,13 @@ def sparse_batch_norm(
             "`sparse_batch_norm` does not take `trim`: zeros that are outliers could"
             " not be left out without storing them. Trim `x.data` by `trimmed_weights`."
         )
+    for name in ("activation", "residual"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"`sparse_batch_norm` does not take `{name}`: its output is in two"
+                " parts, and only their sum could be the input of a function. Make it"
+                " dense first."
+            )
     if x.n_batch:
         x = x.update_layout(n_batch=0)
     if not x.unique_indices:

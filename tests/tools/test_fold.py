@@ -1840,3 +1840,39 @@ def test_mistakes(case):
     with pytest.raises(kind) as error:
         function()
     assert text in str(error.value)
+
+
+class Fused(nn.Module):
+    """Norms with an activation and a residual, between and behind linear layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        relu = functools.partial(Linen, activation=nn.relu)
+        side = nn.Conv(4, (1, 1), name="side")(x)
+        y = relu(name="first")(x)
+        y = nn.Conv(4, (1, 1), name="conv1")(y)
+        z = relu(name="behind")(y)
+        z = nn.Conv(4, (1, 1), name="conv2")(z)
+        z = relu(name="joined")(z, residual=side)
+        z = Linen(name="between")(z)
+        return nn.Conv(3, (1, 1), name="conv3")(z)
+
+
+def test_an_activation_and_a_residual_stay(rng):
+    """They are applied to what the layer before makes, and hide the one behind."""
+    folded = folded_linen(rng, Fused(), normal(rng, 2, 3, 3, 5))
+    assert folded.report["behind"] == "folded into conv1"
+    assert folded.report["joined"] == "folded into conv2"
+    # Not through "joined", which is folded, and still does something.
+    assert folded.report["between"] == "folded into conv3"
+    assert "it does more to its output" in folded.report["first"]
+
+
+def test_an_activation_of_nnx_stays(rng):
+    model = nnx.Sequential(
+        nnx.Linear(5, 4, rngs=RNGS),
+        nnx_norm(4, activation=nnx.silu),
+        nnx.Linear(4, 3, rngs=RNGS),
+    )
+    _, report = folded_nnx(rng, model, normal(rng, 6, 5))
+    assert list(report.values()) == ["folded into layers/0"]
