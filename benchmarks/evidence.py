@@ -321,9 +321,7 @@ def style():
     return plt
 
 
-def report(
-    name, question, seeds, results, text, figure, notes=(), folder=EVIDENCE
-):
+def report(name, question, seeds, results, text, figure, notes=(), folder=EVIDENCE):
     """Prints the table; writes NAME.json and NAME.png, if there is a folder for it."""
     packages = "jax jaxlib flax dm-haiku equinox keras torch optax numpy matplotlib"
     versions = {"python": platform.python_version(), "jbn": jbn.__version__}

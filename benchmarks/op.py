@@ -18,6 +18,7 @@ import argparse
 import functools
 import sys
 import time
+from typing import Any
 
 import evidence
 import jax
@@ -139,19 +140,29 @@ def jax_cases(make, x, ct):
     """Forward (with what backward needs), backward and evaluation, compiled."""
     apply, params, state = make(x.shape[-1], x.dtype)
 
+    structure: Any = None
+
     @jax.jit
     def forward(params, state, x):
+        nonlocal structure
         run = lambda params, x: apply(params, state, x, True)
         y, vjp, new = jax.vjp(run, params, x, has_aux=True)
-        return y, vjp, new
+        kept, structure = jax.tree.flatten(vjp)
+        # What is kept as it came in would be copied on its way out of this program,
+        # which it is not in a training step.
+        return y, [None if leaf is x else leaf for leaf in kept], new
 
-    backward = jax.jit(lambda vjp, ct: vjp(ct))
+    @jax.jit
+    def backward(kept, x, ct):
+        kept = [x if leaf is None else leaf for leaf in kept]
+        return jax.tree.unflatten(structure, kept)(ct)
+
     evaluate = jax.jit(lambda params, state, x: apply(params, state, x, False)[0])
-    y, vjp, _ = forward(params, state, x)
+    y, kept, _ = forward(params, state, x)
     ct = ct.astype(y.dtype)
     return {
-        "forward": lambda: forward(params, state, x)[0],
-        "backward": lambda: backward(vjp, ct),
+        "forward": lambda: forward(params, state, x),
+        "backward": lambda: backward(kept, x, ct),
         "evaluation": lambda: evaluate(params, state, x),
     }
 
@@ -272,7 +283,9 @@ def draw(results):
         panel.set_xticks(range(len(chosen)), [r["shape"] for r in chosen], fontsize=9)
         panel.set_ylim(0, 2)
         panel.set_ylabel("time / flax.linen's")
-        panel.set_title(f"{dtype}: forward and backward (dotted: copying, bars cut at 2)")
+        panel.set_title(
+            f"{dtype}: forward and backward (dotted: copying, bars cut at 2)"
+        )
     np.atleast_1d(panels)[0].legend(ncols=4, fontsize=8, loc="upper left")
     return figure
 

@@ -217,7 +217,6 @@ class BatchRenorm(BatchNorm, _RenormFields):
 
 class _GhostFields(nn.Module):
     num_groups: int
-    devices_per_group: int = 1
 
 
 class GhostBatchNorm(BatchNorm, _GhostFields):
@@ -229,6 +228,8 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
 
     All other attributes are those of `BatchNorm`.
     """
+
+    devices_per_group: int = 1
 
     @nn.compact
     def __call__(

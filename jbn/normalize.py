@@ -1,5 +1,6 @@
 """Normalize by a mean and a variance: the formula, and its derivative in every mode."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 from jax import lax
 
 from jbn import axes
+from jbn.axes import Rows
 from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
 from jbn.ops.segments import spread
+from jbn.summary import merged
 from jbn.typing import (
     Activation,
     ArrayLike,
@@ -266,6 +269,20 @@ def _tangent(rows, dtype, activation, primals, tangents):
     """
     x, weights, segments, stats, scale, bias, epsilon, residual = primals
     dx, dweights, _, dstats, dscale, dbias, depsilon, dresidual = tangents
+    shape = x.shape
+    if segments is None:
+        # Fewer axes, as the sums are faster then.
+        ones = tuple(a for a, n in enumerate(stats.mean.shape) if n == 1)
+        over = Rows(ones) if rows is None else rows
+        whole = merged(over, x, weights, *stats, scale, bias)
+        view = lambda tree: jax.tree.map(whole.view, tree)
+        x, weights, stats, scale, bias, residual = view(
+            (x, weights, stats, scale, bias, residual)
+        )
+        dx, dweights, dstats, dscale, dbias, dresidual = view(
+            (dx, dweights, dstats, dscale, dbias, dresidual)
+        )
+        rows = None if rows is None else dataclasses.replace(rows, axes=whole.axes)
     # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
     dx = None if dx is None else xla.wide(dx)
     of_element = lax.optimization_barrier((x, stats.mean, residual))
@@ -322,7 +339,7 @@ def _tangent(rows, dtype, activation, primals, tangents):
             shifted = shifted + xh * spread(dgain, segments)
         of_bias = 0 if dbias is None else spread(dbias, segments)
         dy += finish(of_feature, shifted, of_bias)
-    return dy.astype(dtype)
+    return dy.astype(dtype).reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

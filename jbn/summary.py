@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbn.axes import Rows
+from jbn.axes import Merged, Rows
 from jbn.ops import xla
 from jbn.ops.segments import Segments, in_blocks
 
@@ -51,10 +51,9 @@ def summarize(
     `segments`, the rows of each have a summary of their own.
     """
     first = x.shape[rows.axes[0]] if rows.axes else 1
-    shards = math.gcd(first, _num_shards()) if first else 1
+    shards = math.gcd(first, num_shards()) if first else 1
     if segments is None:
-        counts = _block_counts(x.shape, rows.axes, shards)
-        summary = _summarize_blocks(x, weights, rows.axes, counts)
+        summary = _summarize_blocks(x, weights, rows, shards)
     else:
         summary = _summarize_segments(x, weights, rows.axes, shards, segments)
     per_shard = summary.var.shape[0] // shards
@@ -154,13 +153,22 @@ def _place(v: jax.Array, slots: np.ndarray, slot: jax.Array | np.ndarray) -> jax
     return jnp.where(jnp.expand_dims(here, range(here.ndim, v.ndim)), v, 0)
 
 
+def merged(rows: Rows, *arrays: Any) -> Merged:
+    """A view with fewer axes, where none of them can be spread over devices.
+
+    Of two axes that are both cut, XLA cannot make one without gathering them.
+    """
+    mapped = rows.axis_name is not None and jax.sharding.get_abstract_mesh().empty
+    return Merged.of(rows.axes, *arrays, merge=mapped or num_shards() == 1)
+
+
 def _summarize_blocks(
-    x: jax.Array,
-    weights: jax.Array | None,
-    axes: tuple[int, ...],
-    counts: dict[int, int],
+    x: jax.Array, weights: jax.Array | None, rows: Rows, shards: int
 ) -> Summary:
-    """The summaries of `counts[a]` blocks along each axis `a`, stacked in front."""
+    """The summaries of blocks of rows, stacked in front."""
+    whole = merged(rows, x, weights)
+    x, weights, axes = whole.view(x), whole.view(weights), whole.axes
+    counts = _block_counts(x.shape, axes, shards)
 
     def split(v: jax.Array) -> jax.Array:
         shape: list[int] = []
@@ -184,7 +192,8 @@ def _summarize_blocks(
     def stack(stat: jax.Array) -> jax.Array:
         stat = jnp.moveaxis(stat, block_axes, range(len(axes)))
         stat = jnp.broadcast_to(stat, (*block_counts, *stat.shape[len(axes) :]))
-        return stat.reshape(math.prod(block_counts), *stat.shape[len(axes) :])
+        stat = stat.reshape(math.prod(block_counts), *stat.shape[len(axes) :])
+        return whole.stat(stat, lead=1)
 
     return Summary(*map(stack, parts))
 
@@ -240,7 +249,7 @@ def _segment_block_counts(
     return counts
 
 
-def _num_shards() -> int:
+def num_shards() -> int:
     """How many devices an array may be spread over that looks whole to this code."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -250,8 +250,13 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     [
         # (Dispatches end after step 5, 10, 15, 20, 23, 28, 33 and so on.)
         ([7, 36], (), [10, 38]),
-        ([36, 45], ("--save-every=4",), [38, 46]),
-        ([36, 40], ("--num-devices=4", "--ema-decay=0.9"), [38, 43]),
+        pytest.param([36, 45], ("--save-every=4",), [38, 46], marks=pytest.mark.slow),
+        pytest.param(
+            [36, 40],
+            ("--num-devices=4", "--ema-decay=0.9"),
+            [38, 43],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_stopped_in_the_middle_of_an_epoch(
@@ -457,12 +462,13 @@ def test_steps_that_are_not_finite_are_skipped(
             "the last, the loss was not finite.",
             STEPS,
         ),
-        (
+        pytest.param(
             range(0, 99),
             "parameters",
             "4 steps in a row were skipped, up to step 4, in epoch 1: in the last, a "
             "parameter, a statistic or the optimizer's state would not have been",
             None,
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -597,6 +603,7 @@ def test_profile(train: Train, tmp_path: Path):
     assert trace.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_groups_of_devices(train: Train, tmp_path: Path, unbroken: np.ndarray):
     """Of four devices, each normalizes its own rows, or two do together."""
 

@@ -247,7 +247,13 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n == "DomainBatchNorm" else pytest.param(n, marks=pytest.mark.slow)
+        for n in OURS
+    ],
+)
 def test_all_classes_before_and_after(rng: np.random.Generator, name: str):
     """New ones are named, recalibrated ones are in order, in both APIs."""
     options, batches = OURS[name], data(rng, batches=8)

@@ -211,7 +211,8 @@ GONE = (
 )
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_one_is_killed(home: Path, victim: int):
     """The other ends by itself and says why; and the run can be resumed."""
     folder = home / f"killed-{victim}"
