@@ -252,7 +252,7 @@ def _read_state_dict(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError(
             f"{path} is PyTorch's, which is not installed: `pip install torch`, or save"

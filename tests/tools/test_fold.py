@@ -319,7 +319,7 @@ def torch_norm(torch, rng, features: int, kind: str = "2d", **options: Any):
 @pytest.mark.parametrize("kind", ["conv", "grouped", "transposed", "linear"])
 def test_is_what_pytorch_fuses(kind, bias, affine, rng):
     torch = pytest.importorskip("torch")
-    from torch.nn.utils import fusion
+    from torch.nn.utils import fusion  # pyright: ignore[reportMissingImports]
 
     options: Any = {"bias": bias}
     axis: dict[str, Any] = {"output_axis": 0, "input_axis": 1}

@@ -1,0 +1,47 @@
+"""Runs the measurements of speed and memory, and writes their tables.
+
+    python -m benchmarks [op memory network scale variance job]
+    python -m benchmarks tables
+
+Each question is a script of its own, run in a process of its own; the results are in
+`docs/benchmarks/*.json` with a figure each. From these the tables in `README.md` and
+`docs/benchmarks.md` are written, between marks; no figure there is typed.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+
+QUESTIONS = ("memory", "op", "network", "scale", "variance", "job")
+
+
+def main():
+    """Runs what is asked for, and then writes the tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.splitlines()[0]
+    )
+    choices = (*QUESTIONS, "tables")
+    parser.add_argument("questions", nargs="*", choices=choices, metavar="QUESTION")
+    parser.add_argument(
+        "--manual-dir",
+        help="folder of MNIST's four files, for `job`, which is left out without it",
+    )
+    args = parser.parse_args()
+    here = Path(__file__).parent
+    for name in args.questions or QUESTIONS:
+        options = []
+        if name == "job":
+            if args.manual_dir is None:
+                print("job: left out, needs --manual-dir", file=sys.stderr)
+                continue
+            options = [f"--manual-dir={args.manual_dir}"]
+        if name != "tables":
+            print(f"\n# {name}\n", flush=True)
+            subprocess.run([sys.executable, here / f"{name}.py", *options], check=True)
+    subprocess.run([sys.executable, here / "tables.py"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""How much memory does a norm layer take in training? By what XLA compiled.
+
+    python benchmarks/memory.py
+
+What is kept for the backward pass, in bytes an element of a bfloat16 input, and the
+temporary memory and bytes accessed of eight blocks of convolution, norm and ReLU, one
+after the other or in a `lax.scan`. Nothing here depends on how busy the machine is.
+"""
+
+import functools
+import sys
+
+import evidence
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jbn
+
+
+SHAPE, DEPTH = (32, 32, 32, 64), 8
+BLUE, ORANGE, SKY = evidence.BLUE, evidence.ORANGE, evidence.SKY
+
+
+# ---- What is kept ------------------------------------------------------------------
+
+
+def ours(x, residual, activation):
+    """All of it in the norm."""
+    params, _ = jbn.init(x.shape[-1])
+    return lambda params, x, r: jbn.batch_norm(
+        x,
+        params,
+        None,
+        use_running_average=False,
+        residual=r if residual else None,
+        activation=activation,
+    )[0], params
+
+
+def behind(norm, params, residual, activation):
+    """The residual and the activation behind the norm."""
+
+    def apply(params, x, r):
+        y = norm(params, x)
+        y = y + r.astype(y.dtype) if residual else y
+        return y if activation is None else activation(y)
+
+    return apply, params
+
+
+def ours_behind(x, residual, activation):
+    """The norm, and the rest behind it."""
+    params, _ = jbn.init(x.shape[-1])
+    norm = lambda p, x: jbn.batch_norm(x, p, None, use_running_average=False)[0]
+    return behind(norm, params, residual, activation)
+
+
+def flax_linen(x, residual, activation):
+    """Likewise."""
+    layer = nn.BatchNorm(use_running_average=False, dtype=x.dtype)
+    variables = layer.init(jax.random.key(0), x)
+    stats = variables["batch_stats"]
+
+    def norm(params, x):
+        variables = {"params": params, "batch_stats": stats}
+        return layer.apply(variables, x, mutable=["batch_stats"])[0]
+
+    return behind(norm, variables["params"], residual, activation)
+
+
+def flax_nnx(x, residual, activation):
+    """Likewise."""
+    layer = nnx.BatchNorm(x.shape[-1], dtype=x.dtype, rngs=nnx.Rngs(0))
+    graph, params, state = nnx.split(layer, nnx.Param, ...)
+    norm = lambda p, x: nnx.merge(graph, p, state, copy=True)(x)
+    return behind(norm, params, residual, activation)
+
+
+def of_evidence(make, x, residual, activation):
+    """Likewise, of the norms that the other scripts have."""
+    layer = make(0.99)
+    params, state = layer.init(x.shape[-1], x.dtype)
+    norm = lambda p, x: layer.apply(p, state, x, train=True)[0]
+    return behind(norm, params, residual, activation)
+
+
+NORMS = {
+    "jbn": ours,
+    "jbn, behind it": ours_behind,
+    "flax.linen": flax_linen,
+    "flax.nnx": flax_nnx,
+    "Haiku": functools.partial(of_evidence, evidence.Haiku),
+    "Equinox": functools.partial(of_evidence, evidence.Equinox),
+    "Keras": functools.partial(of_evidence, evidence.Keras),
+}
+WHAT = {
+    "norm": (False, None),
+    "norm, ReLU": (False, nn.relu),
+    "norm, add, ReLU": (True, nn.relu),
+}
+
+
+def kept(make, residual, activation):
+    """Bytes an element that the forward pass keeps, beyond what belongs to a feature.
+
+    What the norm is given counts, the output does not: the next layer keeps that.
+    """
+    x, r = jnp.zeros((2, 4096, 16), jnp.bfloat16)
+    apply, params = make(x, residual, activation)
+    y, vjp = jax.vjp(jax.jit(apply), params, x, r)
+    leaves = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(vjp)}
+    leaves.pop(y.unsafe_buffer_pointer(), None)
+    return sum(v.nbytes for v in leaves.values() if v.size >= x.size) / x.size
+
+
+# ---- A stack -----------------------------------------------------------------------
+
+
+def stack(norm, activation, dtype, scanned):
+    """Temporary memory and bytes accessed, in inputs, of a stack's gradient."""
+    features = SHAPE[-1]
+    x = jax.ShapeDtypeStruct(SHAPE, dtype)
+    variables = jax.eval_shape(norm.init, jax.random.key(0), x)
+    kernel = jax.ShapeDtypeStruct((3, 3, features, features), jnp.float32)
+    stacked = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct((DEPTH, *v.shape), v.dtype), (kernel, variables)
+    )
+
+    def block(x, weights):
+        kernel, variables = weights
+        x = jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(dtype),
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        y, _ = norm.apply(variables, x, mutable=["batch_stats"])
+        return activation(y), None
+
+    def loss(weights, x, ct):
+        if scanned:
+            x, _ = jax.lax.scan(block, x, weights)
+        else:
+            for i in range(DEPTH):
+                x, _ = block(x, jax.tree.map(lambda v, i=i: v[i], weights))
+        return (x.astype(jnp.float32) * ct).sum()
+
+    ct = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(stacked, x, ct).compile()
+    size = x.size * x.dtype.itemsize
+    temporary = compiled.memory_analysis().temp_size_in_bytes / size
+    return temporary, compiled.cost_analysis()["bytes accessed"] / size
+
+
+def stacks(dtype):
+    """A norm with ReLU behind it, and the fused form."""
+    identity = lambda y: y
+    train = {"use_running_average": False}
+    return {
+        "flax.linen": (nn.BatchNorm(**train, dtype=dtype), nn.relu),
+        "jbn, ReLU behind it": (jbn.BatchNorm(**train), nn.relu),
+        "jbn": (jbn.BatchNorm(**train, activation=nn.relu), identity),
+    }
+
+
+def draw(bytes_kept, stacked):
+    """What is kept on the left, stacks on the right."""
+    plt = evidence.style()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    names = list(bytes_kept)
+    for i, (what, color) in enumerate(zip(WHAT, (ORANGE, SKY, BLUE), strict=True)):
+        places = np.arange(len(names)) + (i - 1) * 0.27
+        left.bar(
+            places, [bytes_kept[n][what] for n in names], 0.27, label=what, color=color
+        )
+    left.set_xticks(range(len(names)), names, fontsize=8, rotation=20)
+    left.set_ylabel("bytes an element")
+    left.set_title("Kept for the backward pass, bfloat16")
+    left.legend(fontsize=8)
+    cases = list(dict.fromkeys((r["dtype"], r["scanned"]) for r in stacked))
+    labels = list(dict.fromkeys(r["norm"] for r in stacked))
+    for i, (label, color) in enumerate(zip(labels, (ORANGE, SKY, BLUE), strict=True)):
+        heights = [r["temporary"] for r in stacked if r["norm"] == label]
+        places = np.arange(len(cases)) + (i - 1) * 0.27
+        right.bar(places, heights, 0.27, label=label, color=color)
+    ticks = [f"{d}\n{'scan' if s else 'unrolled'}" for d, s in cases]
+    right.set_xticks(range(len(cases)), ticks, fontsize=8)
+    right.set_ylabel("inputs")
+    right.set_title("Temporary memory of 8 blocks of convolution, norm, ReLU")
+    right.legend(fontsize=8)
+    return figure
+
+
+def main():
+    """Compiles, prints two tables, writes JSON and a figure."""
+    bytes_kept = {}
+    for name, make in NORMS.items():
+        try:
+            bytes_kept[name] = {k: kept(make, *v) for k, v in WHAT.items()}
+        except ImportError as error:
+            print(f"{name}: left out, {error}", file=sys.stderr)
+    stacked = []
+    for dtype in ("bfloat16", "float32"):
+        for scanned in (False, True):
+            for name, (norm, activation) in stacks(jnp.dtype(dtype)).items():
+                temporary, accessed = stack(norm, activation, jnp.dtype(dtype), scanned)
+                line = {"dtype": dtype, "scanned": scanned, "norm": name}
+                stacked.append(line | {"temporary": temporary, "accessed": accessed})
+    first = evidence.table(
+        ["kept, bytes an element", *WHAT],
+        [[n, *(f"{v[w]:.1f}" for w in WHAT)] for n, v in bytes_kept.items()],
+    )
+    second = evidence.table(
+        ["8 blocks", "norm", "temporary memory, inputs", "bytes accessed, inputs"],
+        [
+            [
+                f"{r['dtype']}, {'scan' if r['scanned'] else 'unrolled'}",
+                r["norm"],
+                f"{r['temporary']:.1f}",
+                f"{r['accessed']:.0f}",
+            ]
+            for r in stacked
+        ],
+    )
+    evidence.report(
+        "memory",
+        __doc__.splitlines()[0],
+        [],
+        {"kept": bytes_kept, "stack": stacked},
+        f"{first}\n\n{second}",
+        draw(bytes_kept, stacked),
+        folder=evidence.BENCHMARKS,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Writes the tables of `README.md` and `docs/benchmarks.md` from what was measured.
+
+    python benchmarks/tables.py [--check]
+
+Each stands between two marks, `<!-- table NAME -->` and `<!-- end -->`. With `--check`
+nothing is written, and what is out of date is an error.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "benchmarks"
+FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TORCH = "PyTorch, channels last", "PyTorch, channels first"
+
+
+def load(name):
+    """The results of a script."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def table(header, rows):
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def about(content, *packages):
+    """Command, machine, versions and date."""
+    versions = content["versions"]
+    named = ", ".join(f"{p} {versions[p]}" for p in packages)
+    return (
+        f"`{content['command']}`, {content['platform']}, Python {versions['python']},"
+        f" {named}, {content['date'][:10]}."
+    )
+
+
+def ratio(cell):
+    """A ratio, or nothing where it was not measured."""
+    return "" if cell is None else f"{cell:.2f}"
+
+
+def better_torch(what):
+    """PyTorch's better layout, in times of flax.linen's."""
+    found = [what[name]["flax"] for name in TORCH if name in what]
+    return min(found) if found else None
+
+
+def op(whats):
+    """Each row a shape; times as shares of flax.linen's."""
+    content = load("op")
+    rows = []
+    for r in content["results"]:
+        for what in whats:
+            cells = r[what]
+            torch = better_torch(cells)
+            own = cells["jbn"]["flax"]
+            names = ("jbn", "jbn.linen", "jbn.nnx", "flax.nnx", "Haiku", "Equinox")
+            rows.append(
+                [
+                    r["shape"],
+                    r["dtype"],
+                    *([what] if len(whats) > 1 else []),
+                    *(ratio(cells.get(n, {}).get("flax")) for n in (*names, "Keras")),
+                    ratio(torch),
+                    ratio(cells["floor"]["flax"]),
+                    ratio(None if torch is None else own / torch),
+                    ratio(cells["jbn"]["floor"]),
+                ]
+            )
+    header = ["shape", "dtype", *(["what"] if len(whats) > 1 else [])]
+    header += ["jbn", "jbn.linen", "jbn.nnx", "flax.nnx", "Haiku", "Equinox", "Keras"]
+    header += ["PyTorch", "copying", "jbn / PyTorch", "jbn / copying"]
+    packages = ("jax", "flax", "dm-haiku", "equinox", "keras", "torch")
+    return f"{table(header, rows)}\n\n{about(content, *packages)}"
+
+
+def memory_kept():
+    """Bytes an element."""
+    content = load("memory")
+    kept = content["results"]["kept"]
+    whats = list(next(iter(kept.values())))
+    rows = [[n, *(f"{v[w]:.1f}" for w in whats)] for n, v in kept.items()]
+    header = ["kept for the backward pass, bytes an element", *whats]
+    return f"{table(header, rows)}\n\n{about(content, 'jax', 'flax', 'keras')}"
+
+
+def memory_stack():
+    """Temporary memory and bytes accessed."""
+    content = load("memory")
+    rows, base = [], {}
+    for r in content["results"]["stack"]:
+        if r["norm"] == "flax.linen":
+            base = r
+        rows.append(
+            [
+                f"{r['dtype']}, {'scan' if r['scanned'] else 'unrolled'}",
+                r["norm"],
+                f"{r['temporary']:.1f}",
+                ratio(r["temporary"] / base["temporary"]),
+                f"{r['accessed']:.0f}",
+                ratio(r["accessed"] / base["accessed"]),
+            ]
+        )
+    header = ["eight blocks", "norm", "temporary memory, inputs", "/ Flax's"]
+    header += ["bytes accessed, inputs", "/ Flax's"]
+    return f"{table(header, rows)}\n\n{about(content, 'jax', 'flax')}"
+
+
+def network():
+    """A step of a ResNet."""
+    content = load("network")
+    rows = []
+    for r in content["results"]:
+        own, flax = r["jbn"], r["flax.linen"]
+        shares = (own[k] / flax[k] for k in ("temporary_bytes", "bytes_accessed"))
+        times = (f"{v['seconds']:.3f} s" for v in (flax, own))
+        name = f"{r['model']}, {r['dtype']}"
+        rows.append([name, *times, ratio(own["flax"]), *map(ratio, shares)])
+    header = ["step", "flax.linen", "jbn", "time, jbn / Flax", "temporary memory"]
+    header += ["bytes accessed"]
+    text = about(content, "jax", "flax")
+    return f"{table(header, rows)}\n\n{content['notes'][0].capitalize()}. {text}"
+
+
+def scale_size():
+    """Time by rows and features."""
+    content = load("scale")
+    rows = [
+        [r["rows"], r["features"], f"{r['microseconds']:.0f} us", ratio(r["flax"])]
+        for r in content["results"]["size"]
+    ]
+    header = ["rows", "features", "jbn", "jbn / flax.linen"]
+    return f"{table(header, rows)}\n\n{about(content, 'jax', 'flax')}"
+
+
+def scale_devices():
+    """Collectives by devices."""
+    content = load("scale")
+    rows = [
+        [
+            r["by"],
+            r["devices"],
+            r["norm"],
+            r["count"],
+            ", ".join(r["kinds"]) or "none",
+            f"{r['bytes_a_feature']:.0f}",
+        ]
+        for r in content["results"]["devices"]
+    ]
+    header = ["by", "devices", "norm", "collectives", "kinds", "bytes a feature"]
+    return f"{table(header, rows)}\n\n{about(content, 'jax', 'flax')}"
+
+
+def variance():
+    """Errors of the variance, cold; the largest change that warmth makes."""
+    content = load("variance")
+    peers = list(content["results"][0]["error"])
+    rows = [
+        [
+            "x".join(map(str, r["shape"])),
+            f"{r['ratio']:g}",
+            r["is"],
+            *(f"{r['error'][p]:.0e}" if p in r["error"] else "" for p in peers),
+        ]
+        for r in content["results"]
+        if r["is"] == "cold"
+    ]
+    packages = ("jax", "flax", "dm-haiku", "equinox", "keras", "torch")
+    header = ["shape", "mean/std", "layer", *peers]
+    return f"{table(header, rows)}\n\n{about(content, *packages)}"
+
+
+def job():
+    """MNIST in five epochs."""
+    content = load("job")
+    medians = content["results"]["medians"]
+    own = medians["jbn, train.py"]
+    rows = [
+        [
+            name,
+            f"{100 * m['accuracy']:.2f} %",
+            f"{m['fit']:.1f} s",
+            ratio(own["fit"] / m["fit"]),
+            f"{m['whole']:.1f} s",
+            ratio(own["whole"] / m["whole"]),
+        ]
+        for name, m in medians.items()
+    ]
+    header = ["job", "test accuracy", "training", "ours / it", "process", "ours / it"]
+    return f"{table(header, rows)}\n\n{about(content, 'jax', 'keras')}"
+
+
+TABLES = {
+    "op": lambda: op(("training",)),
+    "op-all": lambda: op(("forward", "backward", "evaluation")),
+    "memory-kept": memory_kept,
+    "memory-stack": memory_stack,
+    "network": network,
+    "scale-size": scale_size,
+    "scale-devices": scale_devices,
+    "variance": variance,
+    "job": job,
+}
+
+
+def filled(text):
+    """The text with its tables made anew."""
+
+    def fill(match):
+        return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def main():
+    """Writes, or checks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    for path in FILES:
+        text = path.read_text()
+        new = filled(text)
+        if args.check and new != text:
+            print(f"{path}: out of date; run python benchmarks/tables.py")
+            return 1
+        if not args.check:
+            path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
