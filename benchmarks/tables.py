@@ -81,6 +81,29 @@ def op(whats):
     return f"{table(header, rows)}\n\n{about(content, *packages)}"
 
 
+def op_short():
+    """Forward and backward, ours against three others."""
+    content = load("op")
+    rows = []
+    for r in content["results"]:
+        cells = r["training"]
+        own, torch = cells["jbn"], better_torch(cells)
+        rows.append(
+            [
+                r["shape"],
+                r["dtype"],
+                f"{own['microseconds'] / 1e3:.2f} ms",
+                ratio(own["flax"]),
+                ratio(own["flax"] / cells["flax.nnx"]["flax"]),
+                ratio(None if torch is None else own["flax"] / torch),
+                ratio(own["floor"]),
+            ]
+        )
+    header = ["shape", "dtype", "jbn", "/ flax.linen", "/ flax.nnx"]
+    header += ["/ PyTorch, its better layout", "/ copying"]
+    return f"{table(header, rows)}\n\n{about(content, 'jax', 'flax', 'torch')}"
+
+
 def memory_kept():
     """Bytes an element."""
     content = load("memory")
@@ -198,6 +221,7 @@ def job():
 
 
 TABLES = {
+    "op-short": op_short,
     "op": lambda: op(("training",)),
     "op-all": lambda: op(("forward", "backward", "evaluation")),
     "memory-kept": memory_kept,

@@ -154,12 +154,22 @@ def _place(v: jax.Array, slots: np.ndarray, slot: jax.Array | np.ndarray) -> jax
 
 
 def merged(rows: Rows, *arrays: Any) -> Merged:
-    """A view with fewer axes, where none of them can be spread over devices.
+    """A view of arrays of the rank of the input, with fewer axes on one CPU.
 
-    Of two axes that are both cut, XLA cannot make one without gathering them.
+    Of two axes that are both cut XLA cannot make one without gathering them, and on a
+    TPU, whose arrays are in tiles, hardly any without copying.
     """
-    mapped = rows.axis_name is not None and jax.sharding.get_abstract_mesh().empty
-    return Merged.of(rows.axes, *arrays, merge=mapped or num_shards() == 1)
+    merge = _platform() == "cpu" and num_shards() == 1
+    return Merged.of(rows.axes, *arrays, merge=merge)
+
+
+def _platform() -> str:
+    """What this is compiled for, as far as can be known here.
+
+    Of the mesh in `jax.set_mesh`, `shard_map` or `pmap`, or else the default.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
 
 
 def _summarize_blocks(

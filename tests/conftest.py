@@ -34,6 +34,17 @@ def x64():
         yield
 
 
+@pytest.fixture(params=["eight devices", "one device"])
+def devices(request: pytest.FixtureRequest):
+    """Whether arrays may be spread over devices: on one alone, axes are merged."""
+    if request.param == "eight devices":
+        yield 8
+    else:
+        mesh = jax.make_mesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
+        with jax.set_mesh(mesh):
+            yield 1
+
+
 @pytest.fixture
 def untyped():
     """Without the type checks of the tests, to see the errors that users see."""

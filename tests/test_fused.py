@@ -84,6 +84,7 @@ def test_every_mode_agrees_with_autodiff_of_the_formula(mode, args, rng):
     )
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation(name, args, rng):
@@ -132,6 +133,7 @@ def test_gradient_of_the_residual(activation, use_running_average, args, rng):
         )
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.silu])
 def test_padding_of_any_value(activation, bad, rng):
@@ -183,6 +185,7 @@ def test_rounded_once(rng):
     np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
     ("activation", "residual", "kept"),
     [
@@ -308,6 +311,7 @@ def test_devices(by, rng):
     assert 2 <= text.count(" all-reduce(") <= 3
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -358,8 +362,8 @@ def test_temporary_memory_of_a_stack(dtype, scanned):
     if dtype == jnp.bfloat16:
         limits = (0.76, 0.69) if scanned else (0.85, 0.69)
     else:
-        # Unrolled, XLA finds the same for Flax's by itself.
-        limits = (0.76, 0.69) if scanned else (1.01, 1.01)
+        # Unrolled, XLA finds the same for Flax's by itself, but for one more array.
+        limits = (0.76, 0.69) if scanned else (1.07, 1.07)
     assert plain <= limits[0] * flax
     assert fused <= limits[1] * flax
 
