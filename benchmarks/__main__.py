@@ -22,8 +22,9 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__.splitlines()[0]
     )
-    choices = (*QUESTIONS, "tables")
-    parser.add_argument("questions", nargs="*", choices=choices, metavar="QUESTION")
+    parser.add_argument(
+        "questions", nargs="*", choices=(*QUESTIONS, "tables"), help="all by default"
+    )
     parser.add_argument(
         "--manual-dir",
         help="folder of MNIST's four files, for `job`, which is left out without it",

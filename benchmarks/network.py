@@ -63,6 +63,35 @@ def step(make, norm, dtype):
     return jax.jit(run).lower(*args).compile(), args
 
 
+def share(result, what):
+    """Ours over Flax's."""
+    return result["jbn"][what] / result["flax.linen"][what]
+
+
+def draw(results):
+    """Time, memory and bytes, in those of Flax's."""
+    plt = evidence.style()
+    figure, panel = plt.subplots(figsize=(7, 3.4))
+    for i, (label, values) in enumerate(
+        {
+            "time": [r["jbn"]["flax"] for r in results],
+            "temporary memory": [share(r, "temporary_bytes") for r in results],
+            "bytes accessed": [share(r, "bytes_accessed") for r in results],
+        }.items()
+    ):
+        color = (evidence.BLUE, evidence.SKY, evidence.GREEN)[i]
+        places = np.arange(len(results)) + (i - 1) * 0.25
+        panel.bar(places, values, 0.25, label=label, color=color)
+    panel.axhline(1, color=evidence.ORANGE, lw=1)
+    names = [f"{r['model']}, {r['dtype']}" for r in results]
+    panel.set_xticks(range(len(results)), names)
+    panel.set_ylim(0, 1.4)
+    panel.set_ylabel("jbn / flax.linen")
+    panel.set_title(f"A training step, batch {BATCH} of {SIZE}x{SIZE}")
+    panel.legend(fontsize=8, loc="upper center", ncols=3)
+    return figure
+
+
 def main():
     """Measures, prints a table, writes JSON and a figure."""
     norms = {"flax.linen": nn.BatchNorm, "jbn": jbn.BatchNorm}
@@ -91,7 +120,6 @@ def main():
                 }
             results.append({"model": name, "dtype": dtype, **about})
             print(results[-1], flush=True)
-    share = lambda r, what: r["jbn"][what] / r["flax.linen"][what]
     rows = [
         [
             f"{r['model']}, {r['dtype']}",
@@ -104,30 +132,13 @@ def main():
         for r in results
     ]
     header = ["step", "flax.linen, s", "jbn, s", "time", "temporary memory", "bytes"]
-    plt = evidence.style()
-    figure, panel = plt.subplots(figsize=(7, 3.2))
-    for i, (label, values) in enumerate(
-        {
-            "time": [r["jbn"]["flax"] for r in results],
-            "temporary memory": [share(r, "temporary_bytes") for r in results],
-            "bytes accessed": [share(r, "bytes_accessed") for r in results],
-        }.items()
-    ):
-        color = (evidence.BLUE, evidence.SKY, evidence.GREEN)[i]
-        places = np.arange(len(results)) + (i - 1) * 0.25
-        panel.bar(places, values, 0.25, label=label, color=color)
-    panel.axhline(1, color=evidence.ORANGE, lw=1)
-    panel.set_xticks(range(len(results)), [r["model"] for r in results])
-    panel.set_ylabel("jbn / flax.linen")
-    panel.set_title(f"A training step, batch {BATCH} of {SIZE}x{SIZE}")
-    panel.legend(fontsize=8, loc="lower right")
     evidence.report(
         "network",
         __doc__.splitlines()[0],
         [0],
         results,
         evidence.table(header, rows),
-        figure,
+        draw(results),
         [f"batch {BATCH}, images {SIZE}x{SIZE}", jax.devices()[0].device_kind],
         folder=evidence.BENCHMARKS,
     )

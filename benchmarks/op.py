@@ -180,7 +180,7 @@ def torch_cases(x, ct, channels_last):
     layer = layer.to(device)
 
     def tensor(v):
-        v = torch.from_numpy(np.asarray(v, np.float32))
+        v = torch.from_numpy(np.array(v, np.float32))
         if images:
             v = v.movedim(-1, 1)
         v = v.to(device, torch.bfloat16 if x.dtype == jnp.bfloat16 else torch.float32)

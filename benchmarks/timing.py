@@ -12,9 +12,11 @@ import sys
 import time
 
 
-# Glibc gives large arrays back to the system when they are freed, so that each new one
-# is paged in again: that is what would be measured. It reads these when it starts.
+# Glibc gives large arrays back to the system when they are freed, and those of other
+# threads in any case, so that each new one is paged in again: that is what would be
+# measured. It reads these when it starts.
 _ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_TOP_PAD_": str(1 << 28),
@@ -53,23 +55,23 @@ def interleaved(cases, *, rounds=9, least=0.02, clock=time.process_time, wait=No
     wait = wait or (lambda value: value)
     counts = {}
     for name, case in cases.items():
-        wait(case())
+        for _ in range(3):
+            wait(case())
         start = clock()
         wait(case())
         counts[name] = max(1, round(least / max(clock() - start, 1e-7)))
     times = {name: [] for name in cases}
     for i in range(rounds):
-        names = list(cases) if i % 2 else list(reversed(cases))
-        for name in names:
-            gc.collect()
-            gc.disable()
+        gc.collect()
+        gc.disable()
+        for name in list(cases) if i % 2 else list(reversed(cases)):
             start = clock()
             for _ in range(counts[name]):
                 value = cases[name]()
             wait(value)
             times[name].append((clock() - start) / counts[name])
-            gc.enable()
             del value
+        gc.enable()
     return times
 
 

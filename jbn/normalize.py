@@ -275,11 +275,11 @@ def _tangent(rows, dtype, activation, primals, tangents):
         ones = tuple(a for a, n in enumerate(stats.mean.shape) if n == 1)
         over = Rows(ones) if rows is None else rows
         whole = merged(over, x, weights, *stats, scale, bias)
-        view = lambda tree: jax.tree.map(whole.view, tree)
-        x, weights, stats, scale, bias, residual = view(
+        merge = lambda tree: jax.tree.map(whole.view, tree)
+        x, weights, stats, scale, bias, residual = merge(
             (x, weights, stats, scale, bias, residual)
         )
-        dx, dweights, dstats, dscale, dbias, dresidual = view(
+        dx, dweights, dstats, dscale, dbias, dresidual = merge(
             (dx, dweights, dstats, dscale, dbias, dresidual)
         )
         rows = None if rows is None else dataclasses.replace(rows, axes=whole.axes)

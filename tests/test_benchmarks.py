@@ -1,0 +1,59 @@
+"""What the README and the docs say of speed and memory is what was measured."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "benchmarks"
+
+
+def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_tables_are_those_of_the_results():
+    found = run("benchmarks/tables.py", "--check")
+    assert (found.returncode, found.stdout) == (0, ""), found.stderr
+
+
+def test_a_table_that_was_typed_is_found(tmp_path: Path):
+    """And mended, from the results alone."""
+    for name in ("README.md", "docs/benchmarks.md", "benchmarks/tables.py"):
+        copy = tmp_path / name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text((ROOT / name).read_text())
+    (tmp_path / "docs" / "benchmarks").symlink_to(FOLDER)
+    readme = tmp_path / "README.md"
+    right = readme.read_text()
+    readme.write_text(right.replace("<!-- end -->", "| better |\n<!-- end -->", 1))
+    found = run("benchmarks/tables.py", "--check", cwd=tmp_path)
+    assert found.returncode == 1
+    assert "README.md: out of date" in found.stdout
+    assert run("benchmarks/tables.py", cwd=tmp_path).returncode == 0
+    assert readme.read_text() == right
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)
+def test_results_say_how_they_came_about(path: Path):
+    content = json.loads(path.read_text())
+    assert re.fullmatch(r"python benchmarks/\w+\.py", content["command"])
+    assert (ROOT / content["command"].split()[1]).is_file()
+    assert re.match(r"\d{4}-\d\d-\d\dT", content["date"])
+    assert content["platform"]
+    assert content["versions"]["jax"]
+    assert path.with_suffix(".png").is_file()
+
+
+def test_one_command_for_all():
+    found = run("-m", "benchmarks", "--help")
+    assert found.returncode == 0
+    for name in ("op", "memory", "network", "scale", "variance", "job"):
+        assert name in found.stdout
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file()
