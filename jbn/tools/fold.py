@@ -156,7 +156,8 @@ def fold(model: Any, /, *inputs: Any, where: Where = None, **kwargs: Any) -> Any
     kept: layers that are shared or run inside of `scan`, `vmap` or `cond`; kernels that
     are computed (as with weight normalization) or used elsewhere, too; features along
     other axes; zero padding behind it; classes whose scale and bias depend on the call.
-    `foldable` says which and why, and so does `Folded.report`.
+    `foldable` says which and why, and so does `Folded.report`. One with an `activation`
+    or a `residual` is folded into the layer before it alone, and still does these.
 
     Folding is done in float64 and rounded once. Outputs differ by what a model's
     arithmetic rounds anyway: in float32 some 1e-6 of their size, more where a batch
