@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from tables import table as table
 
 import jbn
 from jbn.training.data import load_dataset
@@ -272,12 +273,6 @@ def norms(momentum, *others):
 
 
 # ---- Reports -----------------------------------------------------------------------
-
-
-def table(header, rows):
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def show(value):

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import peers
 
 import jbn
 
@@ -40,61 +40,24 @@ def ours(x, residual, activation):
     )[0], params
 
 
-def behind(norm, params, residual, activation):
+def behind(make, x, residual, activation):
     """The residual and the activation behind the norm."""
+    norm, params, state = make(x.shape[-1], x.dtype)
 
     def apply(params, x, r):
-        y = norm(params, x)
+        y, _ = norm(params, state, x, True)
         y = y + r.astype(y.dtype) if residual else y
         return y if activation is None else activation(y)
 
     return apply, params
 
 
-def ours_behind(x, residual, activation):
-    """The norm, and the rest behind it."""
-    params, _ = jbn.init(x.shape[-1])
-    norm = lambda p, x: jbn.batch_norm(x, p, None, use_running_average=False)[0]
-    return behind(norm, params, residual, activation)
-
-
-def flax_linen(x, residual, activation):
-    """Likewise."""
-    layer = nn.BatchNorm(use_running_average=False, dtype=x.dtype)
-    variables = layer.init(jax.random.key(0), x)
-    stats = variables["batch_stats"]
-
-    def norm(params, x):
-        variables = {"params": params, "batch_stats": stats}
-        return layer.apply(variables, x, mutable=["batch_stats"])[0]
-
-    return behind(norm, variables["params"], residual, activation)
-
-
-def flax_nnx(x, residual, activation):
-    """Likewise."""
-    layer = nnx.BatchNorm(x.shape[-1], dtype=x.dtype, rngs=nnx.Rngs(0))
-    graph, params, state = nnx.split(layer, nnx.Param, ...)
-    norm = lambda p, x: nnx.merge(graph, p, state, copy=True)(x)
-    return behind(norm, params, residual, activation)
-
-
-def of_evidence(make, x, residual, activation):
-    """Likewise, of the norms that the other scripts have."""
-    layer = make(0.99)
-    params, state = layer.init(x.shape[-1], x.dtype)
-    norm = lambda p, x: layer.apply(p, state, x, train=True)[0]
-    return behind(norm, params, residual, activation)
-
-
 NORMS = {
     "jbn": ours,
-    "jbn, behind it": ours_behind,
-    "flax.linen": flax_linen,
-    "flax.nnx": flax_nnx,
-    "Haiku": functools.partial(of_evidence, evidence.Haiku),
-    "Equinox": functools.partial(of_evidence, evidence.Equinox),
-    "Keras": functools.partial(of_evidence, evidence.Keras),
+    "jbn, behind it": functools.partial(behind, peers.NORMS["jbn"]),
+} | {
+    name: functools.partial(behind, peers.NORMS[name])
+    for name in ("flax.linen", "flax.nnx", "Haiku", "Equinox", "Keras")
 }
 WHAT = {
     "norm": (False, None),

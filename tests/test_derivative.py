@@ -7,24 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from differentiation import modes
+from differentiation import SHAPE, example, modes, plain
 from jax.test_util import check_grads
 
 import jbn
 
 
 pytestmark = pytest.mark.usefixtures("x64")
-SHAPE = (6, 5, 3)
-
-
-def plain(x, weights, scale, bias, epsilon):
-    """The formula, for JAX to differentiate."""
-    w = jnp.broadcast_to(weights, x.shape)
-    total = w.sum((0, 1), keepdims=True)
-    mean = (w * x).sum((0, 1), keepdims=True) / total
-    var = (w * jnp.square(x - mean)).sum((0, 1), keepdims=True) / total
-    xh = (x - mean) / jnp.sqrt(var + epsilon)
-    return xh * scale.reshape(1, 1, -1) + bias.reshape(1, 1, -1)
 
 
 def ours(x, weights, scale, bias, epsilon):
@@ -41,17 +30,7 @@ def ours(x, weights, scale, bias, epsilon):
 
 @pytest.fixture
 def args(rng):
-    """Scale and bias differ, and epsilon is of the size of the variance."""
-    return tuple(
-        jnp.asarray(v)
-        for v in (
-            rng.standard_normal(SHAPE),
-            rng.uniform(0.1, 2.0, (*SHAPE[:2], 1)),
-            rng.standard_normal(SHAPE[-1]),
-            rng.standard_normal(SHAPE[-1]),
-            0.5,
-        )
-    )
+    return example(rng)
 
 
 @pytest.mark.usefixtures("devices")

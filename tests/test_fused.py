@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from differentiation import modes
+from differentiation import SHAPE, example, modes, plain
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
@@ -19,7 +19,6 @@ import jbn
 import jbn.nnx
 
 
-SHAPE = (6, 5, 3)
 ACTIVATIONS = {
     "none": lambda z: z,
     "relu": jax.nn.relu,
@@ -32,13 +31,8 @@ ACTIVATIONS = {
 def reference(activation: Callable[..., Any]):
     """The formula, for JAX to differentiate; the residual, too, depends on `x`."""
 
-    def f(x, weights, scale, bias, epsilon):
-        w = jnp.broadcast_to(weights, x.shape)
-        total = w.sum((0, 1), keepdims=True)
-        mean = (w * x).sum((0, 1), keepdims=True) / total
-        var = (w * jnp.square(x - mean)).sum((0, 1), keepdims=True) / total
-        xh = (x - mean) / jnp.sqrt(var + epsilon)
-        return activation(xh * scale[None, None] + bias[None, None] + jnp.sin(3 * x))
+    def f(x, *others):
+        return activation(plain(x, *others) + jnp.sin(3 * x))
 
     return f
 
@@ -61,16 +55,7 @@ def ours(activation: Callable[..., Any]):
 
 @pytest.fixture
 def args(rng: np.random.Generator):
-    return tuple(
-        jnp.asarray(v)
-        for v in (
-            rng.standard_normal(SHAPE),
-            rng.uniform(0.1, 2.0, (*SHAPE[:2], 1)),
-            rng.standard_normal(SHAPE[-1]),
-            rng.standard_normal(SHAPE[-1]),
-            0.5,
-        )
-    )
+    return example(rng)
 
 
 @pytest.mark.usefixtures("x64")
