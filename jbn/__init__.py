@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         sparse_batch_norm as sparse_batch_norm,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported on first use, so that `import jbn` needs nothing but JAX, and is quick.
 _LATE = {
@@ -64,7 +64,9 @@ _LATE = {
 }
 
 
-def __getattr__(name: str):
-    if name in _LATE:
-        return getattr(importlib.import_module(_LATE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # With it, no misspelled name would be an error to pyright.
+
+    def __getattr__(name: str):
+        if name in _LATE:
+            return getattr(importlib.import_module(_LATE[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -226,6 +226,9 @@ def prepare(
         check_rule(known, **rule)
     front = None if num_domains is None else ("domain", num_domains)
     scale, bias = affine(params, lay, axis, x.dtype, front)
+    if use_running_average and not update_stats:
+        # Inference needs no other device, so it may stand outside of the mapped axis.
+        axis_name = axis_index_groups = None
     call = Call(
         x=x,
         lay=lay,

@@ -202,7 +202,7 @@ def batch_norm(
         TypeError: If `x` is of integers or booleans, a flag is not a boolean, or
             `dtype` cannot hold the output.
         ValueError: If axes, shapes or ranges do not fit, or `batch_stats` is missing.
-        NameError: If `axis_name` is not a mapped axis here.
+        NameError: If `axis_name` is not a mapped axis here, and statistics are taken.
 
     Example:
         >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])

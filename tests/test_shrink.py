@@ -162,7 +162,7 @@ def test_a_traced_tau_of_0_is_batch_norm(rng):
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_infinite_tau_is_inference_exactly(rng, traced):
+def test_infinite_tau_is_inference(rng, traced):
     params, stats = state(rng)
     x = (rng.normal(size=(5, FEATURES)) * 3 + 1).astype("f")
     tau: Any = {"tau": np.inf} if traced else {"others": (("tau", np.inf),)}
@@ -172,7 +172,8 @@ def test_infinite_tau_is_inference_exactly(rng, traced):
             x, params, stats, use_running_average=True, epsilon=EPSILON
         )[0]
     )(x)
-    np.testing.assert_array_equal(y, want)
+    # Two programs: on some processors one of them is contracted to a fused product.
+    np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)
     # The batch is taken up all the same.
     _, mean, var = oracle.moments(x)
     assert_is((y, new), want, mean, var, stats)

@@ -226,6 +226,22 @@ def test_linen_initialization_updates_nothing_and_needs_no_axis(rng):
         layer.apply(variables, x, mutable=["batch_stats"])
 
 
+def test_inference_needs_no_axis(rng):
+    """A model that was trained under `pmap` is evaluated anywhere, as in Flax."""
+    x = rng.standard_normal((5, 3)).astype("f")
+    others = {"axis_name": "nowhere", "axis_index_groups": [[0, 1]]}
+    want = nn.BatchNorm(use_running_average=True, **others)
+    ours = jbn.BatchNorm(use_running_average=True, **others)
+    variables = ours.init(jax.random.key(0), x)
+    np.testing.assert_allclose(
+        ours.apply(variables, x), want.apply(variables, x), rtol=1e-6
+    )
+    layer = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), use_running_average=True, **others)
+    np.testing.assert_allclose(layer(x), want.apply(variables, x), rtol=1e-6)
+    with pytest.raises(NameError, match="Under plain `jit` leave it None"):
+        ours.apply(variables, x, update_stats=True, mutable=["batch_stats"])
+
+
 def test_linen_inference_needs_nothing_mutable(rng):
     x = jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)
     layer = jbn.BatchNorm()

@@ -1,0 +1,149 @@
+"""What the README and the site show is what happens, and nothing public is left out."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = FENCE.findall(README)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+# The first two are for .ci/run: installing, and running these tests.
+COMMANDS = [text.strip() for language, text in BLOCKS if language == "bash"][2:]
+PAGES = [
+    # It trains a network before, and compiles most of what there is.
+    pytest.param(page, marks=pytest.mark.slow) if page == "tools.md" else page
+    for page in sorted(
+        path.relative_to(ROOT / "docs").as_posix()
+        for path in (ROOT / "docs").rglob("*.md")
+        if "```python" in path.read_text()
+    )
+]
+
+# Runs blocks of Python in one namespace, as one story, and says what each has printed.
+STORY = r"""
+import contextlib, io, json, sys
+
+page, blocks = json.load(sys.stdin)
+names = {"__name__": "__main__"}
+printed = []
+for line, code in blocks:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile("\n" * line + code, page, "exec"), names)
+    printed.append(out.getvalue())
+json.dump(printed, sys.stdout)
+"""
+
+
+def run(*command: str, cwd: pathlib.Path, stdin: str = "") -> str:
+    done = subprocess.run(
+        command, cwd=cwd, input=stdin, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_runs_and_prints_what_is_shown(code, tmp_path):
+    printed = run(sys.executable, "-c", code, cwd=tmp_path)
+    following = BLOCKS[BLOCKS.index(("python", code)) + 1]
+    shown = following[1] if following[0] == "text" else ""
+    assert printed == shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, tmp_path):
+    python, script, *flags = shlex.split(command)
+    assert (python, script) == ("python", "train.py")
+    for i, flag in enumerate(flags):
+        name, _, value = flag.partition("=")
+        if name == "--manual-dir":
+            folder = ROOT / value
+            if not folder.is_dir():
+                pytest.skip(f"no {folder}")
+            flags[i] = f"{name}={folder}"
+    flags += [f"--workdir={tmp_path}/run", f"--data-dir={tmp_path}/data"]
+    printed = run(sys.executable, str(ROOT / script), *flags, cwd=tmp_path)
+    assert re.search(r"^final test accuracy: 9[789]\.\d+ %", printed, re.MULTILINE)
+
+
+def test_every_path_named_exists():
+    for path in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_of_the_site_prints_what_it_shows(page, tmp_path):
+    text = (ROOT / "docs" / page).read_text()
+    blocks: list[tuple[int, str]] = []
+    shown: list[str] = []
+    after = ""
+    for match in FENCE.finditer(text):
+        language, code = match.groups()
+        if language == "python":
+            blocks.append((text.count("\n", 0, match.start(2)), code))
+            shown.append("")
+        elif language == "text" and shown and after == "python":
+            shown[-1] = code
+        after = language
+    code = "".join(code for _, code in blocks)
+    for name in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"no {name}")
+
+    # What the page has its reader train first.
+    before = text.partition("```python")[0]
+    for command in re.findall(r"^    python (train\.py .*)$", before, re.MULTILINE):
+        script, *flags = shlex.split(command)
+        run(sys.executable, str(ROOT / script), *flags, cwd=tmp_path)
+    story = run(
+        sys.executable, "-c", STORY, cwd=tmp_path, stdin=json.dumps((page, blocks))
+    )
+    assert json.loads(story) == shown
+
+
+def find(path: str):
+    """What a dotted path names in the reference: a module before a function in it."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize(
+    "module", ["jbn", "jbn.linen", "jbn.models", "jbn.nnx", "jbn.tools"]
+)
+def test_everything_public_is_in_the_reference(module):
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    documented = [find(path) for path in re.findall(r"^::: (\S+)$", pages, re.M)]
+    package = importlib.import_module(module)
+    assert package.__file__ is not None
+    tree = ast.parse(pathlib.Path(package.__file__).read_text())
+    # What it defines, and what it imports `as` itself.
+    public = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+    } | {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    missing = {name for name in public if getattr(package, name) not in documented}
+    assert public
+    assert not missing
