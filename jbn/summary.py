@@ -169,7 +169,10 @@ def _platform() -> str:
     Of the mesh in `jax.set_mesh`, `shard_map` or `pmap`, or else the default.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
+    if device is None:
+        return jax.default_backend()
+    # JAX 0.10.0 has no platform there, and calls a CPU's kind "cpu".
+    return getattr(device, "platform", device.device_kind)
 
 
 def _summarize_blocks(
