@@ -73,13 +73,20 @@ def _text(report: Report) -> str:
     terminal = sys.stdout.isatty()
     out = io.StringIO()
     width = None if terminal else 100
-    console = Console(file=out, force_terminal=terminal, width=width, highlight=False)
+    console = Console(
+        file=out,
+        force_terminal=terminal,
+        force_jupyter=False,  # It would print by itself there, and leave `out` empty.
+        width=width,
+        highlight=False,
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     names = {layer.name: layer for layer in report.layers}
-    table.add_column("layer", overflow="fold", min_width=min(32, max(map(len, names))))
+    table.add_column("layer", overflow="fold", min_width=min(20, max(map(len, names))))
     for name in ("features", "rows", "eff.", "updates", "drift", "var", "KL", "max"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("findings")
+    widest = max((len(f.kind) for f in report.findings), default=0)
+    table.add_column("findings", min_width=max(widest, len("findings")))
     for name, layer in names.items():
         s = layer.summary()
         kinds = [Text(f.kind, _STYLES[f.severity]) for f in report.of(layer)]

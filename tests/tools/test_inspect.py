@@ -1,5 +1,6 @@
 """Plants each fault and sees it named, at the right layer; and no other."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -767,6 +768,20 @@ def test_table_in_colors_on_a_terminal(faulty: Report, monkeypatch: pytest.Monke
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b[" in str(faulty)
+
+
+def test_table_in_a_notebook(faulty: Report, monkeypatch: pytest.MonkeyPatch):
+    text = str(faulty)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(faulty) == text
+
+
+def test_long_names_leave_room_for_findings(faulty: Report):
+    def rename(layer: Any) -> Any:
+        return dataclasses.replace(layer, layer=f"stage2_block1/short_{layer.layer}")
+
+    text = str(dataclasses.replace(faulty, layers=tuple(map(rename, faulty.layers))))
+    assert re.search(r" findings$", text, re.MULTILINE)
 
 
 def test_dict(faulty: Report):
