@@ -1,5 +1,6 @@
 """Strict JAX, eight virtual CPU devices, and a generator seeded by the test's name."""
 
+import collections
 import importlib
 import warnings
 import zlib
@@ -14,6 +15,25 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+# It is for type checkers alone.
+collect_ignore = ["types_of_a_user.py"]
+
+# Compiling takes most of the time of the tests. Of a sweep this many cases are quick.
+SAMPLE = 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases of a sweep as slow, but for a sample that is always the same."""
+    sweeps = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sweep") and not item.get_closest_marker("slow"):
+            sweeps[item.nodeid.partition("[")[0]].append(item)
+    for cases in sweeps.values():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in cases[SAMPLE:]:
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -17,6 +17,9 @@ import jbn
 from jbn import BatchStats, Moments
 
 
+pytestmark = pytest.mark.sweep
+
+
 FEATURES = 3
 update = jax.jit(jbn.update_batch_stats, static_argnames=("unbiased", "second_moment"))
 # Ten float32 updates, each rounded a few times.

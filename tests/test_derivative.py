@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 import jbn
 
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("x64")]
 
 
 def ours(x, weights, scale, bias, epsilon):

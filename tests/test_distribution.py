@@ -15,6 +15,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jbn
 
 
+pytestmark = pytest.mark.sweep
+
+
 FEATURES = 3
 ROWS = 6  # a device
 SCALE, BIAS = np.array([0.5, 1.0, -2.0], "f"), np.array([0.1, 0.2, 0.3], "f")

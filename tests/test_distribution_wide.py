@@ -20,6 +20,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jbn
 
 
+pytestmark = pytest.mark.sweep
+
+
 FEATURES = 3
 ROWS = 6  # a device
 EPSILON = 0.5  # of the size of the variance, so that no rounding error is amplified

@@ -14,6 +14,9 @@ import jbn
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 STATIC = (
     "use_running_average",
     "update_stats",

@@ -19,6 +19,9 @@ import jbn
 import jbn.nnx
 
 
+pytestmark = pytest.mark.sweep
+
+
 ACTIVATIONS = {
     "none": lambda z: z,
     "relu": jax.nn.relu,

@@ -16,6 +16,9 @@ import jbn
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 # Numbers of rows in each segment, and how many rows there are with their padding.
 LENGTHS = {
     "plain": ([2, 3, 1], 6),

@@ -17,6 +17,9 @@ import jbn
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 FEATURES = 3
 TRIM, MOMENTUM, EPSILON = 4.0, 0.9, 1e-3
 LESS: Any = {"rtol": 1e-5, "atol": 1e-5}

@@ -13,6 +13,9 @@ import jbn
 from jbn import BatchStats, Moments
 
 
+pytestmark = pytest.mark.sweep
+
+
 update = jax.jit(jbn.update_batch_stats, static_argnames=("unbiased",))
 STEPS = 10
 # Ten float32 updates, each rounded twice.

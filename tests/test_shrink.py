@@ -17,6 +17,9 @@ import jbn
 from jbn import BatchStats, Moments, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 FEATURES = 3
 MOMENTUM, EPSILON = 0.7, 1e-3
 LESS: Any = {"rtol": 1e-5, "atol": 1e-5}

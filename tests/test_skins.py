@@ -19,6 +19,9 @@ import jbn.linen
 import jbn.nnx
 
 
+pytestmark = pytest.mark.sweep
+
+
 SHAPE = (4, 6, 3, 2)
 
 

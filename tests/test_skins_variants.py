@@ -16,6 +16,9 @@ import jbn.linen
 import jbn.nnx
 
 
+pytestmark = pytest.mark.sweep
+
+
 SHAPE = (7, 4, 3)
 IDS = np.asarray([0, 2, 1, 0, 2, 2, 0])
 

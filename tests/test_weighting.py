@@ -17,6 +17,9 @@ import jbn
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 FEATURES = 2
 # A dozen float32 roundings.
 LESS: Any = {"rtol": 1e-5, "atol": 1e-5}

@@ -13,6 +13,9 @@ import jbn.linen
 from jbn.models import Discriminator, Generator
 
 
+pytestmark = pytest.mark.sweep
+
+
 PLAIN = partial(jbn.linen.BatchNorm, momentum=0.9)
 
 

@@ -13,6 +13,9 @@ import jbn.linen
 from jbn.models import MLP
 
 
+pytestmark = pytest.mark.sweep
+
+
 def make(rng, model, *shape):
     """Variables without the zeros and ones that hide what they multiply."""
     x = jnp.zeros(shape or (1, 4, 4, 3))

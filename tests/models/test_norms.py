@@ -12,6 +12,9 @@ import jbn.linen
 from jbn.models.norms import activated
 
 
+pytestmark = pytest.mark.sweep
+
+
 class Net(nn.Module):
     norm: object
 

@@ -22,6 +22,9 @@ from jbn.models import (
 from jbn.models.resnet import BasicBlock, BottleneckBlock
 
 
+pytestmark = pytest.mark.sweep
+
+
 SMALL = {"stage_sizes": (1, 1), "widths": (4, 8), "num_classes": 5, "stem": "small"}
 BLOCKS = {"basic": BasicBlock, "bottleneck": BottleneckBlock}
 

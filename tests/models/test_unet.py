@@ -14,6 +14,9 @@ import jbn.linen
 from jbn.models import UNet
 
 
+pytestmark = pytest.mark.sweep
+
+
 SMALL = {"widths": (4, 6), "num_classes": 3}
 
 

@@ -15,6 +15,9 @@ import jbn
 from jbn.ops.segments import Segments, inside, spread, total
 
 
+pytestmark = pytest.mark.sweep
+
+
 # The shape of the input, which axes are reduced, and along which of these ids vary.
 LAYOUTS = {
     "rows": ((7, 3), (0,), (0,)),

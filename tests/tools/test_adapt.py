@@ -24,6 +24,9 @@ from jbn.models import MLP
 from jbn.tools import adapt, kinds, recalibrate
 
 
+pytestmark = pytest.mark.sweep
+
+
 close = functools.partial(np.testing.assert_allclose, rtol=3e-5, atol=1e-5)
 EPSILON = 0.1
 LAYER = jbn.linen.BatchNorm(use_running_average=False)

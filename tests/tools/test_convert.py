@@ -22,7 +22,7 @@ from jbn.tools import convert, converting
 
 
 # Flax's own layers do not hold to strict promotion.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("standard_promotion")]
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 Norm = functools.partial(nn.BatchNorm, momentum=0.7, epsilon=0.1)

@@ -23,6 +23,9 @@ from jbn.tools.fold_into import fold_into_next, fold_into_previous
 from jbn.typing import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 # Of the size of the output: what the issue asks for. Float32 rounds to 6e-8, and sums
 # of some hundred terms to a few times that.
 TOLERANCE = 1e-5

@@ -21,7 +21,7 @@ from jbn.tools import convert, decays, freeze, kinds
 
 
 # Optax does not hold to strict promotion.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("standard_promotion")]
 
 
 class Block(nn.Module):

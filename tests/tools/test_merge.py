@@ -19,6 +19,9 @@ import jbn.linen
 from jbn.tools import average, fed_bn, merge, population
 
 
+pytestmark = pytest.mark.sweep
+
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from jbn.tools import from_haiku, to_haiku
 
 
 hk: Any = pytest.importorskip("haiku")
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("standard_promotion")]
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 OPTIONS: dict[str, Any] = {"momentum": 0.8, "debias": True}
 NAMES = {"": "batch_norm"}

@@ -16,7 +16,7 @@ import jbn.nnx
 from jbn.tools import from_keras, keras_options, to_keras
 
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("standard_promotion")]
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 # Of our layers in the models below, in Keras' models.
 NAMES = {"block/norm": "block/bn", "norm": "bn"}

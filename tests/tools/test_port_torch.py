@@ -21,6 +21,9 @@ from jbn.models.resnet import BottleneckBlock
 from jbn.tools import from_torch, to_torch, torch_options
 
 
+pytestmark = pytest.mark.sweep
+
+
 torch: Any = pytest.importorskip("torch")
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -27,6 +27,9 @@ from jbn.training.step import create_state, make_train_step
 from jbn.training.tasks import Supervised
 
 
+pytestmark = pytest.mark.sweep
+
+
 # Float32 against float64; data of mean 100 and standard deviation 3.
 close = functools.partial(np.testing.assert_allclose, rtol=3e-5, atol=1e-5)
 EPSILON = 0.1

@@ -19,6 +19,9 @@ from jbn.training.step import create_state
 from jbn.training.tasks import Supervised
 
 
+pytestmark = pytest.mark.sweep
+
+
 Parallel = Literal["pmap", "jit"]
 SHAPE = (4, 4, 1)
 WAYS = [("pmap", 1), ("pmap", 4), ("jit", 1), ("jit", 8)]

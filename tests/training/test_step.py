@@ -22,6 +22,9 @@ from jbn.training.step import create_state, make_train_step
 from jbn.training.tasks import Supervised
 
 
+pytestmark = pytest.mark.sweep
+
+
 Parallel = Literal["pmap", "jit"]
 NUM_ROWS, BATCH_SIZE, EPOCHS = 51, 16, 3  # The last batch of an epoch has 3 rows.
 SHAPE = (4, 4, 1)

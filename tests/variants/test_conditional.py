@@ -15,6 +15,9 @@ import jbn.nnx
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 STATIC = ("use_running_average", "update_stats", "axis", "one_plus", "unbiased")
 conditional = jax.jit(jbn.conditional_batch_norm, static_argnames=STATIC)
 train = functools.partial(conditional, use_running_average=False)

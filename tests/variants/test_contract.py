@@ -23,6 +23,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jbn
 
 
+pytestmark = pytest.mark.sweep
+
+
 SHAPE = (16, 3, 3)  # images, places, features
 DOMAINS = 3
 # References, and derivatives, are only compiled to be run once.

@@ -13,6 +13,9 @@ import jbn
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 STATIC = ("use_running_average", "update_stats", "axis", "num_domains", "unbiased")
 domain_norm = jax.jit(jbn.domain_batch_norm, static_argnames=STATIC)
 train = functools.partial(domain_norm, use_running_average=False)

@@ -18,6 +18,9 @@ import jbn.nnx
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 CLOSE: Any = {"rtol": 1e-5, "atol": 1e-5}  # sums of some ten float32 numbers
 SWITCHES = ("freeze_affine", "freeze_stats", "freeze_mode")
 

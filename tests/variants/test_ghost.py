@@ -15,6 +15,9 @@ import jbn
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 STATIC = ("use_running_average", "update_stats", "axis", "unbiased")
 ghost = jax.jit(jbn.ghost_batch_norm, static_argnames=(*STATIC, "num_groups"))
 batch_norm = jax.jit(jbn.batch_norm, static_argnames=STATIC)

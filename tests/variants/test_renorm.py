@@ -16,6 +16,9 @@ import jbn.nnx
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 STATIC = ("use_running_average", "update_stats", "axis")
 renorm = jax.jit(jbn.batch_renorm, static_argnames=STATIC)
 batch_norm = jax.jit(jbn.batch_norm, static_argnames=STATIC)

@@ -18,6 +18,9 @@ import jbn
 from jbn import BatchStats, Params
 
 
+pytestmark = pytest.mark.sweep
+
+
 SHAPE = (6, 4, 5)
 # What is stored of SHAPE: single elements, vectors, or planes; and where features are.
 LAYOUTS = {
