@@ -294,9 +294,12 @@ def _expand_weights(weights: ArrayLike, name: str, lay: Layout) -> jax.Array:
     """
     weights = jnp.asarray(weights)
     shape, rank = weights.shape, len(lay.shape)
+    wanted, whose = _row_shape(lay), "a row"
+    if len(shape) < len(lay.rows) and shape == lay.rows[: len(shape)]:
+        wanted, whose = _leading(lay, shape), "for each of the leading axes"
     fix = (
-        f" Give it the rank of `x`, with 1 where it does not vary: for one entry a row"
-        f" reshape it to {_row_shape(lay)}."
+        " Give it the rank of `x`, with 1 where it does not vary: for one entry"
+        f" {whose} give it the shape {wanted}."
     )
 
     def fits(candidate: tuple[int, ...]) -> bool:
@@ -345,11 +348,7 @@ def row_ids(ids: Any, name: str, lay: Layout) -> jax.Array:
             f" {lay.shape}, have shape {lay.rows}."
         )
     if len(shape) < rank:
-        sizes = iter(shape)
-        shape = [
-            1 if a in lay.feature_axes else next(sizes, 1)
-            for a in range(len(lay.shape))
-        ]
+        shape = _leading(lay, shape)
     return jnp.asarray(ids).reshape(shape)
 
 
@@ -363,6 +362,14 @@ def check_number(value: Any, name: str, least: float | int, why: str) -> jax.Arr
     if number is not None and not number >= least:
         raise ValueError(f"`{name}` must be at least {least:g}; got {number}. {why}")
     return jnp.asarray(value)
+
+
+def _leading(lay: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what has an entry for each image, say, at the rank of the input."""
+    sizes = iter(shape)
+    return tuple(
+        1 if a in lay.feature_axes else next(sizes, 1) for a in range(len(lay.shape))
+    )
 
 
 def _row_shape(lay: Layout) -> tuple[int, ...]:

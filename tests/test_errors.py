@@ -189,25 +189,31 @@ MISTAKES = {
         lambda: train(mask=np.ones(3, bool)),
         ValueError,
         "it has shape (3,), and `x` has shape (4, 2)",
-        "for one entry a row reshape it to (4, 1)",
+        "for one entry a row give it the shape (4, 1)",
+    ),
+    "mask of images": (
+        lambda: train(jnp.ones((1, 3, 5, 2)), mask=np.ones((1, 3), bool)),
+        ValueError,
+        "it has shape (1, 3), and `x` has shape (1, 3, 5, 2)",
+        "for one entry for each of the leading axes give it the shape (1, 3, 1, 1)",
     ),
     "mask of higher rank": (
         lambda: train(mask=np.ones((1, 4, 2), bool)),
         ValueError,
         "it has shape (1, 4, 2)",
-        "reshape it to (4, 1)",
+        "give it the shape (4, 1)",
     ),
     "weights of another shape": (
         lambda: train(weights=np.ones((4, 3), np.float32)),
         ValueError,
         "`weights` must broadcast to `x`: it has shape (4, 3)",
-        "reshape it to (4, 1)",
+        "give it the shape (4, 1)",
     ),
     "ambiguous mask": (
         lambda: train(X[:2], mask=np.ones(2, bool)),
         ValueError,
         "`mask` of shape (2,) is ambiguous for `x` of shape (2, 2)",
-        "for one entry a row reshape it to (2, 1)",
+        "for one entry a row give it the shape (2, 1)",
     ),
     "mask and weights": (
         lambda: train(mask=np.ones(4, bool), weights=np.ones(4, np.float32)),
@@ -421,7 +427,7 @@ def test_a_mask_of_lower_rank_is_refused_where_two_readings_fit(rng):
     x = rng.normal(size=(3, 3, 3)).astype(np.float32)
     mask = rng.random((3, 3)) < 0.5
     mask[0, 0] = True
-    with pytest.raises(ValueError, match=r"reshape it to \(3, 3, 1\)"):
+    with pytest.raises(ValueError, match=r"give it the shape \(3, 3, 1\)"):
         jbn.moments(x, mask=mask)
     for spelled in (mask[..., None], mask[None], mask[:, None]):
         got = jbn.moments(x, mask=spelled)

@@ -161,7 +161,7 @@ def test_flax_takes_a_mask_for_the_wrong_axis(rng):
     mask = np.tile([True, True, False], (3, 1))
     _, theirs = flax(x, mask)
     assert np.isnan(theirs["mean"][2])  # no third position, not no third feature
-    with pytest.raises(ValueError, match=r"reshape it to \(3, 3, 1\)"):
+    with pytest.raises(ValueError, match=r"give it the shape \(3, 3, 1\)"):
         ours(x, mask=mask)
     _, stats = ours(x, mask=mask[..., None])
     np.testing.assert_allclose(stats.mean, x[:, :2].mean((0, 1)), rtol=1e-5, atol=1e-6)
