@@ -86,7 +86,8 @@ def merge(*parts: Moments) -> Moments:
         The moments of all rows.
 
     Raises:
-        TypeError: If there is nothing to merge, or something else than `Moments`.
+        TypeError: If there is nothing to merge, or something else than `Moments` of
+            floating or complex means.
         ValueError: If the features differ.
 
     Example:
@@ -107,6 +108,11 @@ def merge(*parts: Moments) -> Moments:
             raise TypeError(
                 "`merge` takes `Moments`, one after the other; got"
                 f" {type(part).__name__}. Unpack a sequence: `merge(*parts)`."
+            )
+        if not jnp.issubdtype(part.mean.dtype, jnp.inexact):
+            raise TypeError(
+                "`mean` of `Moments` must be of a floating or complex dtype; got"
+                f" {part.mean.dtype}."
             )
     shapes = {tuple(p.mean.shape) for p in parts}
     if len(shapes) > 1:

@@ -377,6 +377,12 @@ MISTAKES = {
         "got none",
         "takes at least one `Moments`",
     ),
+    "means of integers": (
+        lambda: jbn.merge(jbn.Moments(jnp.ones(2), jnp.array([1, 2]), jnp.ones(2))),
+        TypeError,
+        "got int32",
+        "`mean` of `Moments` must be of a floating or complex dtype",
+    ),
     "other features to merge": (
         lambda: jbn.merge(jbn.moments(X), jbn.moments(X.T)),
         ValueError,
