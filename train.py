@@ -25,7 +25,7 @@ from jbn.training.guard import Guard
 from jbn.training.loader import ahead, empty_chunk, load
 from jbn.training.metrics import MetricsFile, Sums, peak_memory, show
 from jbn.training.report import Events, Profile, Report
-from jbn.training.step import create_state, make_train_step
+from jbn.training.step import initialize, make_train_step
 from jbn.training.subcommands import COMMANDS, run_command
 
 
@@ -81,7 +81,7 @@ def train(config: Config) -> int:
     # ---- Model, optimizer, steps -----------------------------------------------------
 
     task = make_task(config, dataset, executor, steps_per_epoch=steps_per_epoch)
-    state = create_state(task, config.seed, averaged=config.ema_decay is not None)
+    state = initialize(task, config.seed, averaged=config.ema_decay is not None)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     train_steps = executor.train(
         make_train_step(task, seed=config.seed, ema_decay=config.ema_decay)

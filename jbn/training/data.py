@@ -1,12 +1,14 @@
 """Data sets of images by their TFDS name, read without TensorFlow."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from jbn.training.decoded import keep
 from jbn.training.errors import UsageError
 
 
@@ -278,6 +280,17 @@ def _on_disk(
 def _in_memory(
     builder: Any, split: str, image_key: str, label_key: str | None, size: int | None
 ) -> InMemory:
+    # In the folder of the prepared set, and so gone when that is prepared anew.
+    what = "-".join(map(str, (split, image_key, label_key, size or "whole")))
+    path = Path(builder.data_dir) / f"decoded-{re.sub('[^-0-9A-Za-z_]', '_', what)}.npz"
+    return InMemory(
+        **keep(path, lambda: _decode(builder, split, image_key, label_key, size))
+    )
+
+
+def _decode(
+    builder: Any, split: str, image_key: str, label_key: str | None, size: int | None
+) -> dict[str, np.ndarray]:
     source = _source(builder, split)
     images, labels = [], []
     for start in range(0, len(source), _READ_AT_ONCE):
@@ -301,7 +314,7 @@ def _in_memory(
     label = np.asarray(labels).astype(np.int32)
     if label.min() < 0:
         raise UsageError(f"The split `{split}` of `{builder.name}` has no labels.")
-    return InMemory(np.stack(images), label)
+    return {"image": np.stack(images), "label": label}
 
 
 _VOID = 255  # Of pixels without a label, as in Pascal VOC.

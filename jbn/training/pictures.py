@@ -182,3 +182,13 @@ def new_figure(width: float | int, height: float | int) -> Any:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def render(figure: Any) -> np.ndarray:
+    """The pixels of a figure from `new_figure`: uint8 of (height, width, 3).
+
+    They are drawn once, as that takes longer than all else about a picture.
+    """
+    if figure.stale:
+        figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from PIL import Image
 
 from jbn.training import pictures
 from jbn.training.metrics import Line, Metric
@@ -42,7 +42,8 @@ class Report:
             return
         curves = pictures.curves(history, self._metric, self._title)
         for name, figure in {"curves": curves, **self.figures}.items():
-            figure.savefig(self._workdir / f"{name}.png")
+            image = Image.fromarray(pictures.render(figure))
+            image.save(self._workdir / f"{name}.png")
 
 
 class Events:
@@ -79,8 +80,7 @@ class Events:
                 tag = f"{rest}/{split}" if is_split else f"run/{name}"
                 self._writer.add_scalar(tag, value, step)
         for name, figure in figures.items():
-            figure.canvas.draw()
-            pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+            pixels = pictures.render(figure)
             self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from PIL import Image
 from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.utils import Size
 
-from jbn.training import idx
+from jbn.training import data, idx
 from jbn.training.batches import plan_epoch
 from jbn.training.data import InMemory, OnDisk, load_dataset, read_images
 from jbn.training.errors import UsageError
@@ -137,6 +138,35 @@ def test_images_are_resized(data_dir: Path):
     image = in_memory("digits", data_dir=data_dir, image_size=6).image
     assert image.shape == (1437, 6, 6, 1)
     assert image.std() > 50
+
+
+def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another size is another file; and what is prepared anew is decoded anew."""
+    decode, decoded = data._decode, []
+
+    def counted(builder: Any, split: str, *args: Any) -> Any:
+        decoded.append(split)
+        return decode(builder, split, *args)
+
+    monkeypatch.setattr(data, "_decode", counted)
+    first = load_dataset("digits", data_dir=tmp_path)
+    again = load_dataset("digits", data_dir=tmp_path)
+    assert decoded == ["train", "test"]
+    assert again.image_shape == (8, 8, 1)
+    for name in ("train", "test"):
+        for key in ("image", "label"):
+            value = getattr(getattr(first, name), key)
+            read = getattr(getattr(again, name), key)
+            assert read.dtype == value.dtype
+            np.testing.assert_array_equal(read, value)
+    assert in_memory("digits", data_dir=tmp_path, image_size=6).image.shape[1] == 6
+    assert in_memory("digits", data_dir=tmp_path, target=None).label.sum() == 0
+    assert len(decoded) == 6
+    in_memory("digits", data_dir=tmp_path)
+    assert len(decoded) == 6
+    shutil.rmtree(tmp_path / "digits")
+    in_memory("digits", data_dir=tmp_path)
+    assert len(decoded) == 8
 
 
 def test_files_at_hand(

@@ -1,6 +1,7 @@
 """Metrics: sums, the file of JSON lines; and what is drawn and written of them."""
 
 import importlib
+import io
 import json
 import struct
 from pathlib import Path
@@ -243,6 +244,22 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made.figures["confusion"] = pictures.confusion(np.eye(2, dtype=int), "ab")
     made.draw([make(1)])
     assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "confusion.png"}
+
+
+def test_a_figure_is_drawn_once(monkeypatch: pytest.MonkeyPatch):
+    figure = pictures.confusion(np.eye(2, dtype=int), "ab")
+    draw, draws = figure.canvas.draw, []
+    monkeypatch.setattr(figure.canvas, "draw", lambda: draws.append(draw()))
+    first = pictures.render(figure)
+    np.testing.assert_array_equal(pictures.render(figure), first)
+    assert len(draws) == 1
+    width, height = figure.canvas.get_width_height()
+    assert first.shape == (height, width, 3)
+    assert first.dtype == np.uint8
+    file = io.BytesIO()
+    figure.savefig(file)
+    saved = np.asarray(Image.open(file).convert("RGB"))
+    np.testing.assert_array_equal(first, saved)
 
 
 def read_events(path: Path) -> list[Any]:

@@ -18,7 +18,7 @@ from jbn.training.data import InMemory
 from jbn.training.executor import Executor
 from jbn.training.loader import load
 from jbn.training.state import TrainState
-from jbn.training.step import create_state, make_train_step
+from jbn.training.step import create_state, initialize, make_train_step
 from jbn.training.tasks import Supervised
 
 
@@ -270,6 +270,18 @@ def test_dispatch(split: InMemory, parallel: Parallel):
         metrics = executor.get(metrics)
         np.testing.assert_allclose(metrics["loss"][0], together["loss"][i], rtol=1e-5)
     assert len(traces) == 2
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_initialize_makes_what_create_state_makes(averaged: bool):
+    """To the bit, whatever the compiler's effort; no buffer is given twice."""
+    task = make_task()
+    found = initialize(task, 3, averaged=averaged)
+    expected = create_state(task, 3, averaged=averaged)
+    assert bool(found.average) == averaged
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(found)]
+    assert len(set(buffers)) == len(buffers)
 
 
 @pytest.mark.parametrize(("parallel", "num_devices"), [("pmap", 4), ("jit", 4)])

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import re
 import shutil
@@ -50,12 +51,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with trained runs, `mlp` and `ema`, and untrained ones of any model."""
     home = tmp_path_factory.mktemp("home")
     data = f"--data-dir={home}/data"
-    for name, flags in {
-        # Of a large step, so that the best is not the last.
-        "mlp": ["--epochs=2", "--learning-rate=0.3", "--momentum=0.5", "--seed=1"],
-        "ema": ["--epochs=1", "--ema-decay=.9"],
-    }.items():
-        assert main([*flags, data, f"--workdir={home / name}"])[0] == 0
+    # The best is not to be the last. With so large a step it depends on the processor
+    # for which seeds that is so.
+    flags = ["--epochs=2", "--learning-rate=0.3", "--momentum=0.5", data]
+    for seed in itertools.count():
+        assert seed < 20
+        assert main([*flags, f"--seed={seed}", f"--workdir={home / 'mlp'}"])[0] == 0
+        first, last = MetricsFile(home / "mlp" / "metrics.jsonl").read()
+        if first["test_accuracy"] > last["test_accuracy"]:
+            break
+        shutil.rmtree(home / "mlp")
+    flags = ["--epochs=1", "--ema-decay=.9", data]
+    assert main([*flags, f"--workdir={home / 'ema'}"])[0] == 0
     untrained("gan", home, "--model=dcgan", "--image-size=8")
     untrained("unet", home, "--model=unet", "--image-size=8")
     return home
@@ -123,8 +130,7 @@ def test_eval_is_what_the_run_says(standing: Path):
         }
         for line in history
     }
-    best = max(history, key=lambda line: (line["test_accuracy"], line["epoch"]))["step"]
-    assert best == 23, "another seed is needed"
+    best = 23  # After the first epoch: see `home`.
     before = files(standing)
     for args, step in {
         ("mlp",): 46,

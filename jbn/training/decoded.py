@@ -1,0 +1,49 @@
+"""Keeps images that have been decoded, so that later runs need not decode them."""
+
+import contextlib
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+Arrays = Mapping[str, np.ndarray]
+
+_MOST_BYTES = 2**30
+
+
+def keep(path: Path, make: Callable[[], Arrays]) -> Arrays:
+    """Reads arrays from a file, or makes them and writes it.
+
+    A file that cannot be read is made anew. One that cannot be written is left out, and
+    so is one of more than 1 GiB: the next run then makes the arrays again.
+
+    Args:
+        path: A `.npz` file. Its name must say all that the arrays depend on.
+        make: Makes the arrays.
+
+    Returns:
+        The arrays, by name.
+    """
+    # (What is wrong with a broken file depends on where it is broken off.)
+    with contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile):
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return dict(archive)
+    arrays = make()
+    if sum(x.nbytes for x in arrays.values()) <= _MOST_BYTES:
+        with contextlib.suppress(OSError):
+            _write(path, arrays)
+    return arrays
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    # In one step: other runs may read it, or write it too.
+    new = path.with_name(f".{path.stem}-{secrets.token_hex(8)}.npz")
+    try:
+        np.savez(new, **arrays)  # type: ignore[arg-type]
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
