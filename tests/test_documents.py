@@ -142,7 +142,7 @@ def test_everything_public_is_in_the_reference(module):
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
-        if alias.asname == alias.name
+        if alias.asname is not None and alias.asname == alias.name
     }
     missing = {name for name in public if getattr(package, name) not in documented}
     assert public

@@ -236,11 +236,11 @@ def test_inference_needs_no_axis(rng):
     want = nn.BatchNorm(use_running_average=True, **others)
     ours = jbn.BatchNorm(use_running_average=True, **others)
     variables = ours.init(jax.random.key(0), x)
-    np.testing.assert_allclose(
-        ours.apply(variables, x), want.apply(variables, x), rtol=1e-6
-    )
+    expected: Any = want.apply(variables, x)
+    found: Any = ours.apply(variables, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
     layer = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), use_running_average=True, **others)
-    np.testing.assert_allclose(layer(x), want.apply(variables, x), rtol=1e-6)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-6)
     with pytest.raises(NameError, match="Under plain `jit` leave it None"):
         ours.apply(variables, x, update_stats=True, mutable=["batch_stats"])
 
