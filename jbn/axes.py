@@ -1,7 +1,6 @@
 """Which axes hold features, which are reduced, and every message about shapes."""
 
 import dataclasses
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any, overload
@@ -50,50 +49,6 @@ class Layout:
         shape = (*stat.shape[:extra], *self.features)
         stat = jnp.squeeze(stat, [extra + a for a in self.reduction_axes])
         return jnp.broadcast_to(stat, shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """A view of arrays of one rank in which neighboring axes are one.
-
-    XLA on CPU sums over one axis up to ten times as fast as over three.
-    """
-
-    runs: tuple[tuple[int, ...], ...]  # the axes that each axis of the view is made of
-    axes: tuple[int, ...]  # those of the view that are summed over
-
-    @classmethod
-    def of(cls, axes: tuple[int, ...], *arrays: Any, merge: bool) -> "Merged":
-        """Merges `axes` that are next to each other, if all `arrays` are alike there.
-
-        Alike is to have size 1 along both, or along neither.
-        """
-        shapes = [v.shape for v in arrays if v is not None]
-        runs: list[tuple[int, ...]] = []
-        for a in range(len(shapes[0])):
-            if (
-                merge
-                and a in axes
-                and a - 1 in axes
-                and all((shape[a] == 1) == (shape[a - 1] == 1) for shape in shapes)
-            ):
-                runs[-1] += (a,)
-            else:
-                runs.append((a,))
-        summed = tuple(i for i, run in enumerate(runs) if run[0] in axes)
-        return cls(tuple(runs), summed)
-
-    def view(self, v: Any) -> Any:
-        """An array in the view; `None` is `None`."""
-        if v is None:
-            return None
-        return v.reshape([math.prod(v.shape[a] for a in run) for run in self.runs])
-
-    def stat(self, v: jax.Array, lead: int = 0) -> jax.Array:
-        """A statistic of the view, with `lead` more axes in front, at the full rank."""
-        sizes = zip(self.runs, v.shape[lead:], strict=True)
-        shape = [n for run, size in sizes for n in (size, *[1] * (len(run) - 1))]
-        return v.reshape((*v.shape[:lead], *shape))
 
 
 @dataclasses.dataclass(frozen=True)

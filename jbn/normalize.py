@@ -9,11 +9,10 @@ import numpy as np
 from jax import lax
 
 from jbn import axes
-from jbn.axes import Rows
 from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
 from jbn.ops.segments import spread
-from jbn.summary import merged
+from jbn.ops.sums import Merged
 from jbn.typing import (
     Activation,
     ArrayLike,
@@ -273,8 +272,8 @@ def _tangent(rows, dtype, activation, primals, tangents):
     if segments is None:
         # Fewer axes, as the sums are faster then.
         ones = tuple(a for a, n in enumerate(stats.mean.shape) if n == 1)
-        over = Rows(ones) if rows is None else rows
-        whole = merged(over, x, weights, *stats, scale, bias)
+        over = ones if rows is None else rows.axes
+        whole = Merged.of(over, x, weights, *stats, scale, bias)
         merge = lambda tree: jax.tree.map(whole.view, tree)
         x, weights, stats, scale, bias, residual = merge(
             (x, weights, stats, scale, bias, residual)

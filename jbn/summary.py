@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbn.axes import Merged, Rows
+from jbn.axes import Rows
 from jbn.ops import xla
+from jbn.ops.placement import num_shards
 from jbn.ops.segments import Segments, in_blocks
+from jbn.ops.sums import Merged
 
 
 # Longest plain sum. XLA on CPU adds rows one by one, and the rounding error of n such
@@ -153,33 +155,11 @@ def _place(v: jax.Array, slots: np.ndarray, slot: jax.Array | np.ndarray) -> jax
     return jnp.where(jnp.expand_dims(here, range(here.ndim, v.ndim)), v, 0)
 
 
-def merged(rows: Rows, *arrays: Any) -> Merged:
-    """A view of arrays of the rank of the input, with fewer axes on one CPU.
-
-    Of two axes that are both cut XLA cannot make one without gathering them, and on a
-    TPU, whose arrays are in tiles, hardly any without copying.
-    """
-    merge = _platform() == "cpu" and num_shards() == 1
-    return Merged.of(rows.axes, *arrays, merge=merge)
-
-
-def _platform() -> str:
-    """What this is compiled for, as far as can be known here.
-
-    Of the mesh in `jax.set_mesh`, `shard_map` or `pmap`, or else the default.
-    """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is None:
-        return jax.default_backend()
-    # JAX 0.10.0 has no platform there, and calls a CPU's kind "cpu".
-    return getattr(device, "platform", device.device_kind)
-
-
 def _summarize_blocks(
     x: jax.Array, weights: jax.Array | None, rows: Rows, shards: int
 ) -> Summary:
     """The summaries of blocks of rows, stacked in front."""
-    whole = merged(rows, x, weights)
+    whole = Merged.of(rows.axes, x, weights)
     x, weights, axes = whole.view(x), whole.view(weights), whole.axes
     counts = _block_counts(x.shape, axes, shards)
 
@@ -260,18 +240,6 @@ def _segment_block_counts(
             counts[a] = max(1, min(wanted, shape[a], most))
             wanted, most = -(-wanted // counts[a]), most // counts[a]
     return counts
-
-
-def num_shards() -> int:
-    """How many devices an array may be spread over that looks whole to this code."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count()
-    return math.prod(
-        size
-        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind != jax.sharding.AxisType.Manual
-    )
 
 
 def _block_counts(
