@@ -4,8 +4,15 @@
 
 What is kept for the backward pass, in bytes an element of a bfloat16 input, and the
 temporary memory and bytes accessed of eight blocks of convolution, norm and ReLU, one
-after the other or in a `lax.scan`. Nothing here depends on how busy the machine is.
+after the other or in a `lax.scan`: none of which depends on how busy a machine is. And
+the time of those blocks, one after the other. (In a loop, XLA on CPU has a slow kernel
+for convolutions, and would take minutes.)
 """
+
+import timing
+
+
+timing.prepare()
 
 import functools
 import sys
@@ -83,13 +90,14 @@ def kept(make, residual, activation):
 
 
 def stack(norm, activation, dtype, scanned):
-    """Temporary memory and bytes accessed, in inputs, of a stack's gradient."""
+    """The gradient of a stack, compiled, and what to call it with."""
     features = SHAPE[-1]
-    x = jax.ShapeDtypeStruct(SHAPE, dtype)
-    variables = jax.eval_shape(norm.init, jax.random.key(0), x)
-    kernel = jax.ShapeDtypeStruct((3, 3, features, features), jnp.float32)
+    x, ct = jax.random.normal(jax.random.key(0), (2, *SHAPE))
+    x = x.astype(dtype)
+    variables = norm.init(jax.random.key(0), x)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, features, features)) / 17
     stacked = jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct((DEPTH, *v.shape), v.dtype), (kernel, variables)
+        lambda v: jnp.broadcast_to(v, (DEPTH, *v.shape)), (kernel, variables)
     )
 
     def block(x, weights):
@@ -112,11 +120,26 @@ def stack(norm, activation, dtype, scanned):
                 x, _ = block(x, jax.tree.map(lambda v, i=i: v[i], weights))
         return (x.astype(jnp.float32) * ct).sum()
 
-    ct = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
-    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(stacked, x, ct).compile()
-    size = x.size * x.dtype.itemsize
-    temporary = compiled.memory_analysis().temp_size_in_bytes / size
-    return temporary, compiled.cost_analysis()["bytes accessed"] / size
+    args = stacked, x, ct
+    return jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile(), args
+
+
+def compare(dtype, scanned):
+    """Time, and temporary memory and bytes accessed in inputs, of a stack by norm."""
+    found, cases = {}, {}
+    for name, (norm, activation) in stacks(jnp.dtype(dtype)).items():
+        compiled, args = stack(norm, activation, jnp.dtype(dtype), scanned)
+        size = args[1].nbytes
+        found[name] = {
+            "temporary": compiled.memory_analysis().temp_size_in_bytes / size,
+            "accessed": compiled.cost_analysis()["bytes accessed"] / size,
+        }
+        cases[name] = functools.partial(compiled, *args)
+    if not scanned:
+        times = timing.interleaved(cases, rounds=5, wait=jax.block_until_ready)
+        for name, of_norm in found.items():
+            of_norm["flax"] = timing.ratio(times, name, "flax.linen")
+    return found
 
 
 def stacks(dtype):
@@ -169,22 +192,22 @@ def main():
     stacked = []
     for dtype in ("bfloat16", "float32"):
         for scanned in (False, True):
-            for name, (norm, activation) in stacks(jnp.dtype(dtype)).items():
-                temporary, accessed = stack(norm, activation, jnp.dtype(dtype), scanned)
-                line = {"dtype": dtype, "scanned": scanned, "norm": name}
-                stacked.append(line | {"temporary": temporary, "accessed": accessed})
+            line = {"dtype": dtype, "scanned": scanned}
+            found = compare(dtype, scanned)
+            stacked += [line | {"norm": name} | of for name, of in found.items()]
     first = evidence.table(
         ["kept, bytes an element", *WHAT],
         [[n, *(f"{v[w]:.1f}" for w in WHAT)] for n, v in bytes_kept.items()],
     )
     second = evidence.table(
-        ["8 blocks", "norm", "temporary memory, inputs", "bytes accessed, inputs"],
+        ["8 blocks", "norm", "temporary memory, inputs", "bytes", "time, / Flax's"],
         [
             [
                 f"{r['dtype']}, {'scan' if r['scanned'] else 'unrolled'}",
                 r["norm"],
                 f"{r['temporary']:.1f}",
                 f"{r['accessed']:.0f}",
+                "" if r["scanned"] else f"{r['flax']:.2f}",
             ]
             for r in stacked
         ],

@@ -115,7 +115,7 @@ def memory_kept():
 
 
 def memory_stack():
-    """Temporary memory and bytes accessed."""
+    """Temporary memory, bytes accessed and time."""
     content = load("memory")
     rows, base = [], {}
     for r in content["results"]["stack"]:
@@ -129,10 +129,11 @@ def memory_stack():
                 ratio(r["temporary"] / base["temporary"]),
                 f"{r['accessed']:.0f}",
                 ratio(r["accessed"] / base["accessed"]),
+                ratio(r.get("flax")),
             ]
         )
     header = ["eight blocks", "norm", "temporary memory, inputs", "/ Flax's"]
-    header += ["bytes accessed, inputs", "/ Flax's"]
+    header += ["bytes accessed, inputs", "/ Flax's", "time, / Flax's"]
     return f"{table(header, rows)}\n\n{about(content, 'jax', 'flax')}"
 
 
@@ -143,9 +144,13 @@ def network():
     for r in content["results"]:
         own, flax = r["jbn"], r["flax.linen"]
         shares = (own[k] / flax[k] for k in ("temporary_bytes", "bytes_accessed"))
-        times = (f"{v['seconds']:.3f} s" for v in (flax, own))
+        times = ["compiled only", "", ""]
+        if "seconds" in own:
+            times = [f"{v['seconds']:.3f} s" for v in (flax, own)] + [
+                ratio(own["flax"])
+            ]
         name = f"{r['model']}, {r['dtype']}"
-        rows.append([name, *times, ratio(own["flax"]), *map(ratio, shares)])
+        rows.append([name, *times, *map(ratio, shares)])
     header = ["step", "flax.linen", "jbn", "time, jbn / Flax", "temporary memory"]
     header += ["bytes accessed"]
     text = about(content, "jax", "flax")

@@ -11,8 +11,8 @@ from jax import lax
 from jbn import axes
 from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
+from jbn.ops.cpu import Merged, once, repeat
 from jbn.ops.segments import spread
-from jbn.ops.sums import Merged
 from jbn.typing import (
     Activation,
     ArrayLike,
@@ -268,7 +268,7 @@ def _tangent(rows, dtype, activation, primals, tangents):
     """
     x, weights, segments, stats, scale, bias, epsilon, residual = primals
     dx, dweights, _, dstats, dscale, dbias, depsilon, dresidual = tangents
-    shape = x.shape
+    shape, over = x.shape, ()
     if segments is None:
         # Fewer axes, as the sums are faster then.
         ones = tuple(a for a, n in enumerate(stats.mean.shape) if n == 1)
@@ -281,7 +281,8 @@ def _tangent(rows, dtype, activation, primals, tangents):
         dx, dweights, dstats, dscale, dbias, dresidual = merge(
             (dx, dweights, dstats, dscale, dbias, dresidual)
         )
-        rows = None if rows is None else dataclasses.replace(rows, axes=whole.axes)
+        over = whole.axes
+        rows = None if rows is None else dataclasses.replace(rows, axes=over)
     # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
     dx = None if dx is None else xla.wide(dx)
     of_element = lax.optimization_barrier((x, stats.mean, residual))
@@ -300,8 +301,8 @@ def _tangent(rows, dtype, activation, primals, tangents):
         dvar = depsilon if dvar is None else dvar + depsilon
 
     wide = stats.mean.dtype
-    rstd = gain(stats.var, epsilon, None).astype(wide)
-    slope = gain(stats.var, epsilon, scale).astype(wide)
+    rstd = once(gain(stats.var, epsilon, None), x.shape).astype(wide)
+    slope = once(gain(stats.var, epsilon, scale), x.shape).astype(wide)
     dgain = None if dscale is None else dscale.astype(wide)
     if dvar is not None:
         of_var = -slope * rstd * (dvar / 2).astype(wide)
@@ -309,6 +310,12 @@ def _tangent(rows, dtype, activation, primals, tangents):
     dshift = dbias = None if dbias is None else dbias.astype(wide)
     if dmean is not None:
         dshift = -slope * dmean if dshift is None else dshift - slope * dmean
+
+    def each_row(stat):
+        """Gives each row what belongs to a feature; transposed, a sum over the rows."""
+        if segments is None:
+            return repeat(stat, x, over)
+        return spread(stat, segments)
 
     def finish(view, tangent, where_ignored):
         """What comes of a tangent before the activation."""
@@ -332,11 +339,11 @@ def _tangent(rows, dtype, activation, primals, tangents):
         dy += finish(of_element, scaled + skipped, skipped)
     if dgain is not None or dshift is not None:
         x, mean, _ = of_feature
-        shifted = zero if dshift is None else spread(dshift, segments)
+        shifted = zero if dshift is None else each_row(dshift)
         if dgain is not None:
             xh = xla.center(x, mean, weights, segments) * spread(rstd, segments)
-            shifted = shifted + xh * spread(dgain, segments)
-        of_bias = 0 if dbias is None else spread(dbias, segments)
+            shifted = shifted + xh * each_row(dgain)
+        of_bias = 0 if dbias is None else each_row(dbias)
         dy += finish(of_feature, shifted, of_bias)
     return dy.astype(dtype).reshape(shape)
 
@@ -358,8 +365,10 @@ def _formula(dtype, activation, operands):
 def _before(operands):
     """What the activation is applied to, in wide arithmetic."""
     x, weights, segments, stats, scale, bias, epsilon, residual = operands
-    y = xla.center(x, stats.mean, weights, segments)
-    y = y * spread(gain(stats.var, epsilon, scale).astype(y.dtype), segments)
+    mean = once(stats.mean, x.shape)
+    slope = once(gain(stats.var, epsilon, scale), x.shape)
+    y = xla.center(x, mean, weights, segments)
+    y = y * spread(slope.astype(y.dtype), segments)
     if bias is not None:
         y = y + spread(bias.astype(y.dtype), segments)
     if residual is not None:

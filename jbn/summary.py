@@ -12,14 +12,16 @@ from jax import lax
 
 from jbn.axes import Rows
 from jbn.ops import xla
-from jbn.ops.placement import num_shards
+from jbn.ops.cpu import Merged
+from jbn.ops.placement import num_shards, one_cpu
 from jbn.ops.segments import Segments, in_blocks
-from jbn.ops.sums import Merged
 
 
 # Longest plain sum. XLA on CPU adds rows one by one, and the rounding error of n such
 # additions grows like the root of n, or faster.
 _BLOCK_ROWS = 2048
+# The same where sums are folded first.
+_FOLDED_BLOCK_ROWS = 8 * _BLOCK_ROWS
 # Most summaries that travel in one all-reduce. Each has a slot of its own there, so
 # beyond this two all-reduces of fixed size are cheaper.
 _MOST_SLOTS = 32
@@ -249,7 +251,8 @@ def _block_counts(
 
     The first one, which is where batches are sharded, gets a multiple of `shards`.
     """
-    wanted = math.prod(shape[a] for a in axes) / _BLOCK_ROWS
+    longest = _FOLDED_BLOCK_ROWS if one_cpu() else _BLOCK_ROWS
+    wanted = math.prod(shape[a] for a in axes) / longest
     counts = {}
     for a in axes:
         base = shards if a == axes[0] else 1

@@ -20,7 +20,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # It is for type checkers alone.
 collect_ignore = ["types_of_a_user.py"]
 
-# Compiling takes most of the time of the tests. Of a sweep this many cases are quick.
+# Compiling takes most of the time of the tests. Of a sweep this many cases are quick,
+# and one with folded sums.
 SAMPLE = 2
 
 
@@ -29,10 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     sweeps = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sweep") and not item.get_closest_marker("slow"):
-            sweeps[item.nodeid.partition("[")[0]].append(item)
-    for cases in sweeps.values():
+            folded = "folded" in item.nodeid
+            sweeps[item.nodeid.partition("[")[0], folded].append(item)
+    for (_, folded), cases in sweeps.items():
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        for item in cases[SAMPLE:]:
+        for item in cases[1 if folded else SAMPLE :]:
             item.add_marker("slow")
 
 
@@ -54,15 +56,24 @@ def x64():
         yield
 
 
-@pytest.fixture(params=["eight devices", "one device"])
-def devices(request: pytest.FixtureRequest):
-    """Whether arrays may be spread over devices: on one alone, axes are merged."""
+@pytest.fixture(params=["eight devices", "one device", "folded"])
+def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Whether arrays may be spread over devices, and how sums are made.
+
+    On one device axes are merged, and the sums of large arrays folded: "folded" has
+    small ones folded, too.
+    """
     if request.param == "eight devices":
         yield
-    else:
-        mesh = jax.make_mesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
-        with jax.set_mesh(mesh):
-            yield
+        return
+    if request.param == "folded":
+        monkeypatch.setattr("jbn.ops.cpu._LEAST_ELEMENTS", 1)
+        monkeypatch.setattr("jbn.ops.cpu._SHORT", 0)
+    # Each has a mesh of its own name, or it would find the other's compiled functions.
+    name = request.param.replace(" ", "_")
+    mesh = jax.make_mesh((1,), (name,), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        yield
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jbn.ops.cpu import Fold, once
 from jbn.ops.segments import Segments, spread, total
 
 
-# Rows that the shift is taken from: enough for its distance from the mean to be a
-# fraction of a standard deviation, few enough to cost nothing.
+# Rows that the shift is taken from, at most: enough for its distance from the mean to
+# be a fraction of a standard deviation, few enough to cost nothing.
 _SAMPLE_ROWS = 64
 
 
@@ -130,27 +131,48 @@ def summarize(
     """
     weight = total_weight(x, weights, axes, segments)
     per_weight = spread(reciprocal(weight), segments)
+    fold = Fold.of(x.shape, axes) if segments is None else None
 
     def mean(v: jax.Array) -> jax.Array:
-        return total(_share(v, weights, per_weight), axes, segments)
+        if fold is None:
+            return total(_share(v, weights, per_weight), axes, segments)
+        return fold.total(_share(*map(fold.view, (v, weights, per_weight))))[..., 0, :]
 
     if weights is None and segments is None:
         shift = coarse(_sample_mean(x, axes))
     else:
         # Of all rows, since any few could be padding.
         shift = coarse(mean(wide(x)))
-    around = spread(shift, segments)
-    # Written out twice: XLA on CPU only fuses a sum with a prologue of its own.
-    offset = mean(wide(x) - around)
-    square = mean(abs_square(wide(x) - around))
+    around = spread(once(shift, x.shape), segments)
+    if fold is None or jnp.iscomplexobj(x):
+        # Written out twice: XLA on CPU only fuses a sum with a prologue of its own.
+        offset = mean(wide(x) - around)
+        square = mean(abs_square(wide(x) - around))
+    else:
+        offset, square = _mean_and_square(fold, wide(x) - around, weights, per_weight)
     var = difference(square, abs_square(offset))
     return weight, shift, offset, var
+
+
+def _mean_and_square(
+    fold: Fold, d: jax.Array, weights: jax.Array | None, per_weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The means of `d` and of its square, in one loop: `d` times 1, and times `d`."""
+    # These constants belong to the data, or JAX would take them out of a `scan`, with
+    # what they are broadcast to.
+    first, one = np.array([[True], [False]]), np.ones((), d.dtype)
+    d, first, one = lax.optimization_barrier((d, first, one))
+    d, weights, per_weight = map(fold.view, (d, weights, per_weight))
+    factor = jnp.where(jnp.expand_dims(first, range(d.ndim - 2)), one, d)
+    both = fold.total(_share(d * factor, weights, per_weight))
+    return both[..., 0, :], both[..., 1, :]
 
 
 def _sample_mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """A cheap value near the mean: that of some rows, spread over `x`."""
     index = [slice(None)] * x.ndim
-    wanted = _SAMPLE_ROWS
+    rows = math.prod(x.shape[a] for a in axes)
+    wanted = min(_SAMPLE_ROWS, max(_SAMPLE_ROWS // 8, rows // 8))
     for a in axes:
         taken = max(1, min(wanted, x.shape[a]))
         step = max(1, x.shape[a] // taken)

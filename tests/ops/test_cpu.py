@@ -1,0 +1,199 @@
+"""`jbn.ops.cpu`: folded sums against NumPy, and what XLA makes of them."""
+
+import functools
+import math
+import re
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
+
+import jbn
+from jbn.ops import cpu
+from jbn.ops.cpu import Fold, Merged, once, repeat
+
+
+SHAPE = 32, 16, 16, 32  # 1 MB in float32
+
+
+@pytest.fixture
+def one_device():
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,))):
+        yield
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Folds whatever can be folded."""
+    monkeypatch.setattr(cpu, "_LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(cpu, "_SHORT", 0)
+
+
+shapes = st.lists(st.sampled_from([1, 3, 5, 8, 12, 14, 35]), min_size=1, max_size=3)
+
+
+@pytest.mark.usefixtures("one_device", "small")
+@hypothesis.given(data=st.data(), shape=shapes)
+@hypothesis.settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_folded_sums_are_sums(data, shape):
+    """Exactly, of integers; over any axes, of any number of terms."""
+    every = st.sets(st.integers(0, len(shape) - 1))
+    axes = tuple(sorted(data.draw(every)))
+    fold = Fold.of(tuple(shape), axes)
+    can = any(shape[a] % w == 0 for a in axes for w in (4, 5, 6, 7, 8))
+    assert (fold is not None) == can
+    if fold is None:
+        return
+    v = np.random.default_rng(0).integers(-9, 9, shape).astype("f")
+    v = jnp.asarray(v)
+    factors = jnp.arange(1.0, 4.0).reshape(*[1] * len(shape), 3, 1)
+    sums = fold.total(fold.view(v) * factors)
+    want = np.asarray(v).sum(axes, keepdims=True)
+    for i in range(3):
+        np.testing.assert_array_equal(sums[..., i, :], (i + 1) * want)
+    # What does not vary along the folded axis may have size 1 there.
+    weight = np.arange(shape[-1], dtype="f").reshape(*[1] * (len(shape) - 1), -1)
+    if fold.axis == len(shape) - 1:
+        weight = np.ones_like(weight[..., :1])
+    sums = fold.total(fold.view(v) * fold.view(jnp.asarray(weight)))
+    want = (np.asarray(v) * weight).sum(axes, keepdims=True)
+    np.testing.assert_array_equal(sums[..., 0, :], want)
+
+
+@pytest.mark.usefixtures("one_device", "small")
+@pytest.mark.parametrize("axes", [(0,), (0, 2), (1, 2), (2,)], ids=str)
+def test_repeating_is_the_transpose_of_a_sum(axes, rng):
+    like = jnp.zeros((8, 6, 15))
+    shape = [1 if a in axes else n for a, n in enumerate(like.shape)]
+    stat = jnp.asarray(rng.standard_normal(shape), "f")
+    assert Fold.of(like.shape, axes) is not None
+    f = lambda stat: repeat(stat, like, axes)
+    np.testing.assert_array_equal(f(stat), np.broadcast_to(stat, like.shape))
+    ct = rng.standard_normal(like.shape).astype("f")
+    (got,) = jax.jit(jax.linear_transpose(f, stat))(ct)
+    want = ct.astype(float).sum(axes, keepdims=True)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_device", "small")
+@pytest.mark.parametrize("value", [1.5, -0.0, np.inf, -np.inf, np.nan])
+def test_once_is_the_identity(value):
+    stat = jnp.full((1, 3), value)
+    got, grad = jax.jit(jax.value_and_grad(lambda v: once(v, (9, 3)).sum()))(stat)
+    np.testing.assert_array_equal(got, stat.sum())
+    np.testing.assert_array_equal(grad, jnp.ones_like(stat))
+
+
+def test_elsewhere_nothing_is_done():
+    """With eight devices, as these tests have, or with few elements."""
+    x, stat = jnp.ones(SHAPE), jnp.ones((1, 1, 1, SHAPE[-1]))
+    assert Fold.of(SHAPE, (0, 1, 2)) is None
+    assert repeat(stat, x, (0, 1, 2)) is stat
+    assert Merged.of((0, 1, 2), x).view(x).ndim == 4
+    assert once(stat, (2, 2, 2, SHAPE[-1])) is stat
+
+
+def norm(x, **options):
+    params, running = jbn.init(x.shape[options.get("axis", -1)])
+    options = {"use_running_average": False} | options
+    return jbn.batch_norm(x, params, running, **options)
+
+
+def backward(x, ct, **options):
+    return jax.vjp(lambda x: norm(x, **options)[0], x)[1](ct)[0]
+
+
+def compiled(f, *args):
+    return jax.jit(f).lower(*args).compile()
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_terms_of_sums_are_not_written_out(dtype, masked, axis):
+    """Temporary memory in float32 elements of `x`: a fraction, not one or two."""
+    x = jnp.zeros(SHAPE if axis == -1 else (32, 32, 16, 16), dtype)
+    shape = list(x.shape)
+    shape[axis] = 1
+    options = {"axis": axis, "mask": jnp.ones(shape, bool) if masked else None}
+
+    def temporary(f, *args):
+        analysis: Any = compiled(functools.partial(f, **options), *args)
+        analysis = analysis.memory_analysis()
+        return analysis.temp_size_in_bytes / (4 * math.prod(SHAPE))
+
+    # The parts that are added up, of two sums.
+    assert temporary(norm, x) < 0.3
+    # Backward, with a mask, what is centered is written out once.
+    assert temporary(backward, x, x) < 0.3 + masked
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_loops_over_elements_do_no_work_of_features(use_running_average):
+    x, (params, running) = jnp.zeros(SHAPE), jbn.init(SHAPE[-1])
+
+    def f(x, params, running):
+        return jbn.batch_norm(
+            x, params, running, use_running_average=use_running_average
+        )[0]
+
+    text = compiled(f, x, params, running).as_text()
+    loops = [
+        computation
+        for computation in text.split("\n}\n")
+        if "-> f32[32,16,16,32] {" in computation and "ENTRY" not in computation
+    ]
+    assert len(loops) == 1
+    assert "rsqrt(" not in loops[0]
+    assert "select(" not in loops[0]
+    assert loops[0].count("multiply(") == 1
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_shards_send_statistics_and_no_parts_of_sums(check_vma, rng):
+    """Inside of `shard_map` an array is whole, and its sums are folded."""
+    mesh = Mesh(np.array(jax.devices()[:2]), "d", axis_types=(AxisType.Auto,))
+    params, running = jbn.init(SHAPE[-1])
+
+    def step(x, ct, params, axis_name=None):
+        def f(x, params):
+            y, _ = jbn.batch_norm(
+                x, params, running, use_running_average=False, axis_name=axis_name
+            )
+            return y
+
+        dx, dparams = jax.vjp(f, x, params)[1](ct)
+        if axis_name is not None and not check_vma:
+            dparams = jax.lax.psum(dparams, axis_name)
+        return dx, dparams
+
+    sharded = jax.shard_map(
+        functools.partial(step, axis_name="d"),
+        mesh=mesh,
+        in_specs=(P("d"), P("d"), P()),
+        out_specs=(P("d"), P()),
+        check_vma=check_vma,
+    )
+    x, ct = rng.standard_normal((2, *SHAPE)).astype("f")
+    run = compiled(sharded, x, ct, params)
+    sent = re.findall(r"= (.*) all-reduce\(", run.as_text())
+    shapes = [dims for line in sent for dims in re.findall(r"\[([\d,]+)\]", line)]
+    assert shapes
+    for dims in shapes:
+        assert math.prod(map(int, dims.split(","))) <= 8 * SHAPE[-1]
+    got, want = run(x, ct, params), jax.jit(step)(x, ct, params)
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-2), got, want
+    )
