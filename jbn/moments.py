@@ -9,6 +9,7 @@ import numpy as np
 from jbn import axes, summary
 from jbn.axes import Rows
 from jbn.ops import xla
+from jbn.ops.passes import recomputed
 from jbn.ops.segments import Segments, spread, total
 from jbn.summary import Summary
 from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, Moments
@@ -155,7 +156,7 @@ def row_summary(
 def _row_summary_jvp(rows, primals, tangents):
     parts = row_summary(rows, *primals)
     # Recomputed, not saved: of all that the tangent reads, only `x` is large.
-    tangent = jax.checkpoint(functools.partial(row_moments_tangent, rows))
+    tangent = recomputed(functools.partial(row_moments_tangent, rows))
     moments = as_moments(parts)
     dmean, dvar, dweight = tangent(*primals, moments, *map(nonzero, tangents[:2]))
     dweight = jnp.zeros_like(parts.weight) if dweight is None else dweight

@@ -12,6 +12,7 @@ from jbn import axes
 from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
 from jbn.ops.cpu import Merged, once, repeat
+from jbn.ops.passes import apart, recomputed
 from jbn.ops.segments import spread
 from jbn.typing import (
     Activation,
@@ -240,7 +241,7 @@ def _apply_jvp(rows, dtype, activation, primals, tangents):
         read[-1] = None  # The derivative does not depend on the residual.
     # Recomputed, not saved: of all that the tangent reads, only `x` is large, and the
     # residual.
-    tangent = jax.checkpoint(functools.partial(_tangent, rows, dtype, activation))
+    tangent = recomputed(functools.partial(_tangent, rows, dtype, activation))
     dy = tangent(read, jax.tree.map(nonzero, tangents))
     # The function itself, not its formula, or second derivatives would miss the rule.
     return apply(rows, dtype, activation, *primals), dy
@@ -285,8 +286,8 @@ def _tangent(rows, dtype, activation, primals, tangents):
         rows = None if rows is None else dataclasses.replace(rows, axes=over)
     # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
     dx = None if dx is None else xla.wide(dx)
-    of_element = lax.optimization_barrier((x, stats.mean, residual))
-    of_feature = lax.optimization_barrier((x, stats.mean, residual))
+    of_element = apart((x, stats.mean, residual))
+    of_feature = apart((x, stats.mean, residual))
 
     dmean = dvar = None
     if rows is None:

@@ -13,15 +13,19 @@ from jax import lax
 from jbn.axes import Rows
 from jbn.ops import xla
 from jbn.ops.cpu import Merged
-from jbn.ops.placement import num_shards, one_cpu
+from jbn.ops.placement import num_shards, one_cpu, platform
 from jbn.ops.segments import Segments, in_blocks
 
 
 # Longest plain sum. XLA on CPU adds rows one by one, and the rounding error of n such
 # additions grows like the root of n, or faster.
 _BLOCK_ROWS = 2048
-# The same where sums are folded first.
+# The same where the first of them are added in parallel: folded on a CPU, by the rows
+# of a tile on a TPU.
 _FOLDED_BLOCK_ROWS = 8 * _BLOCK_ROWS
+# Rows of an image that is a block by itself on a TPU. There a sum over some of the
+# images, or a part of one, is a pass of its own, and one over each is not.
+_LEAST_IMAGE_ROWS, _MOST_IMAGE_ROWS = 128, 1 << 16
 # Most summaries that travel in one all-reduce. Each has a slot of its own there, so
 # beyond this two all-reduces of fixed size are cheaper.
 _MOST_SLOTS = 32
@@ -251,6 +255,12 @@ def _block_counts(
 
     The first one, which is where batches are sharded, gets a multiple of `shards`.
     """
+    if platform() == "tpu":
+        rows, images = math.prod(shape[a] for a in axes), shape[axes[0]] if axes else 1
+        if rows <= _FOLDED_BLOCK_ROWS * shards:
+            return {a: shards if a == axes[0] else 1 for a in axes}
+        if _LEAST_IMAGE_ROWS <= rows // images <= _MOST_IMAGE_ROWS:
+            return {a: images if a == axes[0] else 1 for a in axes}
     longest = _FOLDED_BLOCK_ROWS if one_cpu() else _BLOCK_ROWS
     wanted = math.prod(shape[a] for a in axes) / longest
     counts = {}

@@ -21,8 +21,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 collect_ignore = ["types_of_a_user.py"]
 
 # Compiling takes most of the time of the tests. Of a sweep this many cases are quick,
-# and one with folded sums.
+# and one each of these ways to compile (of the fixture `devices`).
 SAMPLE = 2
+WAYS = "folded", "as on a TPU"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,11 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     sweeps = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sweep") and not item.get_closest_marker("slow"):
-            folded = "folded" in item.nodeid
-            sweeps[item.nodeid.partition("[")[0], folded].append(item)
-    for (_, folded), cases in sweeps.items():
+            way = next((way for way in WAYS if way in item.nodeid), None)
+            sweeps[item.nodeid.partition("[")[0], way].append(item)
+    for (_, way), cases in sweeps.items():
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        for item in cases[1 if folded else SAMPLE :]:
+        for item in cases[SAMPLE if way is None else 1 :]:
             item.add_marker("slow")
 
 
@@ -56,12 +57,12 @@ def x64():
         yield
 
 
-@pytest.fixture(params=["eight devices", "one device", "folded"])
+@pytest.fixture(params=["eight devices", "one device", *WAYS])
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Whether arrays may be spread over devices, and how sums are made.
+    """Whether arrays may be spread over devices, and how passes over them are made.
 
-    On one device axes are merged, and the sums of large arrays folded: "folded" has
-    small ones folded, too.
+    On one CPU axes are merged, and the sums of large arrays folded: "folded" has small
+    ones folded, too.
     """
     if request.param == "eight devices":
         yield
@@ -69,6 +70,11 @@ def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     if request.param == "folded":
         monkeypatch.setattr("jbn.ops.cpu._LEAST_ELEMENTS", 1)
         monkeypatch.setattr("jbn.ops.cpu._SHORT", 0)
+    if request.param == "as on a TPU":
+        for module in ("ops.placement", "ops.cpu", "ops.passes", "summary"):
+            monkeypatch.setattr(f"jbn.{module}.platform", lambda: "tpu")
+        monkeypatch.setattr("jbn.summary._LEAST_IMAGE_ROWS", 1)
+        monkeypatch.setattr("jbn.summary._FOLDED_BLOCK_ROWS", 1)
     # Each has a mesh of its own name, or it would find the other's compiled functions.
     name = request.param.replace(" ", "_")
     mesh = jax.make_mesh((1,), (name,), axis_types=(jax.sharding.AxisType.Auto,))

@@ -299,8 +299,8 @@ def test_devices(by, rng):
     assert 2 <= text.count(" all-reduce(") <= 3
 
 
-@pytest.mark.usefixtures("devices")
-@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.usefixtures("devices", "standard_promotion")
+@pytest.mark.parametrize("devices", ["eight devices", "one device"], indirect=True)
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_temporary_memory_of_a_stack(dtype, scanned):
