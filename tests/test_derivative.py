@@ -52,8 +52,9 @@ def test_gradient_is_the_oracles(axis, weighted, rng):
     axes = axis if isinstance(axis, tuple) else (axis,)
     features = tuple(SHAPE[a] for a in axes)
     scale = rng.standard_normal(features)
-    weights = rng.integers(0, 4, SHAPE).astype(float) if weighted else None
+    weights = None
     if weighted:
+        weights = rng.integers(0, 4, SHAPE).astype(float)
         weights[:, 0] += 1  # or the oracle may have a feature without any
 
     def loss(x, params):

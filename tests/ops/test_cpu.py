@@ -103,17 +103,18 @@ def test_elsewhere_nothing_is_done():
     assert once(stat, (2, 2, 2, SHAPE[-1])) is stat
 
 
-def norm(x, **options):
-    params, running = jbn.init(x.shape[options.get("axis", -1)])
-    options = {"use_running_average": False} | options
-    return jbn.batch_norm(x, params, running, **options)
+def norm(x, axis=-1, mask=None):
+    params, running = jbn.init(x.shape[axis])
+    return jbn.batch_norm(
+        x, params, running, use_running_average=False, axis=axis, mask=mask
+    )
 
 
 def backward(x, ct, **options):
     return jax.vjp(lambda x: norm(x, **options)[0], x)[1](ct)[0]
 
 
-def compiled(f, *args):
+def compiled(f, *args) -> Any:
     return jax.jit(f).lower(*args).compile()
 
 
@@ -129,8 +130,7 @@ def test_terms_of_sums_are_not_written_out(dtype, masked, axis):
     options = {"axis": axis, "mask": jnp.ones(shape, bool) if masked else None}
 
     def temporary(f, *args):
-        analysis: Any = compiled(functools.partial(f, **options), *args)
-        analysis = analysis.memory_analysis()
+        analysis = compiled(functools.partial(f, **options), *args).memory_analysis()
         return analysis.temp_size_in_bytes / (4 * math.prod(SHAPE))
 
     # The parts that are added up, of two sums.
