@@ -286,8 +286,9 @@ def _tangent(rows, dtype, activation, primals, tangents):
         rows = None if rows is None else dataclasses.replace(rows, axes=over)
     # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
     dx = None if dx is None else xla.wide(dx)
-    of_element = apart((x, stats.mean, residual))
-    of_feature = apart((x, stats.mean, residual))
+    mean = once(stats.mean, x.shape)
+    of_element = apart((x, mean, residual))
+    of_feature = apart((x, mean, residual))
 
     dmean = dvar = None
     if rows is None:

@@ -69,6 +69,7 @@ def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         return
     if request.param == "folded":
         monkeypatch.setattr("jbn.ops.cpu._LEAST_ELEMENTS", 1)
+        monkeypatch.setattr("jbn.ops.cpu._LEAST_RUN", 1)
         monkeypatch.setattr("jbn.ops.cpu._SHORT", 0)
     if request.param == "as on a TPU":
         for module in ("ops.placement", "ops.cpu", "ops.passes", "summary"):

@@ -66,8 +66,9 @@ class Merged:
 _WIDTHS = 8, 7, 6, 5, 4
 # Only what is longer than this XLA sums by its fast kernel.
 _SHORT = 32
-# Elements of an array that is worth the many operations.
-_LEAST_ELEMENTS = 1 << 15
+# Elements of an array that is worth the many operations, and of its last axis: what is
+# read in one go.
+_LEAST_ELEMENTS, _LEAST_RUN = 1 << 15, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,9 @@ class Fold:
     @classmethod
     def of(cls, shape: tuple[int, ...], axes: tuple[int, ...]) -> "Fold | None":
         """How to sum an array over `axes`, if it is worth it; if not, `None`."""
-        if math.prod(shape) < _LEAST_ELEMENTS or not one_cpu():
+        if math.prod(shape) < _LEAST_ELEMENTS or not shape or shape[-1] < _LEAST_RUN:
+            return None
+        if not one_cpu():
             return None
         rows = math.prod(shape[a] for a in axes)
         for a in axes:

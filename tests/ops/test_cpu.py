@@ -31,6 +31,7 @@ def one_device():
 def small(monkeypatch):
     """Folds whatever can be folded."""
     monkeypatch.setattr(cpu, "_LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(cpu, "_LEAST_RUN", 1)
     monkeypatch.setattr(cpu, "_SHORT", 0)
 
 
