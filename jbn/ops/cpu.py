@@ -136,9 +136,9 @@ class Fold:
 
 
 def repeat(stat: jax.Array, like: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Repeats `stat`, of size 1 along `axes`, to the shape of `like`.
+    """Has `stat`, of size 1 along `axes`, broadcast to `like`.
 
-    Its transpose is a sum, made as fast as such sums are.
+    The transpose of that is a sum. Where it can be folded, `stat` is repeated here.
     """
     fold = Fold.of(like.shape, axes)
     if fold is None:
