@@ -127,8 +127,8 @@ def stack(norm, activation, dtype, scanned):
 def compare(dtype, scanned):
     """Time, and temporary memory and bytes accessed in inputs, of a stack by norm."""
     found, cases = {}, {}
-    for name, (norm, activation) in stacks(jnp.dtype(dtype)).items():
-        compiled, args = stack(norm, activation, jnp.dtype(dtype), scanned)
+    for name, (norm, activation) in stacks(dtype).items():
+        compiled, args = stack(norm, activation, dtype, scanned)
         size = args[1].nbytes
         found[name] = {
             "temporary": compiled.memory_analysis().temp_size_in_bytes / size,
@@ -193,7 +193,7 @@ def main():
     for dtype in ("bfloat16", "float32"):
         for scanned in (False, True):
             line = {"dtype": dtype, "scanned": scanned}
-            found = compare(dtype, scanned)
+            found = compare(jnp.dtype(dtype), scanned)
             stacked += [line | {"norm": name} | of for name, of in found.items()]
     first = evidence.table(
         ["kept, bytes an element", *WHAT],

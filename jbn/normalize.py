@@ -352,7 +352,9 @@ def _tangent(rows, dtype, activation, primals, tangents):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _formula(dtype, activation, operands):
-    y = _before(operands)
+    x, weights, segments, stats, *others = operands
+    stats = stats._replace(mean=once(stats.mean, x.shape))
+    y = _before((x, weights, segments, stats, *others))
     if activation is not None:
         shape = y.shape
         y = activation(y)
@@ -367,9 +369,8 @@ def _formula(dtype, activation, operands):
 def _before(operands):
     """What the activation is applied to, in wide arithmetic."""
     x, weights, segments, stats, scale, bias, epsilon, residual = operands
-    mean = once(stats.mean, x.shape)
     slope = once(gain(stats.var, epsilon, scale), x.shape)
-    y = xla.center(x, mean, weights, segments)
+    y = xla.center(x, stats.mean, weights, segments)
     y = y * spread(slope.astype(y.dtype), segments)
     if bias is not None:
         y = y + spread(bias.astype(y.dtype), segments)

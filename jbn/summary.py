@@ -255,14 +255,16 @@ def _block_counts(
 
     The first one, which is where batches are sharded, gets a multiple of `shards`.
     """
+    rows = math.prod(shape[a] for a in axes)
     if platform() == "tpu":
-        rows, images = math.prod(shape[a] for a in axes), shape[axes[0]] if axes else 1
+        number = None
         if rows <= _FOLDED_BLOCK_ROWS * shards:
-            return {a: shards if a == axes[0] else 1 for a in axes}
-        if _LEAST_IMAGE_ROWS <= rows // images <= _MOST_IMAGE_ROWS:
-            return {a: images if a == axes[0] else 1 for a in axes}
-    longest = _FOLDED_BLOCK_ROWS if one_cpu() else _BLOCK_ROWS
-    wanted = math.prod(shape[a] for a in axes) / longest
+            number = shards
+        elif _LEAST_IMAGE_ROWS <= rows // shape[axes[0]] <= _MOST_IMAGE_ROWS:
+            number = shape[axes[0]]
+        if number is not None:
+            return {a: number if a == axes[0] else 1 for a in axes}
+    wanted = rows / (_FOLDED_BLOCK_ROWS if one_cpu() else _BLOCK_ROWS)
     counts = {}
     for a in axes:
         base = shards if a == axes[0] else 1

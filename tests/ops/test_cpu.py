@@ -14,31 +14,23 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
 
 import jbn
-from jbn.ops import cpu
 from jbn.ops.cpu import Fold, Merged, once, repeat
 
 
 SHAPE = 32, 16, 16, 32  # 1 MB in float32
 
 
-@pytest.fixture
-def one_device():
-    with jax.set_mesh(jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,))):
-        yield
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Folds whatever can be folded."""
-    monkeypatch.setattr(cpu, "_LEAST_ELEMENTS", 1)
-    monkeypatch.setattr(cpu, "_LEAST_RUN", 1)
-    monkeypatch.setattr(cpu, "_SHORT", 0)
+def on(way):
+    """Runs a test in one of the ways of the fixture `devices`."""
+    return lambda test: pytest.mark.usefixtures("devices")(
+        pytest.mark.parametrize("devices", [way], indirect=True)(test)
+    )
 
 
 shapes = st.lists(st.sampled_from([1, 3, 5, 8, 12, 14, 35]), min_size=1, max_size=3)
 
 
-@pytest.mark.usefixtures("one_device", "small")
+@on("folded")
 @hypothesis.given(data=st.data(), shape=shapes)
 @hypothesis.settings(
     deadline=None,
@@ -71,7 +63,7 @@ def test_folded_sums_are_sums(data, shape):
     np.testing.assert_array_equal(sums[..., 0, :], want)
 
 
-@pytest.mark.usefixtures("one_device", "small")
+@on("folded")
 @pytest.mark.parametrize("axes", [(0,), (0, 2), (1, 2), (2,)], ids=str)
 def test_repeating_is_the_transpose_of_a_sum(axes, rng):
     like = jnp.zeros((8, 6, 15))
@@ -86,7 +78,7 @@ def test_repeating_is_the_transpose_of_a_sum(axes, rng):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("one_device", "small")
+@on("folded")
 @pytest.mark.parametrize("value", [1.5, -0.0, np.inf, -np.inf, np.nan])
 def test_once_is_the_identity(value):
     stat = jnp.full((1, 3), value)
@@ -119,7 +111,7 @@ def compiled(f, *args) -> Any:
     return jax.jit(f).lower(*args).compile()
 
 
-@pytest.mark.usefixtures("one_device")
+@on("one device")
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -140,7 +132,7 @@ def test_terms_of_sums_are_not_written_out(dtype, masked, axis):
     assert temporary(backward, x, x) < 0.3 + masked
 
 
-@pytest.mark.usefixtures("one_device")
+@on("one device")
 @pytest.mark.parametrize("use_running_average", [False, True])
 def test_loops_over_elements_do_no_work_of_features(use_running_average):
     x, (params, running) = jnp.zeros(SHAPE), jbn.init(SHAPE[-1])
