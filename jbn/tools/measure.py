@@ -16,7 +16,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from jbn.tools.layers import LINEN_NORMS, Where, chosen, nnx_norms, stats_nodes
-from jbn.tools.recalibrate import population, unjitted
+from jbn.tools.recalibrate import population, reduce_batches, unjitted
 from jbn.typing import Moments
 
 
@@ -163,10 +163,13 @@ def measure(
     # Traced, and not compiled, once more: to know what to start from.
     shapes = jax.eval_shape(moments_of, leaves, some[0])
     seen = {path: _nothing(moments) for path, moments in shapes.items()}
-    count = 0
-    for batch in itertools.chain(some, iterator):
-        seen = step(seen, leaves, batch)
-        count += 1
+
+    def take_up(so_far, batch):
+        seen, count = so_far
+        return step(seen, leaves, batch), count + 1
+
+    every = itertools.chain(some, iterator)
+    seen, count = reduce_batches(take_up, (seen, 0), every)
     seen = jax.device_get(seen)
     layers = []
     for layer in _layers(apply, variables, some[0], where):

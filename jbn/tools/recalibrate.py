@@ -15,6 +15,7 @@ from jbn.typing import Moments
 
 
 State = TypeVar("State", bound=Mapping | nnx.Module)
+T = TypeVar("T")
 
 
 def recalibrate(
@@ -266,8 +267,11 @@ def _linen_gatherer(apply, where, options):
                     empty[path] = jax.tree.map(zeros, node["pending"])
         nodes = {path: {**nodes[path], "pending": empty[path]} for path in empty}
         stats = with_nodes(stats, nodes)
-        for batch in itertools.chain([first], batches):
-            stats = step({**variables, "batch_stats": stats}, batch)
+        stats = reduce_batches(
+            lambda stats, batch: step({**variables, "batch_stats": stats}, batch),
+            stats,
+            itertools.chain([first], batches),
+        )
         return {
             "/".join(path): Moments(**node["pending"])
             for path, node in stats_nodes(stats).items()
@@ -291,14 +295,31 @@ def _nnx_gatherer(apply, where, options):
         for path in paths:
             for variable in layers[path].pending.values():
                 variable[...] = jnp.zeros_like(variable[...])
-        for batch in itertools.chain([_first(batches)], batches):
+
+        def pending(_, batch):
             step(copy, batch)
-        return {
-            path: Moments(**{k: v[...] for k, v in layers[path].pending.items()})
-            for path in paths
-        }
+            return {
+                path: Moments(**{k: v[...] for k, v in layers[path].pending.items()})
+                for path in paths
+            }
+
+        return reduce_batches(
+            pending, None, itertools.chain([_first(batches)], batches)
+        )
 
     return gather
+
+
+def reduce_batches(step: Callable[[T, Any], T], start: T, batches: Iterable[Any]) -> T:
+    """`functools.reduce`, which waits for the step before the last.
+
+    Else all batches are on the devices at once where they come faster than they are
+    gone through; and virtual CPU devices hang with more than 32 programs under way.
+    """
+    for batch in batches:
+        before, start = start, step(start, batch)
+        jax.block_until_ready(before)
+    return start
 
 
 def _first(batches: Iterator[Any]) -> Any:

@@ -383,6 +383,22 @@ def test_under_pmap(x):
     jax.tree.map(close, got, jbn.Moments(weight, mean, var))
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_many_batches_on_virtual_devices(kind, rng):
+    """With too many under way at once XLA hangs, and ends the process after a minute."""
+    data = rng.normal(size=(64, 4)).astype(np.float32)
+    # All of them: a device more than there are others in the pool of threads.
+    parts = [jax.device_put(data, NamedSharding(mesh(8), P("d")))] * 200
+    if kind == "linen":
+        layer = jbn.linen.BatchNorm(use_running_average=False)
+        variables = layer.init(jax.random.key(0), data)
+        new = recalibrate(apply(layer), variables, parts)["batch_stats"]["mean"]
+    else:
+        model = jbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+        new = recalibrate(lambda model, x: model(x), model, parts).mean[...]
+    close(new, data.mean(0))
+
+
 def test_with_batches_that_are_sharded(x, rng):
     variables = deep_variables(rng)
     sharding = NamedSharding(mesh(4), P("d"))
