@@ -385,7 +385,7 @@ def test_under_pmap(x):
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_many_batches_on_virtual_devices(kind, rng):
-    """With too many under way at once XLA hangs, and ends the process after a minute."""
+    """With too many under way XLA hangs, and ends the process after a minute."""
     data = rng.normal(size=(64, 4)).astype(np.float32)
     # All of them: a device more than there are others in the pool of threads.
     parts = [jax.device_put(data, NamedSharding(mesh(8), P("d")))] * 200
