@@ -1,6 +1,5 @@
 """Normalize by a mean and a variance: the formula, and its derivative in every mode."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,7 +10,7 @@ from jax import lax
 from jbn import axes
 from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
-from jbn.ops.cpu import Merged, once, repeat
+from jbn.ops.cpu import once, repeat
 from jbn.ops.passes import apart, recomputed
 from jbn.ops.segments import spread
 from jbn.typing import (
@@ -269,21 +268,10 @@ def _tangent(rows, dtype, activation, primals, tangents):
     """
     x, weights, segments, stats, scale, bias, epsilon, residual = primals
     dx, dweights, _, dstats, dscale, dbias, depsilon, dresidual = tangents
-    shape, over = x.shape, ()
+    over = ()
     if segments is None:
-        # Fewer axes, as the sums are faster then.
-        ones = tuple(a for a, n in enumerate(stats.mean.shape) if n == 1)
-        over = ones if rows is None else rows.axes
-        whole = Merged.of(over, x, weights, *stats, scale, bias)
-        merge = lambda tree: jax.tree.map(whole.view, tree)
-        x, weights, stats, scale, bias, residual = merge(
-            (x, weights, stats, scale, bias, residual)
-        )
-        dx, dweights, dstats, dscale, dbias, dresidual = merge(
-            (dx, dweights, dstats, dscale, dbias, dresidual)
-        )
-        over = whole.axes
-        rows = None if rows is None else dataclasses.replace(rows, axes=over)
+        over = tuple(a for a, n in enumerate(stats.mean.shape) if n == 1)
+        over = over if rows is None else rows.axes
     # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
     dx = None if dx is None else xla.wide(dx)
     mean = once(stats.mean, x.shape)
@@ -347,7 +335,7 @@ def _tangent(rows, dtype, activation, primals, tangents):
             shifted = shifted + xh * each_row(dgain)
         of_bias = 0 if dbias is None else each_row(dbias)
         dy += finish(of_feature, shifted, of_bias)
-    return dy.astype(dtype).reshape(shape)
+    return dy.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

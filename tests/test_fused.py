@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import jbn
 import jbn.nnx
+from jbn.models.resnet import BottleneckBlock, ResNet
 
 
 pytestmark = pytest.mark.sweep
@@ -354,6 +355,42 @@ def test_temporary_memory_of_a_stack(dtype, scanned):
         limits = (0.76, 0.69) if scanned else (1.07, 1.07)
     assert plain <= limits[0] * flax
     assert fused <= limits[1] * flax
+
+
+@pytest.mark.usefixtures("devices", "standard_promotion")
+@pytest.mark.parametrize("devices", ["one device"], indirect=True)
+def test_temporary_memory_of_residual_blocks():
+    """No more than with Flax's, for which XLA keeps what convolutions and norms read.
+
+    It makes what convolutions are differentiated by anew in each product that reads it,
+    if the last operation has one large operand, such as a reshape; and then keeps all
+    that it is made of.
+    """
+
+    def memory(norm: type[nn.Module]) -> float:
+        model = ResNet(
+            stage_sizes=(2,),
+            block=BottleneckBlock,
+            widths=(16,),
+            num_classes=10,
+            stem="small",
+            norm=norm,
+        )
+        x = jnp.zeros((16, 16, 16, 3))
+        init = functools.partial(model.init, train=False)
+        variables: Any = jax.eval_shape(init, jax.random.key(0), x)
+
+        def loss(params, stats, x):
+            variables = {"params": params, "batch_stats": stats}
+            y, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            return jnp.square(y).sum(), updated
+
+        step = jax.jit(jax.grad(loss, has_aux=True))
+        lowered = step.lower(variables["params"], variables["batch_stats"], x)
+        analysis: Any = lowered.compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    assert memory(jbn.BatchNorm) <= 1.05 * memory(nn.BatchNorm)
 
 
 @dataclasses.dataclass

@@ -21,6 +21,9 @@ class Merged:
     XLA on CPU sums over one axis up to ten times as fast as over three. Of two axes
     that are both cut it cannot make one without gathering them, and on a TPU, whose
     arrays are in tiles, hardly any without copying.
+
+    It is for sums alone. Where the last operation on an array is a reshape, XLA makes
+    the array anew in each loop that reads it, and keeps all that it is made of.
     """
 
     runs: tuple[tuple[int, ...], ...]  # the axes that each axis of the view is made of
@@ -138,15 +141,22 @@ class Fold:
 def repeat(stat: jax.Array, like: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Has `stat`, of size 1 along `axes`, broadcast to `like`.
 
-    The transpose of that is a sum. Where it can be folded, `stat` is repeated here.
+    The transpose of that is a sum. Where it can be merged and folded, `stat` is
+    repeated here.
     """
-    fold = Fold.of(like.shape, axes)
-    if fold is None:
+    whole = Merged.of(axes, like)
+    view = whole.view(like)
+    fold = Fold.of(view.shape, whole.axes)
+    if fold is None and view.ndim == like.ndim:
         return stat
     # What is the same on all devices is summed over them when it is transposed: as it
     # is here, not as it is repeated. These zeros vary from device to device as `like`.
-    stat = stat + jnp.zeros_like(like, stat.dtype, stat.shape)
-    return fold.repeat(stat, like.shape)
+    stat = whole.view(stat) + jnp.zeros_like(like, stat.dtype, whole.view(stat).shape)
+    if fold is None:
+        repeated = jnp.broadcast_to(stat, view.shape)
+    else:
+        repeated = fold.repeat(stat, view.shape)
+    return repeated.reshape(like.shape)
 
 
 def once(stat: jax.Array, shape: tuple[int, ...]) -> jax.Array:

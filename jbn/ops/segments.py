@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbn.ops.cpu import Merged
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ def total(
 ) -> jax.Array:
     """Sums `v` over `axes`, which stay at size 1; with `segments`, within each."""
     if segments is None:
-        return v.sum(axes, keepdims=True)
+        whole = Merged.of(axes, v)
+        return whole.stat(whole.view(v).sum(whole.axes, keepdims=True))
     ids = segments.ids
     # What shares an id is summed densely first: images by pixel, then by domain.
     v = v.sum([a for a in axes if ids.shape[a] == 1], keepdims=True)
