@@ -200,12 +200,14 @@ class Collective:
         kind: `all-reduce`, `all-gather`, ...
         bytes: Size of its result on each device.
         in_loop: Whether it is in the body of a loop, and so may happen many times.
+        in_branch: Whether it is in a branch, of which one is taken.
         op_name: What the program calls it, with the modules that it is in.
     """
 
     kind: str
     bytes: int
     in_loop: bool
+    in_branch: bool
     op_name: str
 
 
@@ -290,6 +292,7 @@ class CompileReport:
             kind: {
                 "count": len(found),
                 "in_loops": sum(c.in_loop for c in found),
+                "in_branches": sum(c.in_branch for c in found),
                 "bytes": sum(c.bytes for c in found),
                 "largest": max(c.bytes for c in found),
             }
@@ -316,10 +319,12 @@ class CompileReport:
         for kind, found in self.by_kind().items():
             sizes = [c.bytes for c in found]
             loops = sum(c.in_loop for c in found)
+            branches = sum(c.in_branch for c in found)
             lines.append(
                 f"  {name:14}  {len(found)} {kind}, {_bytes(sum(sizes))}"
                 f" (largest: {_bytes(max(sizes))})"
                 + (f"; {loops} in loops, counted once" if loops else "")
+                + (f"; {branches} in branches" if branches else "")
             )
             name = ""
         if not self.collectives:
@@ -361,6 +366,7 @@ _KINDS = (
 _COLLECTIVE = re.compile(rf'\s+\S+(?: \S+)? = ([^"]+?) ({"|".join(_KINDS)})(-done)?\(')
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LOOP = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
+_BRANCH = re.compile(r"(?:branch|true|false)_computations?=(\{[^}]*\}|%?[\w.\-]+)")
 _CALLED = re.compile(
     r"(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
 )
@@ -379,6 +385,7 @@ def find_collectives(hlo: str) -> tuple[Collective, ...]:
     current = ""
     calls: dict[str, set[str]] = {}
     loops: set[str] = set()
+    branches: set[str] = set()
     found: list[tuple[str, Collective]] = []
     for line in hlo.splitlines():
         if match := _COMPUTATION.match(line):
@@ -388,18 +395,28 @@ def find_collectives(hlo: str) -> tuple[Collective, ...]:
             for called in _CALLED.findall(line):
                 calls[current].update(re.findall(r"[\w.\-]+", called))
             loops.update(_LOOP.findall(line))
+            for called in _BRANCH.findall(line):
+                branches.update(re.findall(r"[\w.\-]+", called))
             if match := _COLLECTIVE.match(line):
                 name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', line)
                 size = _size(match[1])
                 op_name = name[1] if name else ""
-                found.append((current, Collective(match[2], size, False, op_name)))
-    inside: set[str] = set()
-    while loops:
-        inside |= loops
-        loops = {name for loop in loops for name in calls.get(loop, ())} - inside
+                found.append(
+                    (current, Collective(match[2], size, False, False, op_name))
+                )
+
+    def within(names: set[str]) -> set[str]:
+        """Those computations, and all that they call."""
+        inside: set[str] = set()
+        while names:
+            inside |= names
+            names = {called for n in names for called in calls.get(n, ())} - inside
+        return inside
+
+    looped, branched = within(loops), within(branches)
     return tuple(
-        dataclasses.replace(collective, in_loop=where in inside)
-        for where, collective in found
+        dataclasses.replace(c, in_loop=where in looped, in_branch=where in branched)
+        for where, c in found
     )
 
 

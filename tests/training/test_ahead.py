@@ -125,7 +125,13 @@ def test_loops_count_once_and_say_so():
         (32, False),
     ]
     assert report.as_dict()["collectives"] == {
-        "all-reduce": {"count": 2, "in_loops": 1, "bytes": 64, "largest": 32}
+        "all-reduce": {
+            "count": 2,
+            "in_loops": 1,
+            "in_branches": 0,
+            "bytes": 64,
+            "largest": 32,
+        }
     }
     assert "2 all-reduce, 64 bytes (largest: 32 bytes); 1 in loops" in str(report)
 
@@ -146,6 +152,21 @@ def test_loops_count_once_and_say_so():
 def test_kinds(kind: str, f: Callable[..., Any], size: int):
     report = compile_mapped(f, "d")
     assert [(c.kind, c.bytes) for c in report.collectives] == [(kind, size)]
+
+
+def test_branches_say_so():
+    def f(x):
+        total = lax.psum(x.sum(), "d")
+        # Each device has the same total, and takes the same branch.
+        return lax.cond(total > 0, lambda: lax.psum(x, "d"), lambda: x)
+
+    report = compile_mapped(f)
+    assert sorted((c.bytes, c.in_branch) for c in report.collectives) == [
+        (4, False),
+        (4 * 40, True),
+    ]
+    assert report.as_dict()["collectives"]["all-reduce"]["in_branches"] == 1
+    assert "; 1 in branches" in str(report)
 
 
 def test_a_tuple_in_one_message():
