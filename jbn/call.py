@@ -6,6 +6,7 @@ course of things, and the methods of `Call` are its steps.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, TypedDict, TypeVar
 
@@ -27,6 +28,7 @@ from jbn.normalize import (
     expand_stats,
 )
 from jbn.ops import xla
+from jbn.ops.placement import spread_by_compiler
 from jbn.ops.segments import Segments, inside
 from jbn.robust import check_trim, trimmed
 from jbn.running import check_rule, update_batch_stats
@@ -134,7 +136,9 @@ class Call:
             # Of microbatches, every row counts: together they may be enough.
             moments = self.enough(moments)
         moments = jax.tree.map(self.lay.squeeze, moments)
-        return update_batch_stats(self.batch_stats, moments, **self.rule)
+        update = functools.partial(update_batch_stats, **self.rule)
+        run = spread_by_compiler(update, self.x, self.batch_stats)
+        return run(self.batch_stats, moments)
 
     def enough(self, moments: Moments) -> Moments:
         """Moments without weight where they have too little to be used."""
@@ -236,7 +240,8 @@ def prepare(
         weights=axes.element_weights(mask, weights, lay),
         segments=None,
         batch_stats=batch_stats,
-        running=expand_stats(known, lay, x.dtype),
+        # Beside the statistics of a batch, which are the same on all devices.
+        running=spread_by_compiler(lambda v: v, x)(expand_stats(known, lay, x.dtype)),
         scale=scale,
         bias=bias,
         epsilon=check_epsilon(epsilon),

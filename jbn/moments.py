@@ -10,6 +10,7 @@ from jbn import axes, summary
 from jbn.axes import Rows
 from jbn.ops import xla
 from jbn.ops.passes import recomputed
+from jbn.ops.placement import spread_by_compiler
 from jbn.ops.segments import Segments, spread, total
 from jbn.summary import Summary
 from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, Moments
@@ -141,7 +142,6 @@ def row_moments(
     return as_moments(row_summary(rows, x, weights, segments))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def row_summary(
     rows: Rows,
     x: jax.Array,
@@ -149,12 +149,18 @@ def row_summary(
     segments: Segments | None = None,
 ) -> Summary:
     """Likewise, not yet rounded, so that it can be merged further."""
+    run = spread_by_compiler(functools.partial(_row_summary, rows), x)
+    return run(x, weights, segments)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _row_summary(rows, x, weights, segments):
     return summary.summarize(x, weights, rows, segments)
 
 
-@functools.partial(row_summary.defjvp, symbolic_zeros=True)
+@functools.partial(_row_summary.defjvp, symbolic_zeros=True)
 def _row_summary_jvp(rows, primals, tangents):
-    parts = row_summary(rows, *primals)
+    parts = _row_summary(rows, *primals)
     # Recomputed, not saved: of all that the tangent reads, only `x` is large.
     tangent = recomputed(functools.partial(row_moments_tangent, rows))
     moments = as_moments(parts)

@@ -12,6 +12,7 @@ from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
 from jbn.ops.cpu import once, repeat
 from jbn.ops.passes import apart, recomputed
+from jbn.ops.placement import spread_by_compiler
 from jbn.ops.segments import spread
 from jbn.typing import (
     Activation,
@@ -189,7 +190,6 @@ def check_residual(
     return jnp.asarray(residual)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def apply(
     rows,
     dtype,
@@ -228,12 +228,19 @@ def apply(
     Returns:
         An array of the shape of `x`.
     """
+    run = functools.partial(_apply, rows, dtype, activation)
+    return spread_by_compiler(run, x, x)(
+        x, weights, segments, stats, scale, bias, epsilon, residual
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _apply(rows, dtype, activation, *operands):
     del rows
-    operands = (x, weights, segments, stats, scale, bias, epsilon, residual)
     return _formula(dtype, activation, operands)
 
 
-@functools.partial(apply.defjvp, symbolic_zeros=True)
+@functools.partial(_apply.defjvp, symbolic_zeros=True)
 def _apply_jvp(rows, dtype, activation, primals, tangents):
     read, weights = list(primals), primals[1]
     if activation is None and weights is None:
@@ -243,7 +250,7 @@ def _apply_jvp(rows, dtype, activation, primals, tangents):
     tangent = recomputed(functools.partial(_tangent, rows, dtype, activation))
     dy = tangent(read, jax.tree.map(nonzero, tangents))
     # The function itself, not its formula, or second derivatives would miss the rule.
-    return apply(rows, dtype, activation, *primals), dy
+    return _apply(rows, dtype, activation, *primals), dy
 
 
 def _tangent(rows, dtype, activation, primals, tangents):

@@ -353,13 +353,72 @@ def test_one_all_reduce_forward_and_one_backward(kind, devices, masked):
     assert sum(map(np.prod, shapes)) <= (4 * shards + 2) * FEATURES
 
 
-def test_explicit_sharding(rng):
-    mesh = jax.make_mesh((4,), ("d",), (AxisType.Explicit,), devices=jax.devices()[:4])
-    x = rng.standard_normal((16, 3)).astype("f")
-    params, running = jbn.init(3)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "spec", "of_features"),
+    [
+        ((16, 6), P("d"), P()),
+        ((16384, 6), P("d"), P()),
+        ((32, 16, 16, 6), P("d"), P()),
+        ((32, 16, 16, 6), P(None, "d"), P()),
+        ((32, 16, 16, 6), P("d", None, None, "m"), P()),
+        ((32, 16, 16, 6), P("d", None, None, "m"), P("m")),
+        ((8, 64, 6), P("d", "m"), P()),
+    ],
+    ids=str,
+)
+def test_explicit_sharding(shape, spec, of_features, masked, rng):
+    """Where the spread is part of an array's type, and stays what it is."""
+    mesh = jax.make_mesh(
+        (4, 2), ("d", "m"), (AxisType.Explicit,) * 2, devices=jax.devices()
+    )
+    x, dy = rng.standard_normal((2, *shape)).astype("f")
+    mask = rng.random((*shape[:-1], 1)) < 0.7 if masked else None
+    scale = rng.standard_normal(6).astype("f")
+
+    def step(x, dy, params, running):
+        def f(x, params):
+            return jbn.batch_norm(
+                x, params, running, use_running_average=False, mask=mask
+            )
+
+        y, vjp, running = jax.vjp(f, x, params, has_aux=True)
+        evaluated, _ = jbn.batch_norm(x, params, running, use_running_average=True)
+        return y, *vjp(dy), running, evaluated
+
+    params, running = jbn.init(6)
+    params = params._replace(scale=jnp.asarray(scale))
+    want = jax.jit(step)(x, dy, params, running)
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(x, NamedSharding(mesh, P("d")))
-        f = functools.partial(jbn.batch_norm, use_running_average=False)
-        y, stats = jax.jit(f)(sharded, params, running)
-    np.testing.assert_allclose(y, oracle.batch_norm(x), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(stats.mean, 0.01 * x.mean(0), rtol=1e-5, atol=1e-7)
+        x, dy = jax.device_put((x, dy), NamedSharding(mesh, spec))
+        state = jax.device_put((params, running), NamedSharding(mesh, of_features))
+        got = jax.jit(step)(x, dy, *state)
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4), got, want
+    )
+    y, dx, dparams, running, evaluated = got
+    for like_x in (y, dx, evaluated):
+        assert like_x.sharding.is_equivalent_to(x.sharding, x.ndim)
+    for of_feature in jax.tree.leaves((dparams, running)):
+        want = NamedSharding(mesh, of_features)
+        assert of_feature.sharding.is_equivalent_to(want, 1)
+
+
+def test_explicit_sharding_beside_a_mapped_axis(rng):
+    mesh = jax.make_mesh((4, 2), ("d", "m"), (AxisType.Explicit,) * 2)
+    x = rng.standard_normal((8, 16, 16, 6)).astype("f")
+    params, running = jbn.init(6)
+
+    def f(x, axis_name=None):
+        return jbn.batch_norm(
+            x, params, running, use_running_average=False, axis_name=axis_name
+        )[0]
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("d", "m")))
+        mapped = functools.partial(f, axis_name="d")
+        y = jax.jit(
+            jax.shard_map(mapped, in_specs=P("d"), out_specs=P("d"), axis_names={"d"})
+        )(sharded)
+    assert y.sharding.is_equivalent_to(sharded.sharding, 4)
+    np.testing.assert_allclose(y, f(jnp.asarray(x)), rtol=1e-5, atol=1e-5)

@@ -1,8 +1,11 @@
 """Where this code will run, as far as can be known while it is traced."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 
 def platform() -> str:
@@ -25,10 +28,37 @@ def num_shards() -> int:
     return math.prod(
         size
         for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind != jax.sharding.AxisType.Manual
+        if kind != AxisType.Manual
     )
 
 
 def one_cpu() -> bool:
     """Whether arrays are as whole as they look, and on a CPU."""
     return platform() == "cpu" and num_shards() == 1
+
+
+def spread_by_compiler(
+    f: Callable[..., Any], x: jax.Array | jax.ShapeDtypeStruct, like: Any = None
+) -> Callable[..., Any]:
+    """`f`, in which the compiler spreads arrays over an `Explicit` mesh, too.
+
+    There, some operations need to be told how to spread what they make.
+
+    Args:
+        f: A function of arrays, and of pytrees of such.
+        x: One of them, that says which mesh.
+        like: What comes out is spread as these arrays are; `None` for the same on all
+            devices.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not explicit:
+        return f
+
+    def as_is(v: jax.Array) -> NamedSharding:
+        return NamedSharding(mesh, jax.typeof(v).sharding.spec)
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    out = everywhere if like is None else jax.tree.map(as_is, like)
+    return auto_axes(f, axes=explicit, out_sharding=out)
