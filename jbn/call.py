@@ -33,7 +33,7 @@ from jbn.ops.segments import Segments, inside
 from jbn.robust import check_trim, trimmed
 from jbn.running import check_rule, update_batch_stats
 from jbn.shrink import check_tau, shrink
-from jbn.summary import Summary
+from jbn.summary import Guess, Summary
 from jbn.typing import (
     Activation,
     ArrayLike,
@@ -102,7 +102,10 @@ class Call:
 
     def summarize(self) -> Summary:
         """The batch."""
-        return row_summary(self.rows, self.x, self.weights, self.segments)
+        guess = None
+        if self.batch_stats is not None:
+            guess = Guess(self.running.mean, self.epsilon)
+        return row_summary(self.rows, self.x, self.weights, self.segments, guess)
 
     def by_running(self) -> jax.Array:
         """The output normalized by the running statistics."""

@@ -12,7 +12,7 @@ from jbn.ops import xla
 from jbn.ops.passes import recomputed
 from jbn.ops.placement import spread_by_compiler
 from jbn.ops.segments import Segments, spread, total
-from jbn.summary import Summary
+from jbn.summary import Guess, Summary
 from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, Moments
 
 
@@ -147,15 +147,16 @@ def row_summary(
     x: jax.Array,
     weights: jax.Array | None,
     segments: Segments | None = None,
+    guess: Guess | None = None,
 ) -> Summary:
     """Likewise, not yet rounded, so that it can be merged further."""
     run = spread_by_compiler(functools.partial(_row_summary, rows), x)
-    return run(x, weights, segments)
+    return run(x, weights, segments, guess)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _row_summary(rows, x, weights, segments):
-    return summary.summarize(x, weights, rows, segments)
+def _row_summary(rows, x, weights, segments, guess):
+    return summary.summarize(x, weights, rows, segments, guess)
 
 
 @functools.partial(_row_summary.defjvp, symbolic_zeros=True)
@@ -164,7 +165,7 @@ def _row_summary_jvp(rows, primals, tangents):
     # Recomputed, not saved: of all that the tangent reads, only `x` is large.
     tangent = recomputed(functools.partial(row_moments_tangent, rows))
     moments = as_moments(parts)
-    dmean, dvar, dweight = tangent(*primals, moments, *map(nonzero, tangents[:2]))
+    dmean, dvar, dweight = tangent(*primals[:3], moments, *map(nonzero, tangents[:2]))
     dweight = jnp.zeros_like(parts.weight) if dweight is None else dweight
     return parts, Summary(dweight, jnp.zeros_like(dmean), dmean, dvar)
 

@@ -26,6 +26,9 @@ _FOLDED_BLOCK_ROWS = 8 * _BLOCK_ROWS
 # Rows of an image that is a block by itself on a TPU. There a sum over some of the
 # images, or a part of one, is a pass of its own, and one over each is not.
 _LEAST_IMAGE_ROWS, _MOST_IMAGE_ROWS = 128, 1 << 16
+# How far a guess of the mean may be off, squared and in variances: with that, rounding
+# errors are twice as large as about the mean.
+_FAR = 1
 # Most summaries that travel in one all-reduce. Each has a slot of its own there, so
 # beyond this two all-reduces of fixed size are cheaper.
 _MOST_SLOTS = 32
@@ -44,14 +47,74 @@ class Summary(NamedTuple):
     var: jax.Array
 
 
+class Guess(NamedTuple):
+    """What the mean of a batch may be, such as a running mean, before it is seen.
+
+    To `least_var` is added what matters of a variance.
+    """
+
+    mean: jax.Array
+    least_var: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames="rows")
 def summarize(
     x: jax.Array,
     weights: jax.Array | None,
     rows: Rows,
     segments: Segments | None = None,
+    guess: Guess | None = None,
 ) -> Summary:
     """Summarizes all `rows` of `x`, keeping the reduced axes at size 1.
+
+    On a TPU by a guess of the mean, if there is one: then the sums ride on what makes
+    `x`, such as a convolution, where they would else wait for it.
+    """
+    if guess is None or segments is not None or platform() != "tpu":
+        summary = _summarize_all(x, weights, rows, segments)
+    else:
+        summary = _summarize_near(guess, x, weights, rows)
+    return summary if rows.axis_name is None else all_reduce(summary, rows)
+
+
+def _summarize_near(
+    guess: Guess, x: jax.Array, weights: jax.Array | None, rows: Rows
+) -> Summary:
+    """One pass about a guess; if that was far off in any feature, all once more.
+
+    Under `shard_map` and `pmap` each device decides for itself.
+    """
+    summary = _summarize_all(x, weights, rows, near=guess.mean)
+    off = xla.abs_square((summary.shift - guess.mean) + summary.offset)
+    least_var = guess.least_var.astype(summary.var.dtype)
+    # (With infinities and NaN, too, it is far.)
+    near = (off <= _FAR * (summary.var + least_var)) & jnp.isfinite(summary.var)
+    some = summary.weight > 0
+    # Of nothing, the mean is 0 and not the guess.
+    summary = summary._replace(shift=jnp.where(some, summary.shift, 0))
+    return lax.cond(
+        jnp.all(near | ~some),
+        lambda: summary,
+        lambda: _again(summary, x, weights, rows),
+    )
+
+
+def _again(
+    first: Summary, x: jax.Array, weights: jax.Array | None, rows: Rows
+) -> Summary:
+    """The summary without a guess, which varies from device to device as `first`."""
+    new = _summarize_all(x, weights, rows)._replace(weight=first.weight)
+    return jax.tree.map(lambda new, old: new + jnp.zeros_like(old), new, first)
+
+
+def _summarize_all(
+    x: jax.Array,
+    weights: jax.Array | None,
+    rows: Rows,
+    segments: Segments | None = None,
+    near: jax.Array | None = None,
+) -> Summary:
+    """Summarizes the rows of all devices but those of a mapped axis.
 
     The rows are summarized in blocks, which are then merged. Blocks keep sums short,
     and so exact. Where `x` may be sharded by plain `jit`, each block belongs to one
@@ -61,7 +124,7 @@ def summarize(
     first = x.shape[rows.axes[0]] if rows.axes else 1
     shards = math.gcd(first, num_shards()) if first else 1
     if segments is None:
-        summary = _summarize_blocks(x, weights, rows, shards)
+        summary = _summarize_blocks(x, weights, rows, shards, near)
     else:
         summary = _summarize_segments(x, weights, rows.axes, shards, segments)
     per_shard = summary.var.shape[0] // shards
@@ -75,10 +138,7 @@ def summarize(
         summary = jax.tree.map(
             lambda v: _place(v[None], index[:, None], index[None]).sum(1), summary
         )
-    summary = merge(summary)
-    if rows.axis_name is not None:
-        summary = all_reduce(summary, rows)
-    return summary
+    return merge(summary)
 
 
 def merge(parts: Summary) -> Summary:
@@ -162,7 +222,11 @@ def _place(v: jax.Array, slots: np.ndarray, slot: jax.Array | np.ndarray) -> jax
 
 
 def _summarize_blocks(
-    x: jax.Array, weights: jax.Array | None, rows: Rows, shards: int
+    x: jax.Array,
+    weights: jax.Array | None,
+    rows: Rows,
+    shards: int,
+    near: jax.Array | None,
 ) -> Summary:
     """The summaries of blocks of rows, stacked in front."""
     whole = Merged.of(rows.axes, x, weights)
@@ -185,6 +249,7 @@ def _summarize_blocks(
         split(x),
         None if weights is None else split(weights),
         tuple(a + 1 for a in block_axes),
+        near=None if near is None else split(whole.view(near)),
     )
     block_counts = [counts[a] for a in axes]
 

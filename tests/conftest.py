@@ -57,6 +57,19 @@ def x64():
         yield
 
 
+@pytest.fixture
+def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch):
+    """What is compiled for a TPU, on CPUs.
+
+    To be used under a mesh with a name of its own: else JAX finds what it has compiled.
+    """
+    for module in ("ops.placement", "ops.cpu", "ops.passes", "summary"):
+        monkeypatch.setattr(f"jbn.{module}.platform", lambda: "tpu")
+    # Each image is a block, as the large ones are.
+    monkeypatch.setattr("jbn.summary._LEAST_IMAGE_ROWS", 1)
+    monkeypatch.setattr("jbn.summary._FOLDED_BLOCK_ROWS", 1)
+
+
 @pytest.fixture(params=["eight devices", "one device", *WAYS])
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Whether arrays may be spread over devices, and how passes over them are made.
@@ -72,10 +85,7 @@ def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("jbn.ops.cpu._LEAST_RUN", 1)
         monkeypatch.setattr("jbn.ops.cpu._SHORT", 0)
     if request.param == "as on a TPU":
-        for module in ("ops.placement", "ops.cpu", "ops.passes", "summary"):
-            monkeypatch.setattr(f"jbn.{module}.platform", lambda: "tpu")
-        monkeypatch.setattr("jbn.summary._LEAST_IMAGE_ROWS", 1)
-        monkeypatch.setattr("jbn.summary._FOLDED_BLOCK_ROWS", 1)
+        request.getfixturevalue("as_on_a_tpu")
     # Each has a mesh of its own name, or it would find the other's compiled functions.
     name = request.param.replace(" ", "_")
     mesh = jax.make_mesh((1,), (name,), axis_types=(jax.sharding.AxisType.Auto,))

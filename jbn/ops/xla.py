@@ -120,6 +120,7 @@ def summarize(
     weights: jax.Array | None,
     axes: tuple[int, ...],
     segments: Segments | None = None,
+    near: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Takes `(weight, shift, offset, var)` of `x` over `axes`; mean = shift + offset.
 
@@ -128,6 +129,8 @@ def summarize(
     shift is within a few standard deviations of the mean (Chan, Golub and LeVeque,
     "Algorithms for computing the sample variance", 1983). The mean is returned in two
     parts because its float32 rounding, squared, is what would spoil a later merge.
+
+    The shift is `near`, which must then be so, or else from `x`.
     """
     weight = total_weight(x, weights, axes, segments)
     per_weight = spread(reciprocal(weight), segments)
@@ -138,7 +141,11 @@ def summarize(
             return total(_share(v, weights, per_weight), axes, segments)
         return fold.total(_share(*map(fold.view, (v, weights, per_weight))))[..., 0, :]
 
-    if weights is None and segments is None:
+    if near is not None:
+        shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+        # Under `shard_map` it varies as `x` does: from device to device.
+        shift = coarse(near + jnp.zeros_like(x, near.dtype, shape))
+    elif weights is None and segments is None:
         shift = coarse(_sample_mean(x, axes))
     else:
         # Of all rows, since any few could be padding.
