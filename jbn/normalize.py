@@ -1,6 +1,7 @@
 """Normalize by a mean and a variance: the formula, and its derivative in every mode."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -271,7 +272,8 @@ def _tangent(rows, dtype, activation, primals, tangents):
     The transpose passes over memory twice: it takes the sums, then makes what belongs
     to `x`. What comes from a feature and what comes from an element is therefore kept
     apart up to the end, and each looks at `x` by itself. Shared, the compiler would
-    write out what both compute: `x` in float32, or the slope of the activation.
+    write out what both compute: `x` in float32, or the slope of the activation. (Not
+    on a TPU.)
     """
     x, weights, segments, stats, scale, bias, epsilon, residual = primals
     dx, dweights, _, dstats, dscale, dbias, depsilon, dresidual = tangents
@@ -282,8 +284,9 @@ def _tangent(rows, dtype, activation, primals, tangents):
     # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
     dx = None if dx is None else xla.wide(dx)
     mean = once(stats.mean, x.shape)
-    of_element = apart((x, mean, residual))
-    of_feature = apart((x, mean, residual))
+    read = x, mean, residual
+    of_element, of_feature = apart(read), apart(read)
+    together = of_element is of_feature
 
     dmean = dvar = None
     if rows is None:
@@ -325,23 +328,35 @@ def _tangent(rows, dtype, activation, primals, tangents):
         here = stats._replace(mean=mean)
         before = _before((x, weights, segments, here, scale, bias, epsilon, residual))
         tangent = jnp.broadcast_to(tangent, x.shape)
+        if activation is jax.nn.relu and together:
+            # A choice, the same before and after rounding: what it makes of a cotangent
+            # is written out in 16 bits, where XLA would keep a mask beside that.
+            tangent = tangent.astype(dtype)
+            return jnp.where(before > 0, tangent, jnp.zeros_like(tangent)).astype(wide)
         return jax.jvp(activation, (before,), (tangent,))[1].astype(wide)
 
-    dy = zero = jnp.zeros(x.shape, wide)
+    zero = jnp.zeros(x.shape, wide)
+    parts = []
     if dx is not None or dresidual is not None:
         scaled = zero if dx is None else spread(slope, segments) * dx
         skipped = zero
         if dresidual is not None:
             skipped = _skipped(dresidual, of_element[2], weights, wide)
-        dy += finish(of_element, scaled + skipped, skipped)
+        parts.append((of_element, scaled + skipped, skipped))
     if dgain is not None or dshift is not None:
         x, mean, _ = of_feature
         shifted = zero if dshift is None else each_row(dshift)
         if dgain is not None:
             xh = xla.center(x, mean, weights, segments) * spread(rstd, segments)
             shifted = shifted + xh * each_row(dgain)
-        of_bias = 0 if dbias is None else each_row(dbias)
-        dy += finish(of_feature, shifted, of_bias)
+        of_bias = zero if dbias is None else each_row(dbias)
+        parts.append((of_feature, shifted, of_bias))
+    if together and len(parts) == 2:
+        (view, *element), (_, *feature) = parts
+        parts = [(view, *map(operator.add, element, feature))]
+    dy = zero
+    for part in parts:
+        dy += finish(*part)
     return dy.astype(dtype)
 
 

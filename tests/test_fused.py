@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -391,6 +392,29 @@ def test_temporary_memory_of_residual_blocks():
         return analysis.temp_size_in_bytes
 
     assert memory(jbn.BatchNorm) <= 1.05 * memory(nn.BatchNorm)
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("devices", ["as on a TPU"], indirect=True)
+@pytest.mark.parametrize("residual", [False, True])
+def test_relu_chooses_among_cotangents_of_16_bits(residual):
+    """On a TPU what it leaves of a cotangent is kept, and no mask beside it."""
+    x = jnp.zeros((8, 6, 6, 3), jnp.bfloat16)
+
+    def f(x, r):
+        return jbn.batch_norm(
+            x,
+            None,
+            None,
+            use_running_average=False,
+            residual=r if residual else None,
+            activation=jax.nn.relu,
+        )[0]
+
+    backward = jax.jit(lambda x, r, ct: jax.vjp(f, x, r)[1](ct))
+    text = backward.lower(x, x, x).as_text()
+    chosen = set(re.findall(r"stablehlo.select .*tensor<8x6x6x3x(\w+)>$", text, re.M))
+    assert chosen == {"bf16"}
 
 
 @dataclasses.dataclass
