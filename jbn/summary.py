@@ -48,9 +48,10 @@ class Summary(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What the mean of a batch may be, such as a running mean, before it is seen.
+    """What the mean of a batch may be, before it is seen: such as a running mean.
 
-    To `least_var` is added what matters of a variance.
+    It is near if it is off by no more than the root of the variance and `least_var`,
+    such as epsilon, together.
     """
 
     mean: jax.Array
