@@ -1,5 +1,6 @@
 """Tools for trained networks: `python -m jbn --help`."""
 
+import logging
 import sys
 from typing import Any
 
@@ -13,13 +14,24 @@ def main() -> int:
         print(f"error: {text}", file=sys.stderr)
         return 2
 
-    sys.unraisablehook = _unless_closed
+    quiet_reads()
     return main()
 
 
+def quiet_reads() -> None:
+    """Leaves one message where a checkpoint cannot be read.
+
+    Orbax leaves the reads of other arrays behind, which fail as well, and complain
+    below the message that says so: as they are collected, in a loop that has ended or
+    not.
+    """
+    sys.unraisablehook = _unless_closed
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
+
+
 def _unless_closed(unraisable: Any) -> None:
-    # Where a checkpoint cannot be read, Orbax leaves other reads behind, which complain
-    # below the message that says so.
     if "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 

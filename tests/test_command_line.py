@@ -536,6 +536,29 @@ def test_bad_input_in_a_process_of_its_own(
     assert contents(home) == before
 
 
+def test_reads_that_are_left_behind_do_not_complain(tmp_path: Path):
+    """Which Orbax leaves now and then."""
+    script = """
+import asyncio
+from jbn.__main__ import quiet_reads
+
+if {quiet}:
+    quiet_reads()
+
+async def read():
+    raise ValueError("not found")
+
+async def main():
+    asyncio.ensure_future(read())
+    await asyncio.sleep(0)
+
+asyncio.run(main())
+"""
+    for quiet in (False, True):
+        _, err = python("-c", script.format(quiet=quiet), cwd=tmp_path, rc=0)
+        assert ("not found" in err) == (not quiet)
+
+
 # ---- Help ----------------------------------------------------------------------------
 
 
