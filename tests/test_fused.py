@@ -15,6 +15,7 @@ import pytest
 from differentiation import SHAPE, example, modes, plain
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from ways import on
 
 import jbn
 import jbn.nnx
@@ -301,8 +302,8 @@ def test_devices(by, rng):
     assert 2 <= text.count(" all-reduce(") <= 3
 
 
-@pytest.mark.usefixtures("devices", "standard_promotion")
-@pytest.mark.parametrize("devices", ["eight devices", "one device"], indirect=True)
+@on("eight devices", "one device")
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_temporary_memory_of_a_stack(dtype, scanned):
@@ -358,8 +359,8 @@ def test_temporary_memory_of_a_stack(dtype, scanned):
     assert fused <= limits[1] * flax
 
 
-@pytest.mark.usefixtures("devices", "standard_promotion")
-@pytest.mark.parametrize("devices", ["one device"], indirect=True)
+@on("one device")
+@pytest.mark.usefixtures("standard_promotion")
 def test_temporary_memory_of_residual_blocks():
     """No more than with Flax's, for which XLA keeps what convolutions and norms read.
 
@@ -394,8 +395,7 @@ def test_temporary_memory_of_residual_blocks():
     assert memory(jbn.BatchNorm) <= 1.05 * memory(nn.BatchNorm)
 
 
-@pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("devices", ["as on a TPU"], indirect=True)
+@on("as on a TPU")
 @pytest.mark.parametrize("residual", [False, True])
 def test_relu_chooses_among_cotangents_of_16_bits(residual):
     """On a TPU what it leaves of a cotangent is kept, and no mask beside it."""

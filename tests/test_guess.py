@@ -26,14 +26,13 @@ def mesh_of(devices, kind=AxisType.Auto):
     return jax.make_mesh((devices,), (name,), (kind,), devices=jax.devices()[:devices])
 
 
-def moments(x, guess, mask=None, epsilon=1e-5, axis_name=None):
+def moments(x, guess, mask=None, epsilon=1e-5):
     """Of a feature, about a guess of its mean."""
     axes = tuple(range(x.ndim - 1))
     guess = jnp.broadcast_to(jnp.asarray(guess, "f"), x.shape[-1:])
     guess = Guess(jnp.expand_dims(guess, axes), jnp.asarray(epsilon))
-    rows = Rows(axes, axis_name)
     mask = None if mask is None else jnp.asarray(mask)
-    found = as_moments(row_summary(rows, jnp.asarray(x), mask, None, guess))
+    found = as_moments(row_summary(Rows(axes), jnp.asarray(x), mask, None, guess))
     return jax.tree.map(lambda v: v.ravel(), found)
 
 

@@ -151,7 +151,8 @@ def repeat(stat: jax.Array, like: jax.Array, axes: tuple[int, ...]) -> jax.Array
         return stat
     # What is the same on all devices is summed over them when it is transposed: as it
     # is here, not as it is repeated. These zeros vary from device to device as `like`.
-    stat = whole.view(stat) + jnp.zeros_like(like, stat.dtype, whole.view(stat).shape)
+    stat = whole.view(stat)
+    stat = stat + jnp.zeros_like(like, stat.dtype, stat.shape)
     if fold is None:
         repeated = jnp.broadcast_to(stat, view.shape)
     else:

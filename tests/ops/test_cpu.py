@@ -12,19 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
+from ways import on
 
 import jbn
 from jbn.ops.cpu import Fold, Merged, once, repeat
 
 
 SHAPE = 32, 16, 16, 32  # 1 MB in float32
-
-
-def on(way):
-    """Runs a test in one of the ways of the fixture `devices`."""
-    return lambda test: pytest.mark.usefixtures("devices")(
-        pytest.mark.parametrize("devices", [way], indirect=True)(test)
-    )
 
 
 shapes = st.lists(st.sampled_from([1, 3, 5, 8, 12, 14, 35]), min_size=1, max_size=3)
