@@ -11,10 +11,11 @@ from jax import lax
 from jbn import axes
 from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
-from jbn.ops.cpu import once, repeat
+from jbn.ops.cpu import once
 from jbn.ops.passes import apart, recomputed
 from jbn.ops.placement import spread_by_compiler
 from jbn.ops.segments import spread
+from jbn.ops.sums import repeat
 from jbn.typing import (
     Activation,
     ArrayLike,

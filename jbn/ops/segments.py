@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn.ops.cpu import Merged
+from jbn.ops import sums
 
 
 @jax.tree_util.register_dataclass
@@ -33,8 +33,7 @@ def total(
 ) -> jax.Array:
     """Sums `v` over `axes`, which stay at size 1; with `segments`, within each."""
     if segments is None:
-        whole = Merged.of(axes, v)
-        return whole.stat(whole.view(v).sum(whole.axes, keepdims=True))
+        return sums.total(v, axes)
     ids = segments.ids
     # What shares an id is summed densely first: images by pixel, then by domain.
     v = v.sum([a for a in axes if ids.shape[a] == 1], keepdims=True)
