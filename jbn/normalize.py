@@ -12,7 +12,8 @@ from jbn import axes
 from jbn.moments import nonzero, row_moments_tangent
 from jbn.ops import xla
 from jbn.ops.cpu import once
-from jbn.ops.passes import apart, recomputed
+from jbn.ops.gpu import in_pairs, worth_pairs
+from jbn.ops.passes import apart, output_at_hand, recomputed, rounded, written_out
 from jbn.ops.placement import spread_by_compiler
 from jbn.ops.segments import spread
 from jbn.ops.sums import repeat
@@ -238,8 +239,7 @@ def apply(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _apply(rows, dtype, activation, *operands):
-    del rows
-    return _formula(dtype, activation, operands)
+    return _formula(rows is not None, dtype, activation, operands)
 
 
 @functools.partial(_apply.defjvp, symbolic_zeros=True)
@@ -247,16 +247,23 @@ def _apply_jvp(rows, dtype, activation, primals, tangents):
     read, weights = list(primals), primals[1]
     if activation is None and weights is None:
         read[-1] = None  # The derivative does not depend on the residual.
+    # The function itself, not its formula, or second derivatives would miss the rule.
+    y = _apply(rows, dtype, activation, *primals)
+    # What is cut off is zero in the output.
+    by_output = activation is jax.nn.relu and weights is None and output_at_hand()
+    by_output = by_output and read[-1] is not None
+    if by_output:
+        read[-1] = y
     # Recomputed, not saved: of all that the tangent reads, only `x` is large, and the
     # residual.
-    tangent = recomputed(functools.partial(_tangent, rows, dtype, activation))
-    dy = tangent(read, jax.tree.map(nonzero, tangents))
-    # The function itself, not its formula, or second derivatives would miss the rule.
-    return _apply(rows, dtype, activation, *primals), dy
+    run = functools.partial(_tangent, rows, dtype, activation, by_output)
+    return y, recomputed(run)(read, jax.tree.map(nonzero, tangents))
 
 
-def _tangent(rows, dtype, activation, primals, tangents):
+def _tangent(rows, dtype, activation, by_output, primals, tangents):
     """The derivative, linear in `tangents`, in which `None` stands for zero.
+
+    If `by_output`, the last of `primals` is the output, in place of the residual.
 
     With d = x - mean, xh = d * rstd and slope = rstd * scale, before the activation
 
@@ -274,9 +281,9 @@ def _tangent(rows, dtype, activation, primals, tangents):
     to `x`. What comes from a feature and what comes from an element is therefore kept
     apart up to the end, and each looks at `x` by itself. Shared, the compiler would
     write out what both compute: `x` in float32, or the slope of the activation. (Not
-    on a TPU.)
+    on a TPU; on a GPU each of the two sums has to look for itself.)
     """
-    x, weights, segments, stats, scale, bias, epsilon, residual = primals
+    x, weights, segments, stats, scale, bias, epsilon, last = primals
     dx, dweights, _, dstats, dscale, dbias, depsilon, dresidual = tangents
     over = ()
     if segments is None:
@@ -285,9 +292,7 @@ def _tangent(rows, dtype, activation, primals, tangents):
     # Cast once, so that its cotangent is summed in wide arithmetic, and rounded once.
     dx = None if dx is None else xla.wide(dx)
     mean = once(stats.mean, x.shape)
-    read = x, mean, residual
-    of_element, of_feature = apart(read), apart(read)
-    together = of_element is of_feature
+    of_element, of_shift, of_gain = apart((x, mean, last))
 
     dmean = dvar = None
     if rows is None:
@@ -320,21 +325,25 @@ def _tangent(rows, dtype, activation, primals, tangents):
 
     def finish(view, tangent, where_ignored):
         """What comes of a tangent before the activation."""
-        x, mean, residual = view
+        x, mean, last = view
         ignored = xla.no_part(x, weights)
         if ignored is not None:
             tangent = jnp.where(ignored, where_ignored, tangent)
         if activation is None:
             return tangent
-        here = stats._replace(mean=mean)
-        before = _before((x, weights, segments, here, scale, bias, epsilon, residual))
         tangent = jnp.broadcast_to(tangent, x.shape)
-        if activation is jax.nn.relu and together:
-            # A choice, the same before and after rounding: what it makes of a cotangent
-            # is written out in 16 bits, where XLA would keep a mask beside that.
-            tangent = tangent.astype(dtype)
-            return jnp.where(before > 0, tangent, jnp.zeros_like(tangent)).astype(wide)
-        return jax.jvp(activation, (before,), (tangent,))[1].astype(wide)
+        before = last
+        if not by_output:
+            here = stats._replace(mean=mean)
+            before = _before((x, weights, segments, here, scale, bias, epsilon, last))
+        if activation is jax.nn.relu:
+            # A choice, the same before and after rounding, so that what is made of a
+            # cotangent is written out in 16 bits, or a mask is not kept beside it.
+            tangent = rounded(tangent, dtype)
+            tangent = jnp.where(before > 0, tangent, jnp.zeros_like(tangent))
+        else:
+            tangent = jax.jvp(activation, (before,), (tangent,))[1]
+        return tangent.astype(wide)
 
     zero = jnp.zeros(x.shape, wide)
     parts = []
@@ -342,39 +351,56 @@ def _tangent(rows, dtype, activation, primals, tangents):
         scaled = zero if dx is None else spread(slope, segments) * dx
         skipped = zero
         if dresidual is not None:
-            skipped = _skipped(dresidual, of_element[2], weights, wide)
+            residual = None if weights is None else of_element[2]
+            skipped = _skipped(dresidual, residual, weights, wide)
+            if by_output:
+                # Its cotangent is that of the residual, which is written out.
+                scaled = written_out(rounded(scaled, dtype)).astype(wide)
         parts.append((of_element, scaled + skipped, skipped))
-    if dgain is not None or dshift is not None:
-        x, mean, _ = of_feature
-        shifted = zero if dshift is None else each_row(dshift)
-        if dgain is not None:
-            xh = xla.center(x, mean, weights, segments) * spread(rstd, segments)
-            shifted = shifted + xh * each_row(dgain)
+    if dshift is not None:
         of_bias = zero if dbias is None else each_row(dbias)
-        parts.append((of_feature, shifted, of_bias))
-    if together and len(parts) == 2:
-        (view, *element), (_, *feature) = parts
-        parts = [(view, *map(operator.add, element, feature))]
+        parts.append((of_shift, each_row(dshift), of_bias))
+    if dgain is not None:
+        x, mean, _ = of_gain
+        d = xla.center(x, mean, weights, segments)
+        parts.append((of_gain, d * each_row(rstd * dgain), zero))
+    joined = []
+    for view, *terms in parts:
+        if joined and joined[-1][0] is view:
+            terms = map(operator.add, joined.pop()[1:], terms)
+        joined.append((view, *terms))
     dy = zero
-    for part in parts:
+    for part in joined:
         dy += finish(*part)
     return dy.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _formula(dtype, activation, operands):
-    x, weights, segments, stats, *others = operands
-    stats = stats._replace(mean=once(stats.mean, x.shape))
-    y = _before((x, weights, segments, stats, *others))
-    if activation is not None:
-        shape = y.shape
-        y = activation(y)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _formula(summarized, dtype, activation, operands):
+    x, weights, segments, stats, scale, bias, epsilon, residual = operands
+
+    def of(x, operands):
+        stats, *others = operands
+        stats = stats._replace(mean=once(stats.mean, x.shape))
+        y = _before((x, weights, segments, stats, *others, residual))
+        if activation is None:
+            return y
+        shape, y = y.shape, activation(y)
         if jnp.shape(y) != shape:
             raise ValueError(
                 "`activation` must act on each element; it made an array of shape"
                 f" {jnp.shape(y)} of one of shape {shape}."
             )
-    return y.astype(dtype)
+        return y
+
+    read = stats, scale, bias, epsilon
+    # Where a loop over `x` has nothing beside it: it has been summarized, so it is in
+    # memory, and behind an activation comes hardly another function of each element.
+    plain = weights is None and segments is None and residual is None
+    if summarized and activation is not None and plain and worth_pairs(x, dtype):
+        return in_pairs(of, x, read, dtype)
+    y = of(x, read).astype(dtype)
+    return y if activation is None or residual is None else written_out(y)
 
 
 def _before(operands):

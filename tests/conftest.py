@@ -23,7 +23,7 @@ collect_ignore = ["types_of_a_user.py"]
 # Compiling takes most of the time of the tests. Of a sweep this many cases are quick,
 # and one each of these ways to compile (of the fixture `devices`).
 SAMPLE = 2
-WAYS = "folded", "as on a TPU"
+WAYS = "folded", "as on a TPU", "as on a GPU"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,6 +70,17 @@ def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("jbn.summary._FOLDED_BLOCK_ROWS", 1)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """What is compiled for a GPU, on CPUs; likewise."""
+    for module in ("ops.placement", "ops.cpu", "ops.gpu", "ops.passes", "summary"):
+        monkeypatch.setattr(f"jbn.{module}.platform", lambda: "gpu")
+    # Small arrays are treated as large ones are.
+    monkeypatch.setattr("jbn.ops.gpu._LEAST_ELEMENTS", 1)
+    monkeypatch.setattr("jbn.ops.gpu._LEAST_ROWS", 2)
+    monkeypatch.setattr("jbn.ops.gpu._LEAST_TEAMS", 2)
+
+
 @pytest.fixture(params=["eight devices", "one device", *WAYS])
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Whether arrays may be spread over devices, and how passes over them are made.
@@ -84,8 +95,8 @@ def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("jbn.ops.cpu._LEAST_ELEMENTS", 1)
         monkeypatch.setattr("jbn.ops.cpu._LEAST_RUN", 1)
         monkeypatch.setattr("jbn.ops.cpu._SHORT", 0)
-    if request.param == "as on a TPU":
-        request.getfixturevalue("as_on_a_tpu")
+    if request.param.startswith("as on"):
+        request.getfixturevalue(request.param.replace(" ", "_").lower())
     # Each has a mesh of its own name, or it would find the other's compiled functions.
     name = request.param.replace(" ", "_")
     mesh = jax.make_mesh((1,), (name,), axis_types=(jax.sharding.AxisType.Auto,))

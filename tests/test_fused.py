@@ -43,14 +43,14 @@ def reference(activation: Callable[..., Any]):
     return f
 
 
-def ours(activation: Callable[..., Any]):
+def ours(activation: Callable[..., Any], weighted: bool = True):
     def f(x, weights, scale, bias, epsilon):
         return jbn.batch_norm(
             x,
             jbn.Params(scale, bias),
             None,
             use_running_average=False,
-            weights=weights,
+            weights=weights if weighted else None,
             epsilon=epsilon,
             residual=jnp.sin(3 * x),
             activation=activation,
@@ -87,6 +87,30 @@ def test_every_activation(name, args, rng):
         jax.tree.map(
             lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9),
             got,
+            want,
+        )
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.usefixtures("x64")
+def test_relu_whose_slope_is_seen_in_the_output(args, rng):
+    """Without weights, and with a residual."""
+    x, _, *others = args
+    args = x, jnp.ones_like(x[..., :1]), *others
+    derive = modes(jnp.asarray(rng.standard_normal(SHAPE)))
+    for mode in (
+        "jvp",
+        "grad of x alone",
+        "grad of affine alone",
+        "hvp, forward over reverse",
+        "third",
+        "linear_transpose",
+    ):
+        f = functools.partial(derive[mode], ours(jax.nn.relu, weighted=False))
+        want = derive[mode](reference(jax.nn.relu), args)
+        jax.tree.map(
+            lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9),
+            jax.jit(f)(args),
             want,
         )
 

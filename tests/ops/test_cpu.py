@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec as P
 from ways import on
 
 import jbn
-from jbn.ops.cpu import Fold, Merged, once, repeat
+from jbn.ops.cpu import Fold, Merged, once
+from jbn.ops.sums import repeat
 
 
 SHAPE = 32, 16, 16, 32  # 1 MB in float32
