@@ -1,11 +1,12 @@
 """Runs the measurements of speed and memory, and writes their tables.
 
-    python -m benchmarks [op memory network scale variance job]
+    python -m benchmarks [op memory network scale variance gpu job]
     python -m benchmarks tables
 
 Each question is a script of its own, run in a process of its own; the results are in
 `docs/benchmarks/*.json` with a figure each. From these the tables in `README.md` and
-`docs/benchmarks.md` are written, between marks; no figure there is typed.
+`docs/benchmarks.md` are written, between marks; no figure there is typed. Without a
+GPU, `gpu` is left out.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 
-QUESTIONS = ("memory", "op", "network", "scale", "variance", "job")
+QUESTIONS = ("memory", "op", "network", "scale", "variance", "gpu", "job")
 
 
 def main():

@@ -3,8 +3,8 @@
     python benchmarks/network.py
 
 The same ResNet, optimizer and data. Flax's norm has ReLU and residual behind it, as its
-users write it; ours has them in it. On a CPU: images of 64x64, batches of 16, one core,
-and bfloat16, which it only emulates, compiled but not run; on a GPU: 224x224, 128.
+users write it; ours has them in it. Images of 64x64, batches of 16, one core, and
+bfloat16, which a CPU only emulates, compiled but not run. For a GPU: `gpu.py`.
 """
 
 import timing
@@ -13,7 +13,6 @@ import timing
 timing.prepare()
 
 import functools
-import time
 
 import evidence
 import flax.linen as nn
@@ -26,19 +25,18 @@ import jbn
 from jbn.models import resnet18, resnet50
 
 
-ON_GPU = jax.default_backend() == "gpu"
-BATCH, SIZE = (128, 224) if ON_GPU else (16, 64)
+BATCH, SIZE = 16, 64
 MODELS = {"ResNet-18": resnet18, "ResNet-50": resnet50}
 DTYPES = "bfloat16", "float32"
 
 
-def step(make, norm, dtype):
+def step(make, norm, dtype, batch=BATCH, size=SIZE):
     """A compiled step, with the state that it starts from."""
     model = make(num_classes=1000, norm=norm, dtype=dtype)
     optimizer = optax.sgd(0.1, momentum=0.9)
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.standard_normal((BATCH, SIZE, SIZE, 3)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, 1000, BATCH))
+    images = jnp.asarray(rng.standard_normal((batch, size, size, 3)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 1000, batch))
     variables = jax.jit(functools.partial(model.init, train=False))(
         jax.random.key(0), images[:1]
     )
@@ -65,8 +63,7 @@ def step(make, norm, dtype):
 
 def time_of(cases):
     """What each step takes, and the loss that it gives."""
-    clock = time.perf_counter if ON_GPU else time.process_time
-    times = timing.interleaved(cases, rounds=7, clock=clock, wait=jax.block_until_ready)
+    times = timing.interleaved(cases, rounds=7, wait=jax.block_until_ready)
     return {
         norm: {
             "loss": float(case()[-1]),
@@ -112,7 +109,7 @@ def main():
     results = []
     for name, make in MODELS.items():
         for dtype in DTYPES:
-            timed = ON_GPU or dtype == "float32"
+            timed = dtype == "float32"
             cases, about = {}, {}
             for norm, cls in norms.items():
                 cls = functools.partial(cls, dtype=jnp.dtype(dtype))

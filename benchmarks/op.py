@@ -6,7 +6,7 @@ Forward and backward are compiled apart, as other layers come between the two, a
 backward is given the cotangent of the output. The floor is the time to copy as many
 bytes as must be read and written: forward reads `x` twice (for its statistics, and to
 normalize) and writes once, backward reads `x` and the cotangent twice and writes once,
-evaluation reads and writes once. On a GPU, shapes are those of a ResNet-50.
+evaluation reads and writes once. For a GPU: `gpu.py`.
 """
 
 import timing
@@ -16,7 +16,6 @@ timing.prepare()
 
 import argparse
 import sys
-import time
 from typing import Any
 
 import evidence
@@ -27,15 +26,7 @@ from evidence import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW
 from peers import FLAX, NORMS, OURS
 
 
-ON_GPU = jax.default_backend() == "gpu"
 SHAPES = [(64, 64), (128, 784), (32, 32, 32, 64), (64, 56, 56, 64), (16, 14, 14, 1024)]
-IF_GPU = [
-    (256, 112, 112, 64),
-    (256, 56, 56, 256),
-    (256, 28, 28, 512),
-    (256, 14, 14, 1024),
-    (256, 7, 7, 2048),
-]
 FLOOR = "floor"
 TORCH = "PyTorch, channels last", "PyTorch, channels first"
 # Copies of the input that take as long as what must be read and written.
@@ -88,29 +79,25 @@ def jax_cases(make, x, ct):
 
 
 def torch_cases(x, ct, channels_last):
-    """Likewise, by PyTorch, on the same device."""
+    """Likewise, by PyTorch."""
     import torch
 
     torch.set_num_threads(1)
-    device = "cuda" if ON_GPU and torch.cuda.is_available() else "cpu"
-    if ON_GPU and device == "cpu":
-        raise ImportError("PyTorch without CUDA")
     images = x.ndim == 4
     layer = (torch.nn.BatchNorm2d if images else torch.nn.BatchNorm1d)(x.shape[-1])
-    layer = layer.to(device)
 
     def tensor(v):
         v = torch.from_numpy(np.array(v, np.float32))
         if images:
             v = v.movedim(-1, 1)
-        v = v.to(device, torch.bfloat16 if x.dtype == jnp.bfloat16 else torch.float32)
+        v = v.to(torch.bfloat16 if x.dtype == jnp.bfloat16 else torch.float32)
         if not images:
             return v.contiguous()
         last = torch.channels_last if channels_last else torch.contiguous_format
         return v.contiguous(memory_format=last)
 
     x, ct = tensor(x).requires_grad_(), tensor(ct)
-    frozen = type(layer)(layer.num_features).to(device).eval()
+    frozen = type(layer)(layer.num_features).eval()
     y = layer(x)
     inputs = (x, layer.weight, layer.bias)
 
@@ -127,27 +114,14 @@ def torch_cases(x, ct, channels_last):
 
 def copy_case(x):
     """Copies the input."""
-    if ON_GPU:
-        copy = jax.jit(lambda x: x + 1)
-        return lambda: copy(x)
     source = np.array(x)
     target = np.empty_like(source)
     return lambda: np.copyto(target, source)
 
 
 def wait(value):
-    """Until it is there, whoever computes it."""
-    if isinstance(value, tuple | list) and value and hasattr(value[0], "is_cuda"):
-        value = value[0]
-    if getattr(value, "is_cuda", False):
-        import torch
-
-        torch.cuda.synchronize()
-    elif hasattr(value, "detach"):
-        pass
-    else:
-        jax.block_until_ready(value)
-    return value
+    """Until it is there; PyTorch's is."""
+    return value if hasattr(value, "detach") else jax.block_until_ready(value)
 
 
 # ---- The question ------------------------------------------------------------------
@@ -170,12 +144,11 @@ def measure(shape, dtype, rounds):
             by_whom[name] = torch_cases(x, ct, channels_last)
         except ImportError as error:
             print(f"{name}: left out, {error}", file=sys.stderr)
-    clock = time.perf_counter if ON_GPU else time.process_time
     copy = copy_case(x)
     found = {}
     for what in ("forward", "backward", "evaluation"):
         cases = {name: by_whom[name][what] for name in by_whom} | {FLOOR: copy}
-        found[what] = timing.interleaved(cases, rounds=rounds, clock=clock, wait=wait)
+        found[what] = timing.interleaved(cases, rounds=rounds, wait=wait)
         found[what][FLOOR] = [t * FLOORS[what] for t in found[what][FLOOR]]
     both = zip(found["forward"].items(), found["backward"].values(), strict=True)
     found["training"] = {
@@ -215,8 +188,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two shapes, three rounds")
     args = parser.parse_args()
-    shapes = IF_GPU if ON_GPU else SHAPES
-    shapes = shapes[1:3] if args.quick else shapes
+    shapes = SHAPES[1:3] if args.quick else SHAPES
     results = []
     for dtype in ("float32", "bfloat16"):
         for shape in shapes:

@@ -18,6 +18,7 @@ FOLDER = ROOT / "docs" / "benchmarks"
 FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TORCH = "PyTorch, channels last", "PyTorch, channels first"
+GPU_TORCH = "PyTorch", "PyTorch, channels first"  # the first: channels last
 
 
 def load(name):
@@ -225,7 +226,71 @@ def job():
     return f"{table(header, rows)}\n\n{about(content, 'jax', 'keras')}"
 
 
+def gpu_op(dtypes=("bfloat16", "float32"), forms=None):
+    """On a GPU: shares of the card's copy speed, and times of others."""
+    content = load("gpu")
+    rows = []
+    for r in content["results"]["op"]:
+        for form, spent in r["microseconds"]["training"].items():
+            if r["dtype"] not in dtypes or form not in (forms or [form]):
+                continue
+            own, eager = spent["jbn"], [spent[n] for n in GPU_TORCH if n in spent]
+            others = spent["flax.linen"], min(eager, default=None)
+            others += (spent.get("PyTorch, compiled"),)
+            evaluation = r["microseconds"]["evaluation"][form]
+            rows.append(
+                [
+                    r["shape"],
+                    r["dtype"],
+                    form,
+                    *(
+                        ratio(r["floors"][what][form] / by_form[form]["jbn"])
+                        for what, by_form in r["microseconds"].items()
+                    ),
+                    f"{own:.0f} us",
+                    *(ratio(other and own / other) for other in others),
+                    ratio(evaluation["jbn"] / evaluation["flax.linen"]),
+                ]
+            )
+    header = ["shape", "dtype", "form"]
+    header += [
+        f"{what}, of copy speed" for what in content["results"]["op"][0]["floors"]
+    ]
+    header += ["training", "/ flax.linen", "/ PyTorch", "/ PyTorch, compiled"]
+    header += ["evaluation / flax.linen"]
+    return f"{table(header, rows)}\n\n{about_gpu(content)}"
+
+
+def gpu_step():
+    """A step of ResNet-50 on a GPU."""
+    content = load("gpu")
+    rows = []
+    for r in content["results"]["steps"]:
+        own = r["by"]["jbn"]
+        for who, found in r["by"].items():
+            rows.append(
+                [
+                    r["dtype"],
+                    who,
+                    f"{1e3 * found['seconds']:.1f} ms",
+                    ratio(own["seconds"] / found["seconds"]),
+                    f"{found['temporary_bytes'] / 1e9:.1f} GB",
+                    ratio(own["temporary_bytes"] / found["temporary_bytes"]),
+                ]
+            )
+    header = ["dtype", "by", "a step", "ours / it", "memory beside state", "ours / it"]
+    return f"{table(header, rows)}\n\n{about_gpu(content)}"
+
+
+def about_gpu(content):
+    """Likewise, with the card."""
+    return f"{content['notes'][0]}: {about(content, 'jax', 'flax', 'torch')}"
+
+
 TABLES = {
+    "gpu-short": lambda: gpu_op(("bfloat16",)),
+    "gpu-op": gpu_op,
+    "gpu-step": gpu_step,
     "op-short": op_short,
     "op": lambda: op(("training",)),
     "op-all": lambda: op(("forward", "backward", "evaluation")),

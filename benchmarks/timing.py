@@ -27,6 +27,8 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def prepare() -> None:
     """Starts this process anew, with an allocator that keeps memory, on one core.
 
+    On the CPU, whatever else there is.
+
     To be called before anything else is imported.
     """
     if os.environ.get("JBN_BENCHMARK") == "1":
@@ -34,6 +36,7 @@ def prepare() -> None:
     os.environ.update(_ALLOCATOR)
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     os.environ["JBN_BENCHMARK"] = "1"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

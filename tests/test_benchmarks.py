@@ -1,5 +1,6 @@
 """What the README and the docs say of speed and memory is what was measured."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -54,6 +55,23 @@ def test_results_say_how_they_came_about(path: Path):
 def test_one_command_for_all():
     found = run("-m", "benchmarks", "--help")
     assert found.returncode == 0
-    for name in ("op", "memory", "network", "scale", "variance", "job"):
+    for name in ("op", "memory", "network", "scale", "variance", "gpu", "job"):
         assert name in found.stdout
         assert (ROOT / "benchmarks" / f"{name}.py").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="no GPU compiler: pip install --no-deps, as `benchmarks/gpu_passes.py` says",
+)
+def test_on_a_gpu_no_more_is_read_and_written_than_must_be():
+    """As compiled for an H200, that is not there."""
+    found = run("benchmarks/gpu_passes.py")
+    assert found.returncode == 0, found.stderr
+    rows = [line.strip("| ").split(" | ") for line in found.stdout.splitlines()[2:]]
+    assert len(rows) == 3
+    for _, forward, training, *_, least_forward, least_training in rows:
+        assert float(forward) <= float(least_forward) + 0.05
+        assert float(training) <= float(least_training) + 0.05

@@ -99,6 +99,11 @@ def test_blocks_on_a_card(monkeypatch):
     assert Blocks.of((64, 64), (0,)) is None
 
 
+def same_bits(got, want):
+    got, want = (np.asarray(v).view(np.uint16) for v in (got, want))
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("f", [jax.nn.relu, jax.nn.silu, jnp.sin])
 def test_pairs_are_bit_for_bit_what_elements_are(f, dtype, rng):
@@ -115,14 +120,12 @@ def test_pairs_are_bit_for_bit_what_elements_are(f, dtype, rng):
     want = jax.jit(formula)(x, (scale, bias, shift)).astype(dtype)
     got = jax.jit(in_twos)(x, scale, bias, shift)
     assert got.dtype == dtype
-    bits = [np.asarray(v).view(np.uint16) for v in (got, want)]
-    np.testing.assert_array_equal(*bits)
+    same_bits(got, want)
     mapped = jax.jit(jax.vmap(in_twos, (1, None, None, None), 1))
     bias = bias[:, :1]
     want = jax.jit(formula)(x, (scale, bias, shift)).astype(dtype)
     got = mapped(x, scale[0], bias[0], shift)
-    bits = [np.asarray(v).view(np.uint16) for v in (got, want)]
-    np.testing.assert_array_equal(*bits)
+    same_bits(got, want)
 
 
 def layer(x, residual, ct, activation=jax.nn.relu, running=None, axis_name=None):
