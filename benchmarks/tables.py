@@ -226,14 +226,12 @@ def job():
     return f"{table(header, rows)}\n\n{about(content, 'jax', 'keras')}"
 
 
-def gpu_op(dtypes=("bfloat16", "float32"), forms=None):
+def gpu_op():
     """On a GPU: shares of the card's copy speed, and times of others."""
     content = load("gpu")
     rows = []
     for r in content["results"]["op"]:
         for form, spent in r["microseconds"]["training"].items():
-            if r["dtype"] not in dtypes or form not in (forms or [form]):
-                continue
             own, eager = spent["jbn"], [spent[n] for n in GPU_TORCH if n in spent]
             others = spent["flax.linen"], min(eager, default=None)
             others += (spent.get("PyTorch, compiled"),)
@@ -287,8 +285,36 @@ def about_gpu(content):
     return f"{content['notes'][0]}: {about(content, 'jax', 'flax', 'torch')}"
 
 
+def gpu_short():
+    """With ReLU, in bfloat16."""
+    content = load("gpu")
+    rows = []
+    for r in content["results"]["op"]:
+        if r["dtype"] != "bfloat16":
+            continue
+        spent = {what: by_form["ReLU"] for what, by_form in r["microseconds"].items()}
+        own, training = spent["training"]["jbn"], spent["training"]
+        eager = min(training[name] for name in GPU_TORCH)
+        rows.append(
+            [
+                r["shape"],
+                *(
+                    ratio(r["floors"][what]["ReLU"] / spent[what]["jbn"])
+                    for what in ("forward", "backward")
+                ),
+                f"{own:.0f} us",
+                ratio(own / training["flax.linen"]),
+                ratio(own / eager),
+                ratio(own / training["PyTorch, compiled"]),
+            ]
+        )
+    header = ["shape", "forward, of copy speed", "backward", "both", "/ flax.linen"]
+    header += ["/ PyTorch, its better layout", "/ PyTorch, compiled"]
+    return f"{table(header, rows)}\n\n{about_gpu(content)}"
+
+
 TABLES = {
-    "gpu-short": lambda: gpu_op(("bfloat16",)),
+    "gpu-short": gpu_short,
     "gpu-op": gpu_op,
     "gpu-step": gpu_step,
     "op-short": op_short,
