@@ -379,8 +379,8 @@ def _tangent(rows, dtype, activation, by_output, primals, tangents):
 def _formula(summarized, dtype, activation, operands):
     x, weights, segments, stats, scale, bias, epsilon, residual = operands
 
-    def of(x, operands):
-        stats, *others = operands
+    def formula(x, read):
+        stats, *others = read
         stats = stats._replace(mean=once(stats.mean, x.shape))
         y = _before((x, weights, segments, stats, *others, residual))
         if activation is None:
@@ -398,8 +398,8 @@ def _formula(summarized, dtype, activation, operands):
     # memory, and behind an activation comes hardly another function of each element.
     plain = weights is None and segments is None and residual is None
     if summarized and activation is not None and plain and worth_pairs(x, dtype):
-        return in_pairs(of, x, read, dtype)
-    y = of(x, read).astype(dtype)
+        return in_pairs(formula, x, read, dtype)
+    y = formula(x, read).astype(dtype)
     return y if activation is None or residual is None else written_out(y)
 
 

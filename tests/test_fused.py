@@ -98,14 +98,7 @@ def test_relu_whose_slope_is_seen_in_the_output(args, rng):
     x, _, *others = args
     args = x, jnp.ones_like(x[..., :1]), *others
     derive = modes(jnp.asarray(rng.standard_normal(SHAPE)))
-    for mode in (
-        "jvp",
-        "grad of x alone",
-        "grad of affine alone",
-        "hvp, forward over reverse",
-        "third",
-        "linear_transpose",
-    ):
+    for mode in ("jvp", "grad of x alone", "grad of affine alone", "third"):
         f = functools.partial(derive[mode], ours(jax.nn.relu, weighted=False))
         want = derive[mode](reference(jax.nn.relu), args)
         jax.tree.map(

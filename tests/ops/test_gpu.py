@@ -150,6 +150,7 @@ def layer(x, residual, ct, activation=jax.nn.relu, running=None, axis_name=None)
     return y, stats, dx, dparams, dresidual
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit, "shard_map"])
 @pytest.mark.parametrize("with_residual", [False, True])
