@@ -232,9 +232,6 @@ def gpu_op():
     rows = []
     for r in content["results"]["op"]:
         for form, spent in r["microseconds"]["training"].items():
-            own, eager = spent["jbn"], [spent[n] for n in GPU_TORCH if n in spent]
-            others = spent["flax.linen"], min(eager, default=None)
-            others += (spent.get("PyTorch, compiled"),)
             evaluation = r["microseconds"]["evaluation"][form]
             rows.append(
                 [
@@ -245,8 +242,8 @@ def gpu_op():
                         ratio(r["floors"][what][form] / by_form[form]["jbn"])
                         for what, by_form in r["microseconds"].items()
                     ),
-                    f"{own:.0f} us",
-                    *(ratio(other and own / other) for other in others),
+                    f"{spent['jbn']:.0f} us",
+                    *shares(spent),
                     ratio(evaluation["jbn"] / evaluation["flax.linen"]),
                 ]
             )
@@ -285,6 +282,14 @@ def about_gpu(content):
     return f"{content['notes'][0]}: {about(content, 'jax', 'flax', 'torch')}"
 
 
+def shares(spent):
+    """Our time over Flax's, PyTorch's in its better layout, and compiled PyTorch's."""
+    eager = [spent[name] for name in GPU_TORCH if name in spent]
+    others = spent["flax.linen"], min(eager, default=None)
+    others += (spent.get("PyTorch, compiled"),)
+    return [ratio(other and spent["jbn"] / other) for other in others]
+
+
 def gpu_short():
     """With ReLU, in bfloat16."""
     content = load("gpu")
@@ -293,8 +298,6 @@ def gpu_short():
         if r["dtype"] != "bfloat16":
             continue
         spent = {what: by_form["ReLU"] for what, by_form in r["microseconds"].items()}
-        own, training = spent["training"]["jbn"], spent["training"]
-        eager = min(training[name] for name in GPU_TORCH)
         rows.append(
             [
                 r["shape"],
@@ -302,10 +305,8 @@ def gpu_short():
                     ratio(r["floors"][what]["ReLU"] / spent[what]["jbn"])
                     for what in ("forward", "backward")
                 ),
-                f"{own:.0f} us",
-                ratio(own / training["flax.linen"]),
-                ratio(own / eager),
-                ratio(own / training["PyTorch, compiled"]),
+                f"{spent['training']['jbn']:.0f} us",
+                *shares(spent["training"]),
             ]
         )
     header = ["shape", "forward, of copy speed", "backward", "both", "/ flax.linen"]
