@@ -91,7 +91,7 @@ def test_every_activation(name, args, rng):
         )
 
 
-@pytest.mark.usefixtures("devices")
+@on("one device", "as on a GPU")
 @pytest.mark.usefixtures("x64")
 def test_relu_whose_slope_is_seen_in_the_output(args, rng):
     """Without weights, and with a residual."""
