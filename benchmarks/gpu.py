@@ -23,7 +23,6 @@ import collections
 import concurrent.futures
 import functools
 import glob
-import operator
 import os
 import statistics
 import sys
@@ -41,6 +40,8 @@ import jax
 import jax.numpy as jnp
 import network
 import numpy as np
+import timing
+from peers import FLAX, OURS, flax_linen
 
 import jbn
 from jbn.models import resnet50
@@ -62,7 +63,6 @@ PASSES = {
     "training": dict(zip(FORMS, (8, 8, 11), strict=True)),
     "evaluation": dict(zip(FORMS, (2, 2, 3), strict=True)),
 }
-OURS, FLAX = "jbn", "flax.linen"
 TORCH = "PyTorch", "PyTorch, compiled", "PyTorch, channels first"
 COLORS = dict(
     zip(
@@ -98,21 +98,14 @@ def jbn_layer(features, dtype, form):
 
 def flax_layer(features, dtype, form):
     """Likewise, with ReLU and addition behind it."""
-    layer = nn.BatchNorm(dtype=dtype)
-    rows = jnp.zeros((2, features), dtype)
-    variables = layer.init(jax.random.key(0), rows, use_running_average=True)
+    norm, params, stats = flax_linen(features, dtype)
 
     def apply(params, x, residual, train):
-        y, new = layer.apply(
-            {**variables, "params": params},
-            x,
-            use_running_average=not train,
-            mutable=["batch_stats"],
-        )
+        y, new = norm(params, stats, x, train)
         y = y if residual is None else y + residual
         return y if form == "norm" else nn.relu(y), new
 
-    return apply, variables["params"]
+    return apply, params
 
 
 def named(name, f):
@@ -188,8 +181,8 @@ def jax_times(shape, dtype, pool):
     for (form, who), (name, _) in cases.items():
         for what in ("forward", "training", "evaluation"):
             times[what][form][who] = sum(spent[f"{name}_{what}"].values())
-        of_two = (times[what][form][who] for what in ("training", "forward"))
-        times["backward"][form][who] = operator.sub(*of_two)
+        both, forward = (times[what][form][who] for what in ("training", "forward"))
+        times["backward"][form][who] = both - forward
     return sum(spent["copy"].values()), times
 
 
@@ -324,18 +317,10 @@ def torch_step(dtype, compiled):
     return step, torch.cuda.max_memory_allocated() - before
 
 
-def seconds_of(steps, wait, rounds=5, repeats=5):
-    """Seconds of a step by name: medians of rounds in which each has its turn."""
-    found = {name: [] for name in steps}
-    for step in steps.values():
-        wait(step())
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                last = step()
-            wait(last)
-            found[name].append((time.perf_counter() - start) / repeats)
+def seconds_of(steps, wait):
+    """Seconds of a step by name, by the clock."""
+    clock = time.perf_counter
+    found = timing.interleaved(steps, rounds=5, least=0.1, clock=clock, wait=wait)
     return {name: statistics.median(times) for name, times in found.items()}
 
 

@@ -322,17 +322,16 @@ def _block_counts(
     The first one, which is where batches are sharded, gets a multiple of `shards`.
     """
     rows = math.prod(shape[a] for a in axes)
+    number = None
     if platform() == "gpu":
-        # Thousands of threads add: no sum is long.
-        return {a: shards if a == axes[0] else 1 for a in axes}
-    if platform() == "tpu":
-        number = None
+        number = shards  # Thousands of threads add: no sum is long.
+    elif platform() == "tpu":
         if rows <= _FOLDED_BLOCK_ROWS * shards:
             number = shards
         elif _LEAST_IMAGE_ROWS <= rows // shape[axes[0]] <= _MOST_IMAGE_ROWS:
             number = shape[axes[0]]
-        if number is not None:
-            return {a: number if a == axes[0] else 1 for a in axes}
+    if number is not None:
+        return {a: number if a == axes[0] else 1 for a in axes}
     wanted = rows / (_FOLDED_BLOCK_ROWS if one_cpu() else _BLOCK_ROWS)
     counts = {}
     for a in axes:
