@@ -1,6 +1,6 @@
 """Runs the measurements of speed and memory, and writes their tables.
 
-    python -m benchmarks [op memory network scale variance gpu job]
+    python -m benchmarks [op memory network first_step scale variance gpu job]
     python -m benchmarks tables
 
 Each question is a script of its own, run in a process of its own; the results are in
@@ -15,7 +15,16 @@ import sys
 from pathlib import Path
 
 
-QUESTIONS = ("memory", "op", "network", "scale", "variance", "gpu", "job")
+QUESTIONS = (
+    "memory",
+    "op",
+    "network",
+    "first_step",
+    "scale",
+    "variance",
+    "gpu",
+    "job",
+)
 
 
 def main():

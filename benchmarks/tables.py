@@ -19,6 +19,7 @@ FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TORCH = "PyTorch, channels last", "PyTorch, channels first"
 GPU_TORCH = "PyTorch", "PyTorch, channels first"  # the first: channels last
+FIRST_STEP = ["program", "what", "jbn", "Flax", "jbn / Flax", "reach"]
 
 
 def load(name):
@@ -206,6 +207,40 @@ def variance():
     return f"{table(header, rows)}\n\n{about(content, *packages)}"
 
 
+def amount(value, unit):
+    """Seconds in the unit that suits them, or a count."""
+    if unit == "count":
+        return f"{value:.0f}"
+    for scale, name in ((1, "s"), (1e3, "ms")):
+        if value * scale >= 1:
+            return f"{value * scale:.2f} {name}"
+    return f"{value * 1e6:.0f} us"
+
+
+def first_step_rows(results):
+    """Times and sizes, ours and Flax's, and the ratio that we aim at."""
+    return [
+        [
+            r["part"],
+            r["what"],
+            amount(r["jbn"], r["unit"]),
+            amount(r["flax"], r["unit"]),
+            ratio(r["ratio"]),
+            ratio(r["reach"]),
+        ]
+        for r in results
+    ]
+
+
+def first_step():
+    """The first step, calls without jit, and sizes of programs."""
+    content = load("first_step")
+    text = about(content, "jax", "flax")
+    rows = first_step_rows(content["results"])
+    notes = "; ".join(content["notes"][:2])
+    return f"{table(FIRST_STEP, rows)}\n\n{notes}. {text}"
+
+
 def job():
     """MNIST in five epochs."""
     content = load("job")
@@ -327,6 +362,7 @@ TABLES = {
     "scale-size": scale_size,
     "scale-devices": scale_devices,
     "variance": variance,
+    "first-step": first_step,
     "job": job,
 }
 

@@ -3,21 +3,19 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from jbn.functional import batch_norm as batch_norm, init as init
-from jbn.moments import merge as merge, moments as moments
-from jbn.normalize import normalize as normalize
-from jbn.packed import segment_ids as segment_ids
-from jbn.robust import trimmed_weights as trimmed_weights
+from jbn._moments import merge as merge, moments as moments
+from jbn._normalize import normalize as normalize
+from jbn._shrink import shrink as shrink
 from jbn.running import (
     commit as commit,
     update_batch_stats as update_batch_stats,
 )
-from jbn.shrink import shrink as shrink
 from jbn.typing import (
     BatchStats as BatchStats,
     Moments as Moments,
     Params as Params,
 )
+from jbn.variants.batch_norm import batch_norm as batch_norm, init as init
 from jbn.variants.conditional import (
     conditional_batch_norm as conditional_batch_norm,
 )
@@ -25,13 +23,22 @@ from jbn.variants.domain import domain_batch_norm as domain_batch_norm
 from jbn.variants.frozen import frozen_batch_norm as frozen_batch_norm
 from jbn.variants.ghost import ghost_batch_norm as ghost_batch_norm
 from jbn.variants.renorm import batch_renorm as batch_renorm
-from jbn.weighting import (
+from jbn.weighting.balance import (
     group_weights as group_weights,
     sample_weights as sample_weights,
 )
+from jbn.weighting.packed import segment_ids as segment_ids
+from jbn.weighting.trim import trimmed_weights as trimmed_weights
 
 
 if TYPE_CHECKING:
+    from jbn import (
+        linen as linen,
+        models as models,
+        nnx as nnx,
+        tools as tools,
+        training as training,
+    )
     from jbn.linen import (
         BatchNorm as BatchNorm,
         BatchRenorm as BatchRenorm,
@@ -62,6 +69,7 @@ _LATE = {
     ),
     **dict.fromkeys(("SparseOutput", "sparse_batch_norm"), "jbn.variants.sparse"),
 }
+_MODULES = "linen", "models", "nnx", "tools", "training"
 
 
 if not TYPE_CHECKING:  # With it, no misspelled name would be an error to pyright.
@@ -69,4 +77,9 @@ if not TYPE_CHECKING:  # With it, no misspelled name would be an error to pyrigh
     def __getattr__(name: str):
         if name in _LATE:
             return getattr(importlib.import_module(_LATE[name]), name)
+        if name in _MODULES:
+            return importlib.import_module(f"jbn.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LATE, *_MODULES})

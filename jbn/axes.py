@@ -1,6 +1,7 @@
 """Which axes hold features, which are reduced, and every message about shapes."""
 
 import dataclasses
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, overload
@@ -8,6 +9,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, DType
@@ -41,14 +43,17 @@ class Layout:
         Axes in front of the features, as that of the domains, stay in front.
         """
         extra = stat.ndim - len(self.feature_axes)
-        return jnp.expand_dims(stat, [extra + a for a in self.reduction_axes])
+        axes = [extra + a for a in self.reduction_axes]
+        return lax.expand_dims(stat, axes) if axes else stat
 
     def squeeze(self, stat: jax.Array) -> jax.Array:
         """Undoes `expand`, filling features that `stat` has only one entry for."""
         extra = stat.ndim - len(self.shape)
         shape = (*stat.shape[:extra], *self.features)
-        stat = jnp.squeeze(stat, [extra + a for a in self.reduction_axes])
-        return jnp.broadcast_to(stat, shape)
+        stat = lax.squeeze(stat, [extra + a for a in self.reduction_axes])
+        if stat.shape == shape:
+            return stat
+        return lax.broadcast_in_dim(stat, shape, range(stat.ndim))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,24 +161,23 @@ def check_inexact(x: Any) -> Any:
 
     What is only described, as sparse arrays are, is checked and returned as it is.
     """
-    if isinstance(x, jax.ShapeDtypeStruct):
-        check_inexact(np.empty(0, x.dtype))
-        return x
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        x = np.asarray(x)
+    x = as_array(x, "x")
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"`x` must be of a floating or complex dtype; got {x.dtype}. Convert it"
             " first, for example with `x.astype(jnp.float32)`."
         )
-    return jnp.asarray(x)
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
 
 
 def output_dtype(dtype: DType | None, of_x: np.dtype, name: str = "dtype") -> np.dtype:
     """The dtype asked for, or that of `x`, refused if it cannot hold the output."""
     if dtype is None:
         return of_x
-    dtype = jnp.dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"`{name}` must be a dtype; got {dtype!r}.") from None
     is_complex = jnp.issubdtype(of_x, jnp.complexfloating)
     if not jnp.issubdtype(dtype, jnp.complexfloating if is_complex else jnp.inexact):
         kind = "complex, like `x`" if is_complex else "a floating or complex dtype"
@@ -183,7 +187,7 @@ def output_dtype(dtype: DType | None, of_x: np.dtype, name: str = "dtype") -> np
 
 def as_inexact(x: ArrayLike, dtype: DType | None) -> jax.Array:
     """Converts `x` to an array; integers and booleans to `dtype`, or float32."""
-    x = jnp.asarray(x)
+    x = jnp.asarray(as_array(x, "x"))
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return x
     return x.astype(dtype or jnp.float32)
@@ -194,61 +198,97 @@ def is_count(flag: Any) -> bool:
     return isinstance(flag, int | np.integer | Sequence) and not isinstance(flag, bool)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AtRank:
+    """A checked array, and the shape that it has at the rank of the input.
+
+    Checks run outside of the compiled program of a call. The reshape runs inside.
+    """
+
+    value: Any
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def array(self) -> jax.Array:
+        """The array at the rank of the input."""
+        return jnp.asarray(self.value).reshape(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights(AtRank):
+    """A mask, or weights, that broadcast to the input."""
+
+    is_mask: bool = dataclasses.field(metadata={"static": True})
+
+    def array(self) -> jax.Array:
+        """Boolean or floating weights at the rank of the input."""
+        weights = super().array()
+        if weights.dtype == bool or jnp.issubdtype(weights.dtype, jnp.inexact):
+            return weights
+        return weights != 0 if self.is_mask else weights.astype(jnp.float32)
+
+
 def element_weights(
     mask: ArrayLike | None, weights: ArrayLike | None, lay: Layout
-) -> jax.Array | None:
-    """Checks `mask` or `weights` and gives it the rank of the input.
-
-    The result is boolean or floating, or `None` where every element counts alike.
-    """
+) -> Weights | None:
+    """Checks `mask` or `weights`; `None` where every element counts alike."""
     if mask is not None and weights is not None:
         raise ValueError(
             "`mask` and `weights` both say which elements count; got both. Pass"
             " `weights=weights * mask`."
         )
     if mask is not None:
-        return _expand_weights(_boolean(mask), "mask", lay)
+        mask = _boolean(as_array(mask, "mask"))
+        return Weights(mask, _weights_shape(mask, "mask", lay), is_mask=True)
     if weights is None:
         return None
-    values = known(weights)
-    if values is not None and np.iscomplexobj(values):
-        raise TypeError(f"`weights` must be real; got {values.dtype}.")
+    given = as_array(weights, "weights")
+    if jnp.issubdtype(given.dtype, jnp.complexfloating):
+        raise TypeError(f"`weights` must be real; got {given.dtype}.")
+    values = known(given)
     if values is not None and not np.all((values >= 0) & (values < np.inf)):
         raise ValueError(
             "`weights` must be non-negative and finite; those given go from"
             f" {values.min()} to {values.max()}. A weight of 0 leaves an element out."
         )
-    weights = jnp.asarray(weights)
-    if not jnp.issubdtype(weights.dtype, jnp.inexact) and weights.dtype != bool:
-        weights = weights.astype(jnp.float32)
-    return _expand_weights(weights, "weights", lay)
+    if values is not None and values.size and is_static(lay.shape):
+        rows = math.prod(lay.rows)
+        most = np.finfo(np.float64 if values.dtype == np.float64 else np.float32).max
+        if float(values.max()) * rows > most / 2 and (
+            values.astype(np.float64).mean() * rows > most / 2
+        ):
+            raise ValueError(
+                "`weights` must have a finite sum in float32; those given go up to"
+                f" {values.max():g} for {rows} rows. Only their ratios matter: divide"
+                " them by their largest."
+            )
+    return Weights(given, _weights_shape(given, "weights", lay), is_mask=False)
 
 
-def _boolean(mask: ArrayLike) -> jax.Array:
+def _boolean(mask: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """A mask as booleans; one of numbers is taken if it holds only 0 and 1."""
-    if jnp.asarray(mask).dtype == bool:
-        return jnp.asarray(mask)
+    if mask.dtype == bool:
+        return mask
     values = known(mask)
     if values is None:
-        # Cannot be looked into, and for 0 and 1 a weight is the same as a mask.
-        mask = jnp.asarray(mask)
-        return mask if jnp.issubdtype(mask.dtype, jnp.inexact) else mask != 0
+        # Its values are unknown, and with 0 and 1 a weight is the same as a mask.
+        return mask
     if not np.all((values == 0) | (values == 1)):
         raise ValueError(
             "`mask` must be boolean: which elements count. Got numbers other than 0"
             " and 1. To let elements count more or less, pass them as `weights`."
         )
-    return jnp.asarray(values != 0)
+    return values != 0
 
 
-def _expand_weights(weights: ArrayLike, name: str, lay: Layout) -> jax.Array:
-    """Gives `weights` the rank of the input: each axis is the input's, or 1.
+def _weights_shape(weights: Any, name: str, lay: Layout) -> tuple[int, ...]:
+    """The shape of `weights` at the rank of the input: each size is its, or 1.
 
     Two readings of a lower rank are taken where only one of them fits: one entry a
     row, and NumPy's broadcasting against the last axes (which is Flax's).
     """
-    weights = jnp.asarray(weights)
-    shape, rank = weights.shape, len(lay.shape)
+    shape, rank = tuple(weights.shape), len(lay.shape)
     wanted, whose = _row_shape(lay), "a row"
     if len(shape) < len(lay.rows) and shape == lay.rows[: len(shape)]:
         wanted, whose = _leading(lay, shape), "for each of the leading axes"
@@ -279,15 +319,15 @@ def _expand_weights(weights: ArrayLike, name: str, lay: Layout) -> jax.Array:
             f"`{name}` of shape {shape} is ambiguous for `x` of shape {lay.shape}: it"
             f" could hold one entry a row, or be broadcast along the last axes.{fix}"
         )
-    return weights.reshape(readings[0])
+    return readings[0]
 
 
-def row_ids(ids: Any, name: str, lay: Layout) -> jax.Array:
-    """Checks integers that each row has one of, and gives them the rank of the input.
+def row_ids(ids: Any, name: str, lay: Layout) -> AtRank:
+    """Checks integers of which each row has one.
 
     They may have fewer axes than the rows: those in front, as one id an image.
     """
-    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    ids = as_array(ids, name)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`{name}` must be of integers; got {ids.dtype}.")
     shape, rank = tuple(ids.shape), len(lay.shape)
@@ -304,19 +344,86 @@ def row_ids(ids: Any, name: str, lay: Layout) -> jax.Array:
         )
     if len(shape) < rank:
         shape = _leading(lay, shape)
-    return jnp.asarray(ids).reshape(shape)
+    return AtRank(ids, shape)
 
 
-def check_number(value: Any, name: str, least: float | int, why: str) -> jax.Array:
-    """One number as an array, refused if it is known to be below `least`, or NaN."""
-    if np.shape(value):
+def check_number(
+    value: Any,
+    name: str,
+    least: float | int,
+    why: str,
+    features: tuple[int, ...] | None = None,
+) -> Any:
+    """Refuses what is not one number, or is known to be below `least`, or NaN.
+
+    With `features` it may also be an array of that shape.
+    """
+    value = as_number(value, name)
+    if np.shape(value) and np.shape(value) != features:
         raise ValueError(
             f"`{name}` must be one number; got an array of shape {np.shape(value)}."
         )
     number = known(value)
-    if number is not None and not number >= least:
+    if number is not None and not np.all(number >= least):
         raise ValueError(f"`{name}` must be at least {least:g}; got {number}. {why}")
-    return jnp.asarray(value)
+    return value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A checked number: a Python number is a constant of the program, others are not.
+
+    For numbers that stay the same over a training: each value has its own program.
+    """
+
+    traced: Any
+    constant: float | int | None = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, value: Any) -> "Number":
+        """Of a Python number, or anything that may be a scalar array."""
+        if isinstance(value, bool | int | float):
+            return cls(None, value)
+        return cls(value, None)
+
+    def array(self, dtype: np.dtype) -> jax.Array:
+        """The number as an array."""
+        value = self.traced if self.constant is None else self.constant
+        return jnp.asarray(value, dtype)
+
+    def may_be_below(self, limit: float) -> bool:
+        """Whether it is below `limit`, or unknown."""
+        if self.constant is not None:
+            return self.constant < limit
+        number = known(self.traced)
+        return number is None or bool(number < limit)
+
+
+def as_number(value: Any, name: str) -> Any:
+    """Refuses what is neither a real number nor an array of such."""
+    if isinstance(value, bool | int | float):
+        return value
+    value = as_array(value, name, "a number")
+    if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(
+        value.dtype, jnp.complexfloating
+    ):
+        raise TypeError(f"`{name}` must be a real number; got {value.dtype}.")
+    return value
+
+
+def as_array(value: Any, name: str, what: str = "an array") -> Any:
+    """`value` if it has a shape and a dtype, else a NumPy array of it."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        array = None
+    if array is None or array.dtype.kind not in "biufcV":
+        given = f"{value!r}" if isinstance(value, str) else type(value).__name__
+        raise TypeError(f"`{name}` must be {what}; got {given}.")
+    return array
 
 
 def _leading(lay: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -364,6 +471,11 @@ def rows(
             f" {axis_index_groups!r}. Name each index exactly once."
         )
     return Rows(lay.reduction_axes, axis_name, groups)
+
+
+def is_static(shape: Sequence[Any]) -> bool:
+    """Whether all sizes are known, as they are not in an export with symbolic ones."""
+    return all(isinstance(n, int) for n in shape)
 
 
 def known(value: Any) -> np.ndarray | None:

@@ -1,159 +1,211 @@
-"""One call of any batch norm, checked: what to summarize, normalize by and fold into.
+"""One call of any batch norm: its arguments are checked, then one program runs.
 
 The functions differ in which statistics a row is normalized by, and by which scale and
-bias. What they share is here: `prepare` checks the arguments, `thread` runs the plain
-course of things, and the methods of `Call` are its steps.
+bias. `prepare` checks the arguments, outside of any compiled program. `run` runs the
+body of a method as one jitted program, which JAX caches by shapes and static options:
+the second layer of a shape costs nothing to trace or lower. The methods of `Call` are
+the steps that bodies are made of.
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any, TypedDict, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Inexact
 
 from jbn import axes, summary
-from jbn.axes import Layout, Rows
-from jbn.moments import as_moments, row_summary
-from jbn.normalize import (
-    affine,
+from jbn._moments import as_moments, row_summary
+from jbn._normalize import (
+    TINY,
+    Form,
+    Operands,
     apply,
     check_activation,
+    check_affine,
     check_epsilon,
     check_residual,
     check_stats,
+    expand_affine,
     expand_stats,
 )
-from jbn.ops import xla
-from jbn.ops.placement import spread_by_compiler
-from jbn.ops.segments import Segments, inside
-from jbn.robust import check_trim, trimmed
-from jbn.running import check_rule, update_batch_stats
-from jbn.shrink import check_tau, shrink
+from jbn._shrink import check_tau, shrink
+from jbn.axes import AtRank, Layout, Rows, Weights
+from jbn.lowering.inline import where
+from jbn.lowering.mesh import sharded_by_compiler
+from jbn.ops import numeric
+from jbn.ops.segments import Segments, inside, segments_of
+from jbn.options import Options, completed
+from jbn.running import Rule, make_rule, update
 from jbn.summary import Guess, Summary
-from jbn.typing import (
-    Activation,
-    ArrayLike,
-    Axes,
-    AxisIndexGroups,
-    AxisName,
-    BatchStats,
-    DType,
-    Moments,
-    Params,
-)
+from jbn.typing import Activation, ArrayLike, BatchStats, DType, Moments, Params
+from jbn.weighting.trim import check_trim, trimmed
 
 
 # Statistics come out where they came in, and only there.
 Stats = TypeVar("Stats", bound=BatchStats | None)
 
 
-class Options(TypedDict, total=False):
-    """What every batch norm takes besides its mode; explained in `jbn.batch_norm`."""
-
-    update_stats: bool | None
-    axis: Axes
-    momentum: float | int | ArrayLike | None
-    epsilon: float | int | ArrayLike
-    mask: ArrayLike | None
-    weights: ArrayLike | None
-    axis_name: AxisName | None
-    axis_index_groups: AxisIndexGroups | None
-    unbiased: bool
-    reference_weight: float | int | ArrayLike | None
-    second_moment: bool
-    tau: float | int | ArrayLike
-    min_weight: float | int | ArrayLike
-    trim: float | int | ArrayLike | None
-    residual: ArrayLike | None
-    activation: Activation | None
-    dtype: DType | None
+_STATIC = {"static": True}
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Checked arguments, arrays at the rank of `x` (with segments: one more).
+    """Checked arguments: arrays, and static options that select the program.
 
-    `x` is only described where the function has elements of its own to look at.
+    Outside of the program arrays are as they were given. `expanded` gives them the rank
+    of `x`. `x` is only described where the function has its own elements to look at.
     """
 
     x: Any
-    lay: Layout
-    rows: Rows
-    weights: jax.Array | None
-    segments: Segments | None
-    batch_stats: Any
-    running: Moments
-    scale: jax.Array | None
-    bias: jax.Array | None
-    epsilon: jax.Array
-    residual: jax.Array | None
-    activation: Activation | None
-    dtype: DType
-    use_running_average: bool
-    update_stats: bool
-    tau: jax.Array
-    shrunk: bool  # unless `tau` is known to be 0
-    min_weight: jax.Array
-    rule: Mapping[str, Any]
+    weights: Any
+    domain: AtRank | None
+    params: Params | None
+    batch_stats: BatchStats | None
+    epsilon: Any
+    residual: Any
+    tau: Any
+    min_weight: Any
+    trim: Any
+    rule: Rule | None
+    lay: Layout = dataclasses.field(metadata=_STATIC)
+    rows: Rows = dataclasses.field(metadata=_STATIC)
+    num_domains: int | None = dataclasses.field(metadata=_STATIC)
+    activation: Activation | None = dataclasses.field(metadata=_STATIC)
+    dtype: DType = dataclasses.field(metadata=_STATIC)
+    use_running_average: bool = dataclasses.field(metadata=_STATIC)
+    update_stats: bool = dataclasses.field(metadata=_STATIC)
+    tiny: bool = dataclasses.field(
+        metadata=_STATIC
+    )  # whether variances may be as small as float32 allows
+    segments: Segments | None = None
+    running: Any = None
+    scale: Any = None
+    bias: Any = None
+
+    def expanded(self) -> "Call":
+        """The call with arrays at the rank of `x` (with segments: one more)."""
+        fronted = self.num_domains is not None
+        scale, bias = expand_affine(self.params, self.lay, self.x.dtype, fronted)
+        known = self.batch_stats
+        if known is None:
+            shape = self.lay.features
+            shape = (self.num_domains, *shape) if fronted else shape
+            known = BatchStats(jnp.zeros(shape), jnp.ones(shape))
+        weights = self.weights
+        if isinstance(weights, Weights):
+            weights = weights.array()
+        segments = None
+        if self.domain is not None:
+            assert self.num_domains is not None
+            segments = segments_of(self.domain.array(), self.num_domains)
+            # Rows of no domain take no part.
+            there = inside(segments)
+            counted = there if weights is None else weights
+            weights = where(there, counted, False if counted.dtype == bool else 0)
+        running = expand_stats(known, self.lay, self.x.dtype)
+        call = dataclasses.replace(
+            self,
+            weights=weights,
+            segments=segments,
+            running=running,
+            scale=scale,
+            bias=bias,
+            epsilon=self.epsilon.array(running.var.dtype),
+        )
+        if self.trim is None or not self.summarizes:
+            return call
+        weights = trimmed(
+            self.rows,
+            self.x,
+            weights,
+            segments,
+            call.running,
+            jnp.asarray(self.trim),
+            call.epsilon,
+        )
+        return dataclasses.replace(call, weights=weights)
+
+    @property
+    def summarizes(self) -> bool:
+        """Whether the batch is looked at: everywhere but at inference."""
+        return self.update_stats or not self.use_running_average
+
+    @property
+    def always_some(self) -> bool:
+        """Whether each feature is known to have enough weight to be used."""
+        rows = [n for n in self.lay.rows if isinstance(n, int)]  # others are above 0
+        return (
+            self.weights is None
+            and self.segments is None
+            and self.min_weight is None
+            and 0 not in rows
+        )
 
     def summarize(self) -> Summary:
-        """The batch."""
+        """The summary of the batch."""
         guess = None
         if self.batch_stats is not None:
             guess = Guess(self.running.mean, self.epsilon)
-        return row_summary(self.rows, self.x, self.weights, self.segments, guess)
+        read = self.x, self.weights
+        if self.tau is None:
+            # The derivative of the normalization goes through the moments already.
+            read = lax.stop_gradient(read)
+        return row_summary(self.rows, self.tiny, *read, self.segments, guess)
 
-    def by_running(self) -> jax.Array:
+    def by_running(self) -> Inexact[Array, "..."]:
         """The output normalized by the running statistics."""
         return self._apply(None, self.running)
 
-    def by_batch(self, batch: Summary) -> jax.Array:
+    def by_batch(self, batch: Summary) -> Inexact[Array, "..."]:
         """The output normalized by the batch."""
-        # Shrunk statistics vary with `x` in a way of their own: left to autodiff.
-        rows = None if self.shrunk else self.rows
+        # Shrunk statistics vary with `x` in their own way: left to autodiff.
+        rows = self.rows if self.tau is None else None
         return self._apply(rows, self.settled(as_moments(batch)))
 
     def settled(self, moments: Moments) -> Moments:
-        """What to normalize by: the running statistics where moments have no weight."""
+        """The statistics to normalize by: the running ones where there is no weight."""
+        if self.always_some and self.tau is None:
+            return moments
         running = lax.stop_gradient(self.running)
         moments = self.enough(moments)
-        if self.shrunk:
+        if self.tau is not None:
             n = self._effective_weight(moments.weight)
-            return shrink(moments, running, tau=self.tau, effective_weight=n)
+            tau = jnp.asarray(self.tau)
+            return shrink(moments, running, tau=tau, effective_weight=n)
         some = moments.weight > 0
         return Moments(
             moments.weight,
-            jnp.where(some, moments.mean, running.mean),
-            jnp.where(some, moments.var, running.var),
+            where(some, moments.mean, running.mean),
+            where(some, moments.var, running.var),
         )
 
-    def fold(self, moments: Moments) -> Any:
-        """The running statistics, updated if they are to be."""
+    def updated(self, moments: Moments) -> BatchStats | None:
+        """The new running statistics, or `None` if they are not to be updated."""
         if not self.update_stats:
-            return self.batch_stats
+            return None
+        assert self.batch_stats is not None
+        assert self.rule is not None
         if self.batch_stats.pending is None:
             # Of microbatches, every row counts: together they may be enough.
             moments = self.enough(moments)
         moments = jax.tree.map(self.lay.squeeze, moments)
-        update = functools.partial(update_batch_stats, **self.rule)
-        run = spread_by_compiler(update, self.x, self.batch_stats)
-        return run(self.batch_stats, moments)
+        return update(self.batch_stats, moments, self.rule, self.always_some)
 
     def enough(self, moments: Moments) -> Moments:
-        """Moments without weight where they have too little to be used."""
-        least = self.min_weight.astype(moments.weight.dtype)
-        weight = jnp.where(moments.weight > least, moments.weight, 0)
+        """Moments, without weight where they have too little to be used."""
+        if self.min_weight is None:
+            return moments
+        least = jnp.asarray(self.min_weight).astype(moments.weight.dtype)
+        weight = where(moments.weight > least, moments.weight, 0)
         return moments._replace(weight=weight)
 
     def _apply(self, rows: Rows | None, stats: Moments) -> jax.Array:
-        return apply(
-            rows,
-            self.dtype,
-            self.activation,
+        operands = Operands(
             self.x,
             self.weights,
             self.segments,
@@ -163,61 +215,47 @@ class Call:
             self.epsilon,
             self.residual,
         )
+        form = Form(rows, self.dtype, self.activation, guarded=self.tiny)
+        return apply(form, operands)
 
-    def _effective_weight(self, weight: jax.Array) -> jax.Array:
+    def _effective_weight(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
         """`sum(w)**2 / sum(w**2)`: how many equal rows the weighted ones are worth."""
         if self.weights is None or self.weights.dtype == bool:
             return weight
-        squares = jnp.square(xla.wide(self.weights))
-        total = xla.total_weight(self.x, squares, self.rows.axes, self.segments)
+        squares = numeric.abs_square(numeric.wide(self.weights))
+        total = numeric.total_weight(self.x, squares, self.rows.axes, self.segments)
         if self.rows.axis_name is not None:
             total = summary.psum(total, self.rows)
-        return jnp.square(weight) * xla.reciprocal(total).astype(weight.dtype)
+        return weight * weight * numeric.reciprocal(total).astype(weight.dtype)
 
 
 def prepare(
+    function: str,
     x: ArrayLike | jax.ShapeDtypeStruct,
     params: Params | None,
     batch_stats: BatchStats | None,
     *,
     use_running_average: bool,
-    update_stats: bool | None = None,
-    axis: Axes = -1,
-    momentum: float | int | ArrayLike | None = 0.99,
-    epsilon: float | int | ArrayLike = 1e-5,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: AxisIndexGroups | None = None,
-    unbiased: bool = False,
-    reference_weight: float | int | ArrayLike | None = None,
-    second_moment: bool = False,
-    tau: float | int | ArrayLike = 0.0,
-    min_weight: float | int | ArrayLike = 0.0,
-    trim: float | int | ArrayLike | None = None,
-    residual: ArrayLike | None = None,
-    activation: Activation | None = None,
-    dtype: DType | None = None,
     domain: ArrayLike | int | None = None,
     num_domains: int | None = None,
+    **options: Any,
 ) -> Call:
-    """Checks the arguments of a batch norm, and gives all arrays the rank of `x`.
+    """Checks the arguments of the batch norm that is called `function`.
 
     With `num_domains`, statistics have an axis of that size in front, and `domain`
     says which of them each row belongs to.
     """
+    given = cast(dict[str, Any], completed(Options, options, function))
     use_running_average = flag(use_running_average, "use_running_average")
+    update_stats = given["update_stats"]
     if update_stats is None:
         update_stats = batch_stats is not None and not use_running_average
     update_stats = flag(update_stats, "update_stats")
-    x = axes.check_inexact(x)
+    summarizes = update_stats or not use_running_average
+    x, axis = axes.check_inexact(x), given["axis"]
     lay = axes.layout(x, axis)
-    rule = {
-        "momentum": momentum,
-        "unbiased": unbiased,
-        "reference_weight": reference_weight,
-        "second_moment": second_moment,
-    }
+    rule = None
+    trim = given["trim"]
     if batch_stats is None:
         if use_running_average or update_stats or trim is not None:
             raise ValueError(
@@ -225,67 +263,96 @@ def prepare(
                 " statistics, or to update them; got None. Make them with `init`, or"
                 " pass `use_running_average=False` and `update_stats=False`."
             )
-        shape = lay.features if num_domains is None else (num_domains, *lay.features)
-        known = BatchStats(jnp.zeros(shape), jnp.ones(shape))
     else:
-        known = batch_stats
-        check_stats(known, "batch_stats", lay, axis, x.dtype, num_domains)
-        check_rule(known, **rule)
+        check_stats(batch_stats, "batch_stats", lay, axis, x.dtype, num_domains)
+        rule = make_rule(
+            batch_stats.mean.shape,
+            given["momentum"],
+            flag(given["unbiased"], "unbiased"),
+            given["reference_weight"],
+            flag(given["second_moment"], "second_moment"),
+            # Only an update reads it.
+            tracked=batch_stats.weight is not None or not update_stats,
+        )
     front = None if num_domains is None else ("domain", num_domains)
-    scale, bias = affine(params, lay, axis, x.dtype, front)
-    if use_running_average and not update_stats:
+    check_affine(params, lay, axis, x.dtype, front)
+    axis_name, groups = given["axis_name"], given["axis_index_groups"]
+    if not summarizes:
         # Inference needs no other device, so it may stand outside of the mapped axis.
-        axis_name = axis_index_groups = None
-    call = Call(
+        axis_name = groups = None
+    epsilon = check_epsilon(given["epsilon"])
+    tau = check_tau(given["tau"])
+    min_weight = axes.check_number(
+        given["min_weight"],
+        "min_weight",
+        0,
+        "A feature of no more weight is not updated.",
+    )
+    return Call(
         x=x,
-        lay=lay,
-        rows=axes.rows(lay, axis_name, axis_index_groups),
-        weights=axes.element_weights(mask, weights, lay),
-        segments=None,
+        weights=axes.element_weights(given["mask"], given["weights"], lay),
+        domain=None if domain is None else _domain(domain, lay, num_domains),
+        params=params,
         batch_stats=batch_stats,
-        # Beside the statistics of a batch, which are the same on all devices.
-        running=spread_by_compiler(lambda v: v, x)(expand_stats(known, lay, x.dtype)),
-        scale=scale,
-        bias=bias,
-        epsilon=check_epsilon(epsilon),
-        residual=check_residual(residual, lay, x.dtype),
-        activation=check_activation(activation),
-        dtype=axes.output_dtype(dtype, x.dtype),
+        epsilon=epsilon,
+        residual=check_residual(given["residual"], lay, x.dtype),
+        tau=tau if _may_exceed(tau, 0) else None,
+        min_weight=min_weight if _may_exceed(min_weight, 0) else None,
+        trim=None if trim is None else check_trim(trim),
+        rule=rule if update_stats else None,
+        lay=lay,
+        rows=axes.rows(lay, axis_name, groups),
+        num_domains=num_domains,
+        activation=check_activation(given["activation"]),
+        dtype=axes.output_dtype(given["dtype"], x.dtype),
         use_running_average=use_running_average,
         update_stats=update_stats,
-        tau=check_tau(tau),
-        shrunk=bool(axes.known(tau) != 0),
-        min_weight=axes.check_number(
-            min_weight, "min_weight", 0, "A feature of no more weight is not updated."
-        ),
-        rule=rule,
+        tiny=epsilon.may_be_below(TINY),
     )
-    if num_domains is not None and domain is not None:
-        call = _divided(call, domain, num_domains)
-    if trim is not None and (update_stats or not use_running_average):
-        weights = trimmed(
-            call.rows,
-            call.x,
-            call.weights,
-            call.segments,
-            call.running,
-            check_trim(trim),
-            call.epsilon,
-        )
-        call = dataclasses.replace(call, weights=weights)
-    return call
 
 
-def thread(call: Call) -> tuple[jax.Array, Any]:
-    """Normalizes and updates as the flags say, and nothing more."""
-    if call.use_running_average and not call.update_stats:
-        return call.by_running(), call.batch_stats
+def run(
+    body: Callable[..., Any], call: Call, *arrays: Any, **static: Any
+) -> tuple[Any, Any]:
+    """Runs `body(call, *arrays, **static)` as one program.
+
+    Args:
+        body: A function of a module. It returns the output, and the new statistics or
+            `None` if these are not updated.
+        call: A checked call.
+        *arrays: Pytrees of arrays.
+        **static: Hashable arguments.
+    """
+    # Inference is a few operations: inlined, they are those of the formula.
+    program = _training if call.summarizes else _inference
+    y, batch_stats = program(body, tuple(static.items()), call, arrays)
+    return y, call.batch_stats if batch_stats is None else batch_stats
+
+
+def _program(body, static, call, arrays):
+    def whole(call, arrays):
+        return body(call.expanded(), *arrays, **dict(static))
+
+    stats = call.batch_stats if call.update_stats else None
+    if isinstance(call.x, jax.Array):
+        whole = sharded_by_compiler(whole, call.x, (call.x, stats))
+    return whole(call, arrays)
+
+
+_training = jax.jit(_program, static_argnums=(0, 1))
+_inference = jax.jit(_program, static_argnums=(0, 1), inline=True)
+
+
+def thread(call: Call) -> tuple[Inexact[Array, "..."], BatchStats | None]:
+    """The plain body: normalizes and updates as the flags say, and nothing more."""
+    if not call.summarizes:
+        return call.by_running(), None
     batch = call.summarize()
     y = call.by_running() if call.use_running_average else call.by_batch(batch)
-    return y, call.fold(as_moments(batch))
+    return y, call.updated(as_moments(batch))
 
 
-def flag(value: bool | None, name: str) -> bool:
+def flag(value: Any, name: str) -> bool:
     """A flag that is known when the function is traced."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
@@ -295,12 +362,18 @@ def flag(value: bool | None, name: str) -> bool:
     return bool(value)
 
 
-def _divided(call: Call, domain: ArrayLike | int, num_domains: int) -> Call:
-    """The call by domains, with rows that are of none taking no part."""
-    segments = Segments(axes.row_ids(domain, "domain", call.lay), num_domains)
-    ids, weights = axes.known(domain), call.weights
-    if ids is None or not ((ids >= 0) & (ids < num_domains)).all():
-        there = inside(segments)
-        counted = there if weights is None else weights
-        weights = jnp.where(there, counted, jnp.zeros_like(counted))
-    return dataclasses.replace(call, segments=segments, weights=weights)
+def _may_exceed(value: Any, limit: float | int) -> bool:
+    """Whether a number is above `limit`, or unknown."""
+    number = axes.known(value)
+    return number is None or bool(np.any(number > limit))
+
+
+def _domain(domain: ArrayLike | int, lay: Layout, num_domains: int | None) -> AtRank:
+    ids = axes.row_ids(domain, "domain", lay)
+    values = axes.known(ids.value)
+    if values is not None and num_domains is not None and (values >= num_domains).any():
+        raise ValueError(
+            f"`domain` must be below the number of domains, {num_domains}; those given"
+            f" go up to {values.max()}. A row of no domain, as padding, has -1."
+        )
+    return ids

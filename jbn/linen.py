@@ -1,24 +1,25 @@
 """Flax Linen modules. They create, read and write variables, and call one function."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jbn import axes
-from jbn.functional import batch_norm, init
-from jbn.running import as_batch_stats, batch_stats_dict
-from jbn.typing import (
-    Activation,
-    ArrayLike,
-    Axes,
-    AxisIndexGroups,
-    AxisName,
-    DType,
-    Params,
+from jbn.options import (
+    CallOptions,
+    LayerOptions,
+    Option,
+    Settings,
+    described,
+    documented,
+    options_of,
 )
+from jbn.running import as_batch_stats, batch_stats_dict
+from jbn.typing import ArrayLike, Params
+from jbn.variants.batch_norm import batch_norm, init
 from jbn.variants.conditional import conditional_batch_norm
 from jbn.variants.domain import domain_batch_norm
 from jbn.variants.frozen import frozen_batch_norm
@@ -26,76 +27,96 @@ from jbn.variants.ghost import ghost_batch_norm
 from jbn.variants.renorm import batch_renorm, next_step
 
 
-# A number, or what gives it for the number of updates so far, as Optax's schedules.
+# A number, or a function of the number of updates so far, as Optax's schedules.
 Schedule = float | Callable[[jax.Array], Any]
 
 
-class BatchNorm(nn.Module):
+class LinenOptions(LayerOptions, total=False):
+    """The settings of Linen modules."""
+
+    force_float32_reductions: Annotated[
+        bool,
+        Option(
+            True,
+            "Accepted, and without effect: statistics are always float32 or wider, in"
+            " computation and in `batch_stats`.",
+        ),
+    ]
+
+
+# The arguments of `flax.linen.BatchNorm` in its order, and then ours.
+_ORDER = dict.fromkeys(
+    (
+        "axis",
+        "momentum",
+        "epsilon",
+        "dtype",
+        "param_dtype",
+        "use_bias",
+        "use_scale",
+        "bias_init",
+        "scale_init",
+        "axis_name",
+        "axis_index_groups",
+        "use_fast_variance",
+        "force_float32_reductions",
+        *options_of(LinenOptions),
+    )
+)
+
+
+def _fields() -> dict[str, Any]:
+    """The body of a class with a field for each option."""
+    options = {name: options_of(LinenOptions)[name] for name in _ORDER}
+    kinds = {name: kind for name, (kind, _) in options.items()}
+    return {
+        "__module__": __name__,
+        "__doc__": "Fields of all modules.",
+        "__annotations__": {"use_running_average": bool | None, **kinds},
+        "use_running_average": None,
+        **{name: option.default for name, (_, option) in options.items()},
+    }
+
+
+if TYPE_CHECKING:
+
+    class _Fields(nn.Module):
+        pass
+else:
+    _Fields = type(nn.Module)("_Fields", (nn.Module,), _fields())
+
+
+@described(LinenOptions)
+class BatchNorm(_Fields):
     """Normalizes each feature by the batch: `jbn.batch_norm` as a Linen module.
 
     Takes the place of `flax.linen.BatchNorm`: the same arguments in the same order,
     the same variables (`params/{scale,bias}`, `batch_stats/{mean,var}`, so that
-    checkpoints go both ways), the same update (none during initialization). What is
-    different: the output has the dtype of `x` unless `dtype` is given, devices are
-    merged by how many elements count on each, and nothing makes a NaN of a mask.
+    checkpoints go both ways), the same update (none during initialization). The
+    differences: the output has the dtype of `x` unless `dtype` is given (float32 for
+    integers), devices are merged by how many elements count on each, and a mask never
+    makes a NaN.
+
+    A variable that is missing where `batch_stats` is immutable is not needed:
+    inference reads `mean` and `var` alone. In training, statistics without `weight`
+    count as fully trained, and a missing `step` starts at 0.
 
     Attributes:
         use_running_average: Whether to normalize by the running statistics; either
             here or in the call.
-        axis: Feature axis or axes.
-        momentum: Weight of the old running statistic. `None`: cumulative.
-        epsilon: Added to the variance, inside the square root.
-        dtype: Dtype of the output; by default that of `x` (float32 for integers).
-        param_dtype: Dtype of scale and bias.
-        use_bias: Whether to learn a bias.
-        use_scale: Whether to learn a scale.
-        bias_init: Initializer of the bias.
-        scale_init: Initializer of the scale.
-        axis_name: Mapped axis or axes to take the statistics over.
-        axis_index_groups: Groups of indices of `axis_name` to do so within.
-        use_fast_variance: Accepted, and without effect: there is one variance here,
-            which costs what Flax's fast one does and is right at any mean.
-        force_float32_reductions: Accepted, and without effect: statistics are always
-            float32 or wider, in computation and in `batch_stats`.
-        update_stats: Whether to fold the batch into the running statistics; by
-            default in training only. Either here or in the call.
-        unbiased: Fold the unbiased variance, as PyTorch does.
-        debias: Keep running statistics that are not drawn to their initial values.
-            Adds `batch_stats/weight`, as `momentum=None` does.
-        reference_weight: The weight of a batch that `momentum` is meant for.
-        second_moment: Let the running variance include the scatter of batches' means.
-        tau: How many rows the running statistics count for beside the batch.
-        min_weight: Batches of no more weight are normalized by the running statistics.
-        trim: How many standard deviations make an outlier that does not count.
-        accumulate: Only gather moments, for `jbn.commit`. Adds `batch_stats/pending`.
-        activation: A function of each element, such as `nn.relu`, applied last. Here
-            it takes less memory in training than behind the layer.
+        **settings: Replaced by one entry an option.
     """
 
-    use_running_average: bool | None = None
-    axis: Axes = -1
-    momentum: float | None = 0.99
-    epsilon: float = 1e-5
-    dtype: DType | None = None
-    param_dtype: DType = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Callable[..., Any] = nn.initializers.zeros
-    scale_init: Callable[..., Any] = nn.initializers.ones
-    axis_name: AxisName | None = None
-    axis_index_groups: AxisIndexGroups | None = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    update_stats: bool | None = None
-    unbiased: bool = False
-    debias: bool = False
-    reference_weight: float | None = None
-    second_moment: bool = False
-    tau: float = 0.0
-    min_weight: float = 0.0
-    trim: float | None = None
-    accumulate: bool = False
-    activation: Activation | None = None
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            use_running_average: bool | None = None,
+            *,
+            name: str | None = None,
+            parent: Any = None,
+            **settings: Unpack[LinenOptions],
+        ) -> None: ...
 
     def __post_init__(self):
         if axes.is_count(self.use_running_average):
@@ -107,40 +128,24 @@ class BatchNorm(nn.Module):
         super().__post_init__()
 
     @nn.compact
+    @documented(CallOptions)
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        *,
-        update_stats: bool | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
+        **call: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
         Args:
             x: Input of shape (..., features, ...); integers and booleans are cast.
             use_running_average: Whether to normalize by the running statistics.
-            update_stats: Whether to update them; by default in training only.
-            mask: Boolean; which elements count. See `jbn.batch_norm`.
-            weights: Non-negative weight of each element. See `jbn.batch_norm`.
-            residual: Added to the output, before the activation.
+            **call: Replaced by one entry an option.
 
         Returns:
             The normalized array, of the shape of `x`.
         """
-        mode = _mode(self, use_running_average)
-        return _thread(
-            self,
-            batch_norm,
-            x,
-            mode,
-            update_stats,
-            mask=mask,
-            weights=weights,
-            residual=residual,
-        )
+        return _thread(self, batch_norm, x, _mode(self, use_running_average), **call)
 
 
 class _RenormFields(nn.Module):
@@ -162,56 +167,65 @@ class BatchRenorm(BatchNorm, _RenormFields):
     All other attributes are those of `BatchNorm`.
     """
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            r_max: Schedule = 3.0,
+            d_max: Schedule = 5.0,
+            use_running_average: bool | None = None,
+            *,
+            name: str | None = None,
+            parent: Any = None,
+            **settings: Unpack[LinenOptions],
+        ) -> None: ...
+
     @nn.compact
-    def __call__(
+    @documented(CallOptions)
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
         *,
-        update_stats: bool | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
         r_max: float | ArrayLike | None = None,
         d_max: float | ArrayLike | None = None,
+        **call: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
         Args:
-            x: As for `BatchNorm`, like all but the last two.
-            use_running_average: Whether to normalize by the running statistics.
-            update_stats: Whether to update them; by default in training only.
-            mask: Boolean; which elements count.
-            weights: Non-negative weight of each element.
-            residual: Added to the output, before the activation.
+            x: As for `BatchNorm`.
+            use_running_average: As for `BatchNorm`.
             r_max: In place of the attribute, for this call.
             d_max: In place of the attribute, for this call.
+            **call: Replaced by one entry an option.
 
         Returns:
             The normalized array, of the shape of `x`.
         """
         step = None
         if callable(self.r_max) or callable(self.d_max):
-            fresh = lambda: jnp.zeros((), jnp.int32)
-            step = self.variable("batch_stats", "step", fresh)
+            step = _variable(self, "step", lambda: jnp.zeros((), jnp.int32))
+        use_running_average = _mode(self, use_running_average)
 
         def limit(value, schedule):
             if value is not None:
                 return value
-            return schedule(step.value) if callable(schedule) and step else schedule
+            if not callable(schedule):
+                return schedule
+            if use_running_average:
+                return 1.0  # Inference does not read it.
+            return schedule(jnp.zeros((), jnp.int32) if step is None else step.value)
 
         return _thread(
             self,
             batch_renorm,
             x,
-            _mode(self, use_running_average),
-            update_stats,
+            use_running_average,
             step=step,
-            mask=mask,
-            weights=weights,
-            residual=residual,
             r_max=limit(r_max, self.r_max),
             d_max=limit(d_max, self.d_max),
+            **call,
         )
 
 
@@ -222,6 +236,8 @@ class _GhostFields(nn.Module):
 class GhostBatchNorm(BatchNorm, _GhostFields):
     """Normalizes groups of the batch: `jbn.ghost_batch_norm` as a Linen module.
 
+    Groups are cut along the first axis.
+
     Attributes:
         num_groups: Number of groups (on each device, with `axis_name`).
         devices_per_group: How many devices of `axis_name` share their groups.
@@ -231,26 +247,33 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
 
     devices_per_group: int = 1
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            num_groups: int,
+            use_running_average: bool | None = None,
+            *,
+            devices_per_group: int = 1,
+            name: str | None = None,
+            parent: Any = None,
+            **settings: Unpack[LinenOptions],
+        ) -> None: ...
+
     @nn.compact
+    @documented(CallOptions)
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        *,
-        update_stats: bool | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
+        **call: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
         Args:
-            x: As for `BatchNorm`, like the rest; groups are cut along the first axis.
-            use_running_average: Whether to normalize by the running statistics.
-            update_stats: Whether to update them; by default in training only.
-            mask: Boolean; which elements count.
-            weights: Non-negative weight of each element.
-            residual: Added to the output, before the activation.
+            x: As for `BatchNorm`.
+            use_running_average: As for `BatchNorm`.
+            **call: Replaced by one entry an option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -260,12 +283,9 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
             ghost_batch_norm,
             x,
             _mode(self, use_running_average),
-            update_stats,
-            mask=mask,
-            weights=weights,
-            residual=residual,
             num_groups=self.num_groups,
             devices_per_group=1 if self.is_initializing() else self.devices_per_group,
+            **call,
         )
 
 
@@ -280,35 +300,43 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
 
     Attributes:
         num_domains: Number of domains.
-        own_affine: Whether each domain has a scale and bias of its own, of that shape.
+        own_affine: Whether each domain has its own scale and bias, of that shape.
 
     All other attributes are those of `BatchNorm`.
     """
 
     own_affine: bool = False
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            num_domains: int,
+            use_running_average: bool | None = None,
+            *,
+            own_affine: bool = False,
+            name: str | None = None,
+            parent: Any = None,
+            **settings: Unpack[LinenOptions],
+        ) -> None: ...
+
     @nn.compact
-    def __call__(
+    @documented(CallOptions)
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
         *,
         domain: ArrayLike | int | None = None,
-        update_stats: bool | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
+        **call: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates the statistics of its domains.
 
         Args:
-            x: As for `BatchNorm`, like all but `domain`.
-            use_running_average: Whether to normalize by the running statistics.
+            x: As for `BatchNorm`.
+            use_running_average: As for `BatchNorm`.
             domain: Which domain each row, or image, or the whole batch belongs to.
-            update_stats: Whether to update them; by default in training only.
-            mask: Boolean; which elements count.
-            weights: Non-negative weight of each element.
-            residual: Added to the output, before the activation.
+            **call: Replaced by one entry an option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -319,14 +347,11 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
             domain_batch_norm,
             x,
             _mode(self, use_running_average),
-            update_stats,
             stats_front=front,
             params_front=front if self.own_affine else (),
-            mask=mask,
-            weights=weights,
-            residual=residual,
             domain=domain,
             num_domains=self.num_domains,
+            **call,
         )
 
 
@@ -338,9 +363,9 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
     """Scales by label or by map: `jbn.conditional_batch_norm` as a Linen module.
 
     Attributes:
-        num_classes: Number of labels, of which each has a scale and bias of its own,
-            in tables of shape (num_classes, *features). `None`: the call gives them.
-        one_plus: Whether tables, or what is given, hold gamma of `1 + gamma`. Tables
+        num_classes: Number of labels, each with its own scale and bias, in tables of
+            shape (num_classes, *features). `None`: the call gives scale and bias.
+        one_plus: Whether tables, or the maps given, hold gamma of `1 + gamma`. Tables
             then start at zero.
 
     All other attributes are those of `BatchNorm`.
@@ -348,8 +373,22 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
 
     one_plus: bool = False
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            num_classes: int | None = None,
+            use_running_average: bool | None = None,
+            *,
+            one_plus: bool = False,
+            name: str | None = None,
+            parent: Any = None,
+            **settings: Unpack[LinenOptions],
+        ) -> None: ...
+
     @nn.compact
-    def __call__(
+    @documented(CallOptions)
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
@@ -357,48 +396,40 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
         labels: ArrayLike | int | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
-        update_stats: bool | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
+        **call: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
         Args:
-            x: As for `BatchNorm`, like all but the next three.
-            use_running_average: Whether to normalize by the running statistics.
+            x: As for `BatchNorm`.
+            use_running_average: As for `BatchNorm`.
             labels: The label of each row, or image, or of the whole batch.
             scale: Without `num_classes`: scale that broadcasts to `x`.
-            bias: Likewise.
-            update_stats: Whether to update them; by default in training only.
-            mask: Boolean; which elements count.
-            weights: Non-negative weight of each element.
-            residual: Added to the output, before the activation.
+            bias: Without `num_classes`: bias that broadcasts to `x`.
+            **call: Replaced by one entry an option.
 
         Returns:
             The normalized array, of the shape of `x`.
         """
-        from_zero = self.one_plus and self.scale_init is BatchNorm.scale_init
+        ones = options_of(LinenOptions)["scale_init"][1].default
+        from_zero = self.one_plus and self.scale_init is ones
         return _thread(
             self,
             conditional_batch_norm,
             x,
             _mode(self, use_running_average),
-            update_stats,
             params_front=None if self.num_classes is None else (self.num_classes,),
             scale_init=nn.initializers.zeros if from_zero else self.scale_init,
-            mask=mask,
-            weights=weights,
-            residual=residual,
             labels=labels,
             scale=scale,
             bias=bias,
             one_plus=self.one_plus,
+            **call,
         )
 
 
 class FrozenBatchNorm(BatchNorm):
-    """Normalizes by what stays as it is: `jbn.frozen_batch_norm` as a Linen module.
+    """Normalizes by fixed statistics: `jbn.frozen_batch_norm` as a Linen module.
 
     Takes the place of a `BatchNorm`, with its variables, in a model that trains.
 
@@ -414,45 +445,47 @@ class FrozenBatchNorm(BatchNorm):
     freeze_stats: bool = True
     freeze_mode: bool = True
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            use_running_average: bool | None = None,
+            *,
+            freeze_affine: bool = True,
+            freeze_stats: bool = True,
+            freeze_mode: bool = True,
+            name: str | None = None,
+            parent: Any = None,
+            **settings: Unpack[LinenOptions],
+        ) -> None: ...
+
     @nn.compact
+    @documented(CallOptions)
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        *,
-        update_stats: bool | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        residual: ArrayLike | None = None,
+        **call: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalizes `x`.
 
         Args:
-            x: As for `BatchNorm`, like the rest.
+            x: As for `BatchNorm`.
             use_running_average: What to normalize by; needed unless `freeze_mode`.
-            update_stats: Whether to update the statistics, unless `freeze_stats`.
-            mask: Boolean; which elements count.
-            weights: Non-negative weight of each element.
-            residual: Added to the output, before the activation.
+            **call: Replaced by one entry an option.
 
         Returns:
             The normalized array, of the shape of `x`.
         """
-        asked = self.use_running_average is not None or use_running_average is not None
         return _thread(
             self,
             frozen_batch_norm,
             x,
-            None
-            if not asked and self.freeze_mode
-            else _mode(self, use_running_average),
-            update_stats,
-            mask=mask,
-            weights=weights,
-            residual=residual,
+            _mode(self, use_running_average, needed=not self.freeze_mode),
             freeze_affine=self.freeze_affine,
             freeze_stats=self.freeze_stats,
             freeze_mode=self.freeze_mode,
+            **call,
         )
 
 
@@ -466,12 +499,21 @@ def _mode(
     )
 
 
+def _variable(
+    layer: BatchNorm, name: str, fresh: Callable[[], Any]
+) -> nn.Variable | None:
+    """A statistic; `None` if it is missing and cannot be made."""
+    there = layer.has_variable("batch_stats", name)
+    if there or layer.is_mutable_collection("batch_stats"):
+        return layer.variable("batch_stats", name, fresh)
+    return None
+
+
 def _thread(
     layer: BatchNorm,
     function: Callable[..., Any],
     x: ArrayLike,
     use_running_average: bool | None,
-    update_stats: bool | None,
     *,
     stats_front: tuple[int, ...] = (),
     params_front: tuple[int, ...] | None = (),
@@ -482,22 +524,34 @@ def _thread(
     """Creates and reads the variables of `layer`, calls `function`, writes them back.
 
     Statistics have `stats_front` in front of the features in their shape, and
-    parameters `params_front`; `None`: there are none.
+    parameters `params_front`; `None`: there are no parameters.
     """
     x = axes.as_inexact(x, layer.dtype)
     features = axes.layout(x, layer.axis).features
+    trained = layer.has_variable("batch_stats", "mean")
 
     def fresh(name: str) -> Any:
         shape = (*stats_front, *features)
         _, batch_stats = init(shape, track_weight=True, accumulate=True)
+        if name == "weight" and trained and layer.momentum is not None:
+            # Statistics of a checkpoint without a weight count as fully trained.
+            return jnp.ones(shape)
         return batch_stats_dict(batch_stats)[name]
 
-    names = ["mean", "var"]
-    names += ["weight"] if layer.debias or layer.momentum is None else []
-    names += ["pending"] if layer.accumulate else []
     variables = {
-        name: layer.variable("batch_stats", name, fresh, name) for name in names
+        name: layer.variable("batch_stats", name, fresh, name)
+        for name in ("mean", "var")
     }
+    optional = ["weight"] if layer.debias or layer.momentum is None else []
+    if layer.momentum is None and trained:
+        # How many rows they have seen, nobody knows: the function says so.
+        there = layer.has_variable("batch_stats", "weight")
+        optional = optional if there else []
+    optional += ["pending"] if layer.accumulate else []
+    for name in optional:
+        variable = _variable(layer, name, lambda name=name: fresh(name))
+        if variable is not None:
+            variables[name] = variable
     params = None
     if params_front is not None:
         shape = (*params_front, *features)
@@ -511,33 +565,18 @@ def _thread(
             if layer.use_bias
             else None,
         )
-    initializing = layer.is_initializing()
-    if update_stats is None:
-        update_stats = layer.update_stats
     running = as_batch_stats({name: v.value for name, v in variables.items()})
-    y, batch_stats = function(
-        x,
-        params,
-        running,
-        use_running_average=use_running_average,
-        update_stats=False if initializing else update_stats,
-        axis=layer.axis,
-        momentum=layer.momentum,
-        epsilon=layer.epsilon,
+    given = {name: getattr(layer, name) for name in options_of(Settings)} | call
+    if given.get("update_stats") is None:
+        given["update_stats"] = layer.update_stats
+    if layer.is_initializing():
         # Flax initializes outside of the mapped axes, too.
-        axis_name=None if initializing else layer.axis_name,
-        axis_index_groups=None if initializing else layer.axis_index_groups,
-        unbiased=layer.unbiased,
-        reference_weight=layer.reference_weight,
-        second_moment=layer.second_moment,
-        tau=layer.tau,
-        min_weight=layer.min_weight,
-        trim=layer.trim,
-        activation=layer.activation,
-        dtype=layer.dtype,
-        **call,
+        given |= {"update_stats": False, "axis_name": None, "axis_index_groups": None}
+    y, batch_stats = function(
+        x, params, running, use_running_average=use_running_average, **given
     )
-    # What comes back as it went in has not been updated, and may be immutable.
+    # Statistics that come back as they were have not been updated, and may be
+    # immutable.
     if batch_stats is not running:
         for name, value in batch_stats_dict(batch_stats).items():
             variables[name].value = value

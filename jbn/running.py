@@ -1,17 +1,20 @@
 """How the moments of a batch fold into the running statistics."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
 from jbn import axes
-from jbn.moments import merge
-from jbn.ops import xla
+from jbn._moments import merge
+from jbn.lowering.inline import where
+from jbn.ops import numeric
 from jbn.typing import ArrayLike, BatchStats, Moments
 
 
@@ -42,6 +45,11 @@ def update_batch_stats(
     `3 / (1 - momentum)` steps to forget them. A debiased one has never heard of them:
     after one step it equals the batch, after many it equals the plain one. `weight` is
     then `1 - momentum**steps`, and the statistics are always ready to be used.
+    Statistics without a weight count as fully trained.
+
+    The cumulative rule counts in float32. From a weight of 2**24 on, that cannot count
+    single rows: batches of one row then move the statistics as an exponential average
+    over the last 2**24 rows would.
 
     Where the moments have no weight the statistics keep their values. Where
     `batch_stats` has `pending` moments these take up the new ones, and wait for
@@ -98,45 +106,119 @@ def update_batch_stats(
             "`batch_stats` and `moments` must be of the same features; got shapes"
             f" {tuple(batch_stats.mean.shape)} and {tuple(moments.mean.shape)}."
         )
-    check_rule(batch_stats, momentum, unbiased, reference_weight, second_moment)
+    rule = make_rule(
+        batch_stats.mean.shape,
+        momentum,
+        unbiased,
+        reference_weight,
+        second_moment,
+        tracked=batch_stats.weight is not None,
+    )
+    return _update(batch_stats, moments, rule)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the moments of a batch enter the running statistics, checked.
+
+    Attributes:
+        momentum: Weight of the old statistics, or `None` for the cumulative rule.
+        complement: One minus the momentum as it came: in float32, 1 - 0.99 is 1e-6 off.
+            `None` where the momentum is traced.
+        log: Its logarithm, likewise.
+        reference_weight: The weight of a batch that `momentum` is meant for, or `None`.
+        unbiased: Whether the running variance averages unbiased ones.
+        second_moment: Whether it includes the scatter of the batches' means.
+        inside: Whether the momentum is known to be neither 0 nor 1.
+    """
+
+    momentum: Any
+    complement: Any
+    log: Any
+    reference_weight: Any
+    unbiased: bool = dataclasses.field(metadata={"static": True})
+    second_moment: bool = dataclasses.field(metadata={"static": True})
+    inside: bool = dataclasses.field(metadata={"static": True})
+
+    def shares(self, seen: Float[Array, "..."]) -> tuple[jax.Array, jax.Array]:
+        """How much of the old statistics stays, and how much of the batch is added."""
+        dtype = seen.dtype
+        momentum = jnp.asarray(self.momentum, dtype)
+        if self.reference_weight is None:
+            complement = self.complement
+            complement = 1 - momentum if complement is None else complement
+            return momentum, jnp.asarray(complement, dtype)
+        log = jnp.log(momentum) if self.log is None else jnp.asarray(self.log, dtype)
+        batches = seen / jnp.asarray(self.reference_weight, dtype)
+        # 0 * -inf is NaN; that share is not used.
+        change = log * where(seen > 0, batches, 1)
+        return jnp.exp(change), -jnp.expm1(change)
+
+
+def update(
+    batch_stats: BatchStats, moments: Moments, rule: Rule, always_some: bool = False
+) -> BatchStats:
+    """`update_batch_stats` of checked arguments.
+
+    With `always_some`, no feature of the moments is without weight.
+    """
     batch_stats, moments = lax.stop_gradient((batch_stats, moments))
     if batch_stats.pending is not None:
         return batch_stats._replace(pending=_take_up(batch_stats.pending, moments))
-    mean = _state(batch_stats.mean, moments.mean)
-    var = _state(batch_stats.var, moments.var)
+    mean = widened(batch_stats.mean, moments.mean)
+    var = widened(batch_stats.var, moments.var)
     seen = moments.weight.astype(var.dtype)
     batch_mean = moments.mean.astype(mean.dtype)
     batch_var = moments.var.astype(var.dtype)
     has_var = some = seen > 0
-    if unbiased:
+    if rule.unbiased:
         has_var = seen > 1
-        batch_var = batch_var * seen / jnp.where(has_var, seen - 1, 1)
+        batch_var = batch_var * seen / where(has_var, seen - 1, 1)
 
     weight = batch_stats.weight
     if weight is not None:
-        weight = _state(weight, moments.weight)
-    if momentum is None:
-        assert weight is not None  # by check_momentum
+        weight = widened(weight, moments.weight)
+    if rule.momentum is None:
+        assert weight is not None  # by make_rule
         kept, added = weight, seen
     else:
-        kept, added = _shares(momentum, reference_weight, seen)
+        kept, added = rule.shares(seen)
         if weight is not None:
             # A weight above 1, of the cumulative rule, is all the weight there can be.
             kept *= jnp.minimum(weight, 1)
-    if weight is None:
-        keep, add = kept, added
-    else:
+    keep, add = kept, added
+    if weight is not None:
         total = kept + added
-        weight = jnp.where(some, total, weight)
-        keep, add = (part * xla.reciprocal(total) for part in (kept, added))
-    new_mean = keep.astype(mean.dtype) * mean + add.astype(mean.dtype) * batch_mean
-    new_var = keep * var + add * batch_var
-    if momentum is None or second_moment:
-        # Pooling rows, not averaging variances: the means' own scatter belongs to it.
-        new_var += keep * add * xla.abs_square(batch_mean - mean)
-    return BatchStats(
-        jnp.where(some, new_mean, mean), jnp.where(has_var, new_var, var), weight
-    )
+        weight = where(some, total, weight)
+        keep, add = (part * numeric.reciprocal(total) for part in (kept, added))
+    if rule.momentum is None:
+        # Not `keep * old + add * new`: where a float cannot count single rows any more,
+        # `keep` rounds to 1, and the two would add up to more.
+        first = kept == 0
+        new_mean = mean + add.astype(mean.dtype) * (batch_mean - mean)
+        new_mean = where(first, batch_mean, new_mean)
+        new_var = where(first, batch_var, var + add * (batch_var - var))
+    elif rule.inside and weight is None and rule.reference_weight is None:
+        keep, add = keep.astype(var.dtype), add.astype(var.dtype)
+        new_mean = keep.astype(mean.dtype) * mean + add.astype(mean.dtype) * batch_mean
+        new_var = keep * var + add * batch_var
+    else:
+        # A share of zero drops the statistics, even if they are not finite.
+        new_mean = numeric.weigh(mean, keep) + numeric.weigh(batch_mean, add)
+        new_var = numeric.weigh(var, keep) + numeric.weigh(batch_var, add)
+    if rule.momentum is None or rule.second_moment:
+        # The variance of pooled rows includes the scatter of the means.
+        scatter = numeric.abs_square(batch_mean - mean)
+        new_var += numeric.weigh(scatter, keep * add)
+    if not always_some:
+        new_mean = where(some, new_mean, mean)
+    if not always_some or rule.unbiased:
+        new_var = where(has_var, new_var, var)
+    return BatchStats(new_mean, new_var, weight)
+
+
+_update = jax.jit(update)
 
 
 def commit(
@@ -254,7 +336,7 @@ def _commit(batch_stats: BatchStats, options: dict) -> BatchStats:
 
 def _take_up(pending: Moments, moments: Moments) -> Moments:
     """What is pending with new moments, in dtypes that scans can carry."""
-    pending = Moments(*map(_state, pending, moments))
+    pending = Moments(*map(widened, pending, moments))
     return Moments(
         *(
             new.astype(old.dtype)
@@ -263,34 +345,16 @@ def _take_up(pending: Moments, moments: Moments) -> Moments:
     )
 
 
-def _shares(
-    momentum: float | int | ArrayLike,
-    reference_weight: float | int | ArrayLike | None,
-    seen: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """How much of the old statistics is kept, and how much of the batch added."""
-    if reference_weight is None:
-        # One minus the number as it came: in float32, 1 - 0.99 is 1e-6 off.
-        return jnp.asarray(momentum, seen.dtype), jnp.asarray(1 - momentum, seen.dtype)
-    batches = seen / jnp.asarray(reference_weight, seen.dtype)
-    value = axes.known(momentum)
-    if value is not None and not value.ndim:
-        log = jnp.asarray(math.log(value) if value > 0 else -math.inf, seen.dtype)
-    else:
-        log = jnp.log(jnp.asarray(momentum, seen.dtype))
-    # Nothing seen, times minus infinity, is no number; and it is not used.
-    change = log * jnp.where(seen > 0, batches, 1)
-    return jnp.exp(change), -jnp.expm1(change)
-
-
-def check_rule(
-    batch_stats: BatchStats,
+def make_rule(
+    features: tuple[int, ...],
     momentum: float | int | ArrayLike | None,
     unbiased: bool,
     reference_weight: float | int | ArrayLike | None,
     second_moment: bool,
-) -> None:
-    """Refuses what is known not to make a running rule, or lacks its state."""
+    *,
+    tracked: bool,
+) -> Rule:
+    """Checks a running rule for statistics of a shape, with a weight if `tracked`."""
     if second_moment and unbiased:
         raise ValueError(
             "`second_moment=True` averages second moments, which are unbiased as they"
@@ -303,6 +367,7 @@ def check_rule(
                 "`momentum=None`, the cumulative rule, counts every row alike already;"
                 " got `reference_weight` as well. Drop it, or give a `momentum`."
             )
+        reference_weight = axes.as_number(reference_weight, "reference_weight")
         value = axes.known(reference_weight)
         if value is not None and not ((value > 0) & (value < np.inf)).all():
             raise ValueError(
@@ -310,17 +375,19 @@ def check_rule(
                 f" meant for and must be positive and finite; got {value}."
             )
     if momentum is None:
-        if batch_stats.weight is None:
+        if not tracked:
             raise ValueError(
                 "`momentum=None`, the cumulative rule, needs to know how many rows the"
                 " statistics have seen; got `batch_stats.weight=None`. Make them with"
-                " `init(..., track_weight=True)`."
+                " `init(..., track_weight=True)`, or give those of a trained network"
+                " their weight: `batch_stats._replace(weight=...)`."
             )
-        return
-    if np.shape(momentum) not in ((), batch_stats.mean.shape):
+        return Rule(None, None, None, None, unbiased, second_moment, False)
+    momentum = axes.as_number(momentum, "momentum")
+    if np.shape(cast(Any, momentum)) not in ((), tuple(features)):
         raise ValueError(
             "`momentum` must be one number, or one for each feature; got an array of"
-            f" shape {np.shape(momentum)} for {tuple(batch_stats.mean.shape)} features."
+            f" shape {np.shape(cast(Any, momentum))} for {tuple(features)} features."
         )
     value = axes.known(momentum)
     if value is not None and not ((value >= 0) & (value <= 1)).all():
@@ -328,14 +395,23 @@ def check_rule(
             "`momentum` is the weight of the old statistics and must be from 0 to 1;"
             f" got {value}. PyTorch's `momentum` is one minus this."
         )
+    complement = log = None
+    if value is not None:
+        complement = 1 - cast(Any, momentum)
+        if reference_weight is not None and not value.ndim:
+            log = math.log(value) if value > 0 else -math.inf
+    inside = value is not None and bool(np.all((value > 0) & (value < 1)))
+    return Rule(
+        momentum, complement, log, reference_weight, unbiased, second_moment, inside
+    )
 
 
-def _state(old: jax.Array, batch: jax.Array) -> jax.Array:
+def widened(old: jax.Array, batch: jax.Array) -> jax.Array:
     """The old statistic in the dtype of the new one, which scans can carry.
 
     It keeps its own, unless that is of 16 bits, or real while the batch is complex.
     """
-    old = xla.wide(jnp.asarray(old))
+    old = numeric.wide(jnp.asarray(old))
     if jnp.iscomplexobj(batch) and not jnp.iscomplexobj(old):
         return lax.complex(old, jnp.zeros_like(old))
     return old

@@ -9,23 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Inexact
 
 from jbn.axes import Rows
-from jbn.ops import xla
-from jbn.ops.cpu import Merged
-from jbn.ops.placement import num_shards, one_cpu, platform
+from jbn.lowering import inline
+from jbn.lowering.blocks import block_counts, num_shards, segment_block_counts
+from jbn.lowering.cpu import Merged
+from jbn.lowering.late import Target, late
+from jbn.ops import numeric, shifted
 from jbn.ops.segments import Segments, in_blocks
 
 
-# Longest plain sum. XLA on CPU adds rows one by one, and the rounding error of n such
-# additions grows like the root of n, or faster.
-_BLOCK_ROWS = 2048
-# The same where the first of them are added in parallel: folded on a CPU, by the rows
-# of a tile on a TPU.
-_FOLDED_BLOCK_ROWS = 8 * _BLOCK_ROWS
-# Rows of an image that is a block by itself on a TPU. There a sum over some of the
-# images, or a part of one, is a pass of its own, and one over each is not.
-_LEAST_IMAGE_ROWS, _MOST_IMAGE_ROWS = 128, 1 << 16
 # How far a guess of the mean may be off, squared and in variances: with that, rounding
 # errors are twice as large as about the mean.
 _FAR = 1
@@ -41,10 +35,10 @@ class Summary(NamedTuple):
     is harmless in an output, but not between the means of two parts that are merged.
     """
 
-    weight: jax.Array
-    shift: jax.Array
-    offset: jax.Array
-    var: jax.Array
+    weight: Float[Array, "..."]
+    shift: Inexact[Array, "..."]
+    offset: Inexact[Array, "..."]
+    var: Float[Array, "..."]
 
 
 class Guess(NamedTuple):
@@ -58,83 +52,97 @@ class Guess(NamedTuple):
     least_var: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="rows")
 def summarize(
-    x: jax.Array,
+    x: Inexact[Array, "..."],
     weights: jax.Array | None,
     rows: Rows,
     segments: Segments | None = None,
     guess: Guess | None = None,
+    tiny: bool = False,
 ) -> Summary:
     """Summarizes all `rows` of `x`, keeping the reduced axes at size 1.
 
-    On a TPU by a guess of the mean, if there is one: then the sums ride on what makes
-    `x`, such as a convolution, where they would else wait for it.
+    Args:
+        x: Input.
+        weights: Weights that broadcast to `x`, or `None`.
+        rows: Axes to reduce, here and over devices.
+        segments: Segments to summarize one by one, or `None`.
+        guess: A value that may be near the mean. With it, on a TPU, the sums fuse with
+            the operation that produces `x`, such as a convolution. Otherwise they wait
+            for it.
+        tiny: Whether a variance below 1e-30 has to be accurate.
     """
-    if guess is None or segments is not None or platform() != "tpu":
-        summary = _summarize_all(x, weights, rows, segments)
-    else:
-        summary = _summarize_near(guess, x, weights, rows)
+    operands = x, weights, segments, guess
+    summary = Summary(*late(_summarize, *operands, axes=rows.axes, tiny=tiny))
     return summary if rows.axis_name is None else all_reduce(summary, rows)
 
 
-def _summarize_near(
-    guess: Guess, x: jax.Array, weights: jax.Array | None, rows: Rows
-) -> Summary:
-    """One pass about a guess; if that was far off in any feature, all once more.
-
-    Under `shard_map` and `pmap` each device decides for itself.
-    """
-    summary = _summarize_all(x, weights, rows, near=guess.mean)
-    off = xla.abs_square((summary.shift - guess.mean) + summary.offset)
+def _summarize(
+    target: Target,
+    x: jax.Array,
+    weights: jax.Array | None,
+    segments: Segments | None,
+    guess: Guess | None,
+    *,
+    axes: tuple[int, ...],
+    tiny: bool,
+) -> list[jax.Array]:
+    """The summary of the rows of all devices but those of a mapped axis."""
+    whole = functools.partial(
+        _summarize_all, target, x, weights, segments, axes=axes, tiny=tiny
+    )
+    if guess is None or segments is not None or target.platform != "tpu":
+        return [*whole()]
+    # One pass about a guess. If that was far off in any feature, all once more. Under
+    # `shard_map` and `pmap` each device decides for itself.
+    summary = whole(near=guess.mean)
+    off = numeric.abs_square((summary.shift - guess.mean) + summary.offset)
     least_var = guess.least_var.astype(summary.var.dtype)
-    # (With infinities and NaN, too, it is far.)
+    # Infinities and NaN count as far.
     near = (off <= _FAR * (summary.var + least_var)) & jnp.isfinite(summary.var)
     some = summary.weight > 0
-    # Of nothing, the mean is 0 and not the guess.
-    summary = summary._replace(shift=jnp.where(some, summary.shift, 0))
-    return lax.cond(
-        jnp.all(near | ~some),
-        lambda: summary,
-        lambda: _again(summary, x, weights, rows),
-    )
+    # The mean of no rows is 0, not the guess.
+    summary = summary._replace(shift=inline.where(some, summary.shift, 0))
+    again = functools.partial(_again, summary, whole)
+    return [*lax.cond(jnp.all(near | ~some), lambda: summary, again)]
 
 
-def _again(
-    first: Summary, x: jax.Array, weights: jax.Array | None, rows: Rows
-) -> Summary:
-    """The summary without a guess, which varies from device to device as `first`."""
-    new = _summarize_all(x, weights, rows)._replace(weight=first.weight)
-    return jax.tree.map(lambda new, old: new + jnp.zeros_like(old), new, first)
+def _again(first: Summary, whole: Callable[[], Summary]) -> Summary:
+    """The summary without a guess."""
+    return whole()._replace(weight=first.weight)
 
 
 def _summarize_all(
+    target: Target,
     x: jax.Array,
     weights: jax.Array | None,
-    rows: Rows,
-    segments: Segments | None = None,
+    segments: Segments | None,
     near: jax.Array | None = None,
+    *,
+    axes: tuple[int, ...],
+    tiny: bool,
 ) -> Summary:
-    """Summarizes the rows of all devices but those of a mapped axis.
+    """Summarizes rows in blocks and merges these.
 
-    The rows are summarized in blocks, which are then merged. Blocks keep sums short,
-    and so exact. Where `x` may be sharded by plain `jit`, each block belongs to one
-    device, so that no statistic needs a second round of communication. With
-    `segments`, the rows of each have a summary of their own.
+    Blocks keep sums short, and so accurate. Where the compiler splits `x` over devices,
+    each block lies on one device, so that no statistic needs a second round of
+    communication. With `segments`, the rows of each have a summary of their own.
     """
-    first = x.shape[rows.axes[0]] if rows.axes else 1
-    shards = math.gcd(first, num_shards()) if first else 1
+    shards = num_shards(target, x.shape, axes)
     if segments is None:
-        summary = _summarize_blocks(x, weights, rows, shards, near)
+        summary = _summarize_blocks(target, x, weights, near, axes, shards, tiny)
     else:
-        summary = _summarize_segments(x, weights, rows.axes, shards, segments)
+        summary = _summarize_segments(target, x, weights, segments, axes, shards, tiny)
+    if shards == 1:
+        return merge(summary)
     per_shard = summary.var.shape[0] // shards
     summary = jax.tree.map(
         lambda v: v.reshape(shards, per_shard, *v.shape[1:]), summary
     )
     summary = merge(Summary(*(jnp.swapaxes(v, 0, 1) for v in summary)))
     if 1 < shards <= _MOST_SLOTS:
-        # GSPMD makes this sum over the shards one all-reduce, and the merge local.
+        # The compiler makes this sum over the shards one all-reduce, and the merge
+        # local.
         index = np.arange(shards)
         summary = jax.tree.map(
             lambda v: _place(v[None], index[:, None], index[None]).sum(1), summary
@@ -150,7 +158,7 @@ def merge(parts: Summary) -> Summary:
     """
     if parts.weight.shape[0] > 1:
         parts = _merge(
-            parts, lambda tree: jax.tree.map(lambda v: v.sum(0, keepdims=True), tree)
+            parts, lambda tree: jax.tree.map(lambda v: inline.total(v, (0,)), tree)
         )
     return Summary(*(v[0] for v in parts))
 
@@ -182,20 +190,22 @@ def _merge(parts: Summary, total: Callable[[Any], Any]) -> Summary:
     """Merges the summaries that `total` sums over."""
     # Times their weight, means near the largest float would overflow.
     small = 2.0**-32
-    weight, moment = total((parts.weight, xla.weigh(parts.shift * small, parts.weight)))
-    per_weight = xla.reciprocal(weight)
+    weight, moment = total(
+        (parts.weight, numeric.weigh(parts.shift * small, parts.weight))
+    )
+    per_weight = numeric.reciprocal(weight)
     shift = moment * per_weight.astype(moment.dtype) / small
     # Any value near the mean will do for the common shift, so no gradient has to pass.
-    shift = xla.coarse(lax.stop_gradient(shift))
+    shift = numeric.coarse(lax.stop_gradient(shift))
     offset = (parts.shift - shift) + parts.offset
     share = parts.weight * per_weight
     offset, square = total(
         (
-            xla.weigh(offset, share),
-            xla.weigh(parts.var + xla.abs_square(offset), share),
+            numeric.weigh(offset, share),
+            numeric.weigh(parts.var + numeric.abs_square(offset), share),
         )
     )
-    var = xla.difference(square, xla.abs_square(offset))
+    var = numeric.difference(square, numeric.abs_square(offset))
     return Summary(weight, shift, offset, var)
 
 
@@ -219,22 +229,30 @@ def all_reduce(summary: Summary, rows: Rows) -> Summary:
 def _place(v: jax.Array, slots: np.ndarray, slot: jax.Array | np.ndarray) -> jax.Array:
     """`v` where `slots == slot`, along the leading axes, and zero elsewhere."""
     here = jnp.asarray(slots == slot)
-    return jnp.where(jnp.expand_dims(here, range(here.ndim, v.ndim)), v, 0)
+    return inline.where(jnp.expand_dims(here, range(here.ndim, v.ndim)), v, 0)
 
 
 def _summarize_blocks(
+    target: Target,
     x: jax.Array,
     weights: jax.Array | None,
-    rows: Rows,
-    shards: int,
     near: jax.Array | None,
+    axes: tuple[int, ...],
+    shards: int,
+    tiny: bool,
 ) -> Summary:
     """The summaries of blocks of rows, stacked in front."""
-    whole = Merged.of(rows.axes, x, weights)
-    x, weights, axes = whole.view(x), whole.view(weights), whole.axes
-    counts = _block_counts(x.shape, axes, shards)
+    merged = Merged.of(target, axes, x, weights)
+    x, weights, axes = merged.view(x), merged.view(weights), merged.axes
+    counts = block_counts(target, x.shape, axes, shards)
+    if all(count == 1 for count in counts.values()):
+        near = merged.view(near)
+        parts = shifted.summarize(target, x, weights, axes, near=near, tiny=tiny)
+        return Summary(*(merged.stat(v)[None] for v in parts))
 
-    def split(v: jax.Array) -> jax.Array:
+    def cut(v: Any) -> Any:
+        if v is None:
+            return None
         shape: list[int] = []
         for a, n in enumerate(v.shape):
             if a not in axes:
@@ -246,29 +264,30 @@ def _summarize_blocks(
         return v.reshape(shape)
 
     block_axes = [a + i for i, a in enumerate(axes)]
-    parts = xla.summarize(
-        split(x),
-        None if weights is None else split(weights),
-        tuple(a + 1 for a in block_axes),
-        near=None if near is None else split(whole.view(near)),
+    within = tuple(a + 1 for a in block_axes)
+    near = cut(merged.view(near))
+    parts = shifted.summarize(
+        target, cut(x), cut(weights), within, near=near, tiny=tiny
     )
-    block_counts = [counts[a] for a in axes]
+    per_axis = [counts[a] for a in axes]
 
     def stack(stat: jax.Array) -> jax.Array:
         stat = jnp.moveaxis(stat, block_axes, range(len(axes)))
-        stat = jnp.broadcast_to(stat, (*block_counts, *stat.shape[len(axes) :]))
-        stat = stat.reshape(math.prod(block_counts), *stat.shape[len(axes) :])
-        return whole.stat(stat, lead=1)
+        stat = jnp.broadcast_to(stat, (*per_axis, *stat.shape[len(axes) :]))
+        stat = stat.reshape(math.prod(per_axis), *stat.shape[len(axes) :])
+        return merged.stat(stat, lead=1)
 
     return Summary(*map(stack, parts))
 
 
 def _summarize_segments(
+    target: Target,
     x: jax.Array,
     weights: jax.Array | None,
+    segments: Segments,
     axes: tuple[int, ...],
     shards: int,
-    segments: Segments,
+    tiny: bool,
 ) -> Summary:
     """The summaries of blocks of rows, each of all segments, stacked in front."""
 
@@ -281,64 +300,12 @@ def _summarize_segments(
         return jnp.broadcast_to(v[None], (shards, *v.shape))
 
     def summarize_shard(x, weights, ids) -> Summary:
-        counts = _segment_block_counts(x.shape, axes, ids.shape, segments.num)
+        counts = segment_block_counts(x.shape, axes, ids.shape, segments.num)
         blocks = in_blocks(Segments(ids, segments.num), x.shape, counts)
-        parts = xla.summarize(x, weights, axes, blocks)
+        parts = shifted.summarize(target, x, weights, axes, blocks, tiny=tiny)
         return Summary(*(v.reshape(-1, segments.num, *v.shape[1:]) for v in parts))
 
     parts = jax.vmap(summarize_shard)(
         split(x), None if weights is None else split(weights), split(segments.ids)
     )
     return Summary(*(v.reshape(-1, *v.shape[2:]) for v in parts))
-
-
-def _segment_block_counts(
-    shape: tuple[int, ...], axes: tuple[int, ...], ids: tuple[int, ...], num: int
-) -> dict[int, int]:
-    """How many blocks to cut each axis into, for sums by id and sums within one id.
-
-    Each block has all the segments, so there are no more than take up half of what the
-    rows do.
-    """
-    most = max(1, math.prod(shape[a] for a in axes) // (2 * num))
-    counts = {}
-    for summed, longest in (
-        ([a for a in axes if ids[a] != 1], _BLOCK_ROWS),
-        # These come first, in one loop, and cutting them makes for more ids.
-        ([a for a in axes if ids[a] == 1], 4 * _BLOCK_ROWS),
-    ):
-        wanted = math.ceil(math.prod(shape[a] for a in summed) / longest)
-        for a in sorted(summed, key=lambda a: -shape[a]):
-            counts[a] = max(1, min(wanted, shape[a], most))
-            wanted, most = -(-wanted // counts[a]), most // counts[a]
-    return counts
-
-
-def _block_counts(
-    shape: tuple[int, ...], axes: tuple[int, ...], shards: int
-) -> dict[int, int]:
-    """How many equal blocks to split each reduced axis into.
-
-    The first one, which is where batches are sharded, gets a multiple of `shards`.
-    """
-    rows = math.prod(shape[a] for a in axes)
-    number = None
-    if platform() == "gpu":
-        number = shards  # Thousands of threads add: no sum is long.
-    elif platform() == "tpu":
-        if rows <= _FOLDED_BLOCK_ROWS * shards:
-            number = shards
-        elif _LEAST_IMAGE_ROWS <= rows // shape[axes[0]] <= _MOST_IMAGE_ROWS:
-            number = shape[axes[0]]
-    if number is not None:
-        return {a: number if a == axes[0] else 1 for a in axes}
-    wanted = rows / (_FOLDED_BLOCK_ROWS if one_cpu() else _BLOCK_ROWS)
-    counts = {}
-    for a in axes:
-        base = shards if a == axes[0] else 1
-        last = min(shape[a], math.ceil(4 * wanted) * base)
-        divisors = [c for c in range(base, last + 1, base) if shape[a] % c == 0]
-        divisors = divisors or [base]
-        counts[a] = next((c for c in divisors if c >= wanted), divisors[-1])
-        wanted /= counts[a]
-    return counts

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jax.export import register_namedtuple_serialization
 from jaxtyping import Array, Float, Inexact
 
 
@@ -55,3 +56,10 @@ class BatchStats(NamedTuple):
     var: Float[Array, "*features"]
     weight: Float[Array, "*features"] | None = None
     pending: Moments | None = None
+
+
+# So that an exported function that takes or returns them can be serialized.
+for _record in (Params, Moments, BatchStats):
+    register_namedtuple_serialization(
+        _record, serialized_name=f"jbn.{_record.__name__}"
+    )

@@ -1,4 +1,4 @@
-"""Strict JAX, eight virtual CPU devices, and a generator seeded by the test's name."""
+"""Strict JAX, one device unless asked for more, and seeded generators."""
 
 import collections
 import importlib
@@ -10,9 +10,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from jbn.lowering import late, passes
 
-# Before any device is used. Tests take subsets of the eight.
-jax.config.update("jax_num_cpu_devices", 8)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -21,19 +21,42 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 collect_ignore = ["types_of_a_user.py"]
 
 # Compiling takes most of the time of the tests. Of a sweep this many cases are quick,
-# and one each of these ways to compile (of the fixture `devices`).
+# and one each of these ways to compile (of the fixture `lowering`).
 SAMPLE = 2
-WAYS = "folded", "as on a TPU", "as on a GPU"
+WAYS = "split", "as on a TPU", "as on a GPU"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--devices",
+        type=int,
+        default=1,
+        help="virtual CPU devices; with several, only tests marked `devices` run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before any device is used.
+    jax.config.update("jax_num_cpu_devices", config.getoption("--devices"))
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
     """Marks the cases of a sweep as slow, but for a sample that is always the same."""
+    several = config.getoption("--devices") > 1
+    for item in items:
+        if several and not item.get_closest_marker("devices"):
+            item.add_marker(pytest.mark.skip("runs on one device"))
+        if not several and item.get_closest_marker("devices"):
+            item.add_marker(pytest.mark.skip("needs eight devices: --devices=8"))
     sweeps = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sweep") and not item.get_closest_marker("slow"):
             way = next((way for way in WAYS if way in item.nodeid), None)
-            sweeps[item.nodeid.partition("[")[0], way].append(item)
-    for (_, way), cases in sweeps.items():
+            where = item.get_closest_marker("devices") is not None
+            sweeps[item.nodeid.partition("[")[0], way, where].append(item)
+    for (_, way, _), cases in sweeps.items():
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
         for item in cases[SAMPLE if way is None else 1 :]:
             item.add_marker("slow")
@@ -58,43 +81,70 @@ def x64():
 
 
 @pytest.fixture
-def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch):
-    """What is compiled for a TPU, on CPUs.
-
-    To be used under a mesh with a name of its own: else JAX finds what it has compiled.
-    """
-    for module in ("ops.placement", "ops.cpu", "ops.passes", "summary"):
-        monkeypatch.setattr(f"jbn.{module}.platform", lambda: "tpu")
-    # Each image is a block, as the large ones are.
-    monkeypatch.setattr("jbn.summary._LEAST_IMAGE_ROWS", 1)
-    monkeypatch.setattr("jbn.summary._FOLDED_BLOCK_ROWS", 1)
+def no_jaxprs_from_before():
+    """Forgets the jaxprs of programs, which do not know of a changed threshold."""
+    late._jaxpr.cache_clear()
+    yield
+    late._jaxpr.cache_clear()
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    """What is compiled for a GPU, on CPUs; likewise."""
-    for module in ("ops.placement", "ops.cpu", "ops.gpu", "ops.passes", "summary"):
-        monkeypatch.setattr(f"jbn.{module}.platform", lambda: "gpu")
-    # Small arrays are treated as large ones are.
-    monkeypatch.setattr("jbn.ops.gpu._LEAST_ELEMENTS", 1)
-    monkeypatch.setattr("jbn.ops.gpu._LEAST_ROWS", 2)
-    monkeypatch.setattr("jbn.ops.gpu._LEAST_TEAMS", 2)
+def as_on_a_tpu(monkeypatch: pytest.MonkeyPatch, no_jaxprs_from_before):
+    """The program for a TPU, on CPUs.
 
-
-@pytest.fixture(params=["eight devices", "one device", *WAYS])
-def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Whether arrays may be spread over devices, and how passes over them are made.
-
-    On one CPU axes are merged, and the sums of large arrays folded: "folded" has small
-    ones folded, too.
+    To be used under a mesh with a name of its own: else JAX finds what it has compiled.
     """
-    if request.param == "eight devices":
+    lower_for(monkeypatch, "tpu")
+    # Each image is a block, as the large ones are.
+    monkeypatch.setattr("jbn.lowering.blocks._LEAST_IMAGE_ROWS", 1)
+    monkeypatch.setattr("jbn.lowering.blocks._SPLIT_BLOCK_ROWS", 1)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, no_jaxprs_from_before):
+    """The program for a GPU, on CPUs; likewise."""
+    lower_for(monkeypatch, "gpu")
+    # Small arrays are treated as large ones are.
+    monkeypatch.setattr("jbn.lowering.gpu._LEAST_ELEMENTS", 1)
+    monkeypatch.setattr("jbn.lowering.gpu._LEAST_ROWS", 2)
+    monkeypatch.setattr("jbn.lowering.gpu._LEAST_TEAMS", 2)
+
+
+def lower_for(
+    monkeypatch: pytest.MonkeyPatch, platform: str, shards: int | None = None
+) -> None:
+    """Lowers everything for another platform, or for more devices."""
+    before = late.target_of
+
+    def target_of(_, axis_context):
+        target = before(platform, axis_context)
+        return target if shards is None else target._replace(shards=shards)
+
+    monkeypatch.setattr(late, "target_of", target_of)
+    monkeypatch.setattr(late, "expected_platform", lambda: platform)
+    monkeypatch.setattr(passes, "expected_platform", lambda: platform)
+
+
+@pytest.fixture(params=["one device", "eight shards", *WAYS])
+def lowering(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    no_jaxprs_from_before,
+):
+    """Which of the programs for other machines is compiled.
+
+    With eight shards arrays may be split over devices, so that axes are not merged and
+    sums not split. "split" has the sums of small arrays split, too.
+    """
+    if request.param == "one device":
         yield
         return
-    if request.param == "folded":
-        monkeypatch.setattr("jbn.ops.cpu._LEAST_ELEMENTS", 1)
-        monkeypatch.setattr("jbn.ops.cpu._LEAST_RUN", 1)
-        monkeypatch.setattr("jbn.ops.cpu._SHORT", 0)
+    if request.param == "eight shards":
+        lower_for(monkeypatch, "cpu", shards=8)
+    if request.param == "split":
+        monkeypatch.setattr("jbn.lowering.cpu._LEAST_ELEMENTS", 1)
+        monkeypatch.setattr("jbn.lowering.cpu._LEAST_RUN", 1)
+        monkeypatch.setattr("jbn.lowering.cpu._SHORT", 0)
     if request.param.startswith("as on"):
         request.getfixturevalue(request.param.replace(" ", "_").lower())
     # Each has a mesh of its own name, or it would find the other's compiled functions.

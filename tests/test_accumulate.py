@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
+from ways import mapped_by
 
 import jbn
 from jbn import BatchStats, Moments, Params
@@ -272,7 +273,7 @@ def test_a_scan_can_carry_it(rng, dtype):
     np.testing.assert_allclose(after.var, var, **LESS)
 
 
-@pytest.mark.parametrize("kind", ["vmap", "shard_map"])
+@pytest.mark.parametrize("kind", mapped_by("vmap", "shard_map"))
 def test_devices_accumulate_the_same_moments(rng, kind):
     params, before = state(rng)
     x, mask = rows(rng, 24), rng.random((24, 1)) < 0.6

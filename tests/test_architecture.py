@@ -1,5 +1,7 @@
 """What may import what, what importing costs, and that this test can fail."""
 
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -57,8 +59,10 @@ def test_the_picture_of_the_layers_is_that_of_the_contract(tmp_path: Path):
     for name in ("train.py", "jbn"):
         (tmp_path / name).symlink_to(ROOT / name)
     project = tmp_path / "pyproject.toml"
-    swapped = project.read_text().replace('"jbn.ops",\n    "jbn.axes"', '"jbn.ops"', 1)
-    project.write_text(swapped)
+    layers = project.read_text()
+    shorter = layers.replace('"jbn.ops",\n    "jbn.lowering"', '"jbn.ops"', 1)
+    assert shorter != layers
+    project.write_text(shorter)
     found = drawn(tmp_path)
     assert found.returncode == 1
     assert "out of date" in found.stderr
@@ -76,3 +80,35 @@ def test_the_map_in_contributing_is_that_of_the_contract():
         name.removeprefix("jbn.") for line in contract for name in line.split(" | ")
     ]
     assert names == [name for name in layers if name != "__main__"]
+
+
+def shared_names(root: str) -> list[str]:
+    """Dotted names of modules that are those of something else in a package, too."""
+    found = []
+    path = importlib.import_module(root).__path__
+    for info in pkgutil.walk_packages(path, f"{root}."):
+        package, _, name = info.name.rpartition(".")
+        # This may import the module, on first use.
+        attribute = getattr(importlib.import_module(package), name, None)
+        if attribute is not None and attribute is not sys.modules.get(info.name):
+            found.append(info.name)
+    return found
+
+
+def test_functions_and_modules_share_no_dotted_name():
+    assert shared_names("jbn") == []
+
+
+def test_a_shared_dotted_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "planted" / "tools"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "__init__.py").write_text(
+        "from planted.tools import layers\n"
+        "from planted.tools._merge import merge\n"
+        "from planted.tools.fold import fold\n"
+    )
+    for name in ("_merge", "fold", "layers", "unused"):
+        (folder / f"{name}.py").write_text(f"def {name.strip('_')}(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert shared_names("planted") == ["planted.tools.fold"]

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
+from ways import mapped_by
 
 import jbn
 from jbn import BatchStats, Moments
@@ -228,7 +229,7 @@ def test_in_batch_norm_it_is_what_counts_of_the_batch(rng, kind):
     np.testing.assert_allclose(got.var, keep * stats.var + (1 - keep) * var, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["vmap", "shard_map"])
+@pytest.mark.parametrize("kind", mapped_by("vmap", "shard_map"))
 def test_on_devices_it_is_what_counts_on_all_of_them(rng, kind):
     stats = make(rng)
     x = rng.normal(size=(4, 3, FEATURES)).astype("f")

@@ -33,7 +33,7 @@ def args(rng):
     return example(rng)
 
 
-@pytest.mark.usefixtures("devices")
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("mode", list(modes(0.0)))
 def test_every_mode_agrees_with_autodiff_of_the_formula(mode, args, rng):
     derive = modes(jnp.asarray(rng.standard_normal(SHAPE)))[mode]
@@ -44,7 +44,7 @@ def test_every_mode_agrees_with_autodiff_of_the_formula(mode, args, rng):
     )
 
 
-@pytest.mark.usefixtures("devices")
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("axis", [-1, 1, (0, 2)])
 def test_gradient_is_the_oracles(axis, weighted, rng):
@@ -157,7 +157,7 @@ def test_no_gradient_passes_through_the_statistics_of_training(args):
     assert all(not leaf.any() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.usefixtures("devices")
+@pytest.mark.usefixtures("lowering")
 def test_complex_gradient(rng):
     """JAX's gradient of a real loss, from the real and imaginary parts' own."""
     re, im, ct_re, ct_im = jnp.asarray(rng.standard_normal((4, 7, 3)))
@@ -187,7 +187,7 @@ def test_complex_gradient(rng):
         np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.usefixtures("devices")
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("use_running_average", [False, True])
 def test_weightless_elements_leave_every_gradient_finite(bad, use_running_average, rng):
@@ -303,7 +303,7 @@ def test_16_bit_gradients_are_rounded_once(dtype, rng):
     np.testing.assert_allclose(dparams.bias, dbias, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("devices")
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("use_running_average", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -176,7 +176,12 @@ def spread_loss(kind, sizes, axis_name):
     ("kind", "sizes"),
     [
         pytest.param(
-            kind, sizes, marks=[] if sizes in ((8,), (2, 4)) else pytest.mark.slow
+            kind,
+            sizes,
+            marks=[
+                *([] if sizes in ((8,), (2, 4)) else [pytest.mark.slow]),
+                *([] if kind == "vmap" else [pytest.mark.devices]),
+            ],
         )
         for kind, sizes in itertools.product(KINDS, ((8,), (4,), (2,), (2, 4), (4, 2)))
         if len(sizes) == 1 or kind not in ("jit", "pmap")
@@ -269,6 +274,7 @@ def on_each(kind, groups):
     return jax.jit(mapped)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("kind", ["pmap", "shard_map"])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 @pytest.mark.usefixtures("x64")
@@ -303,6 +309,7 @@ def test_groups_of_devices(groups, kind, rng):
 ALL = slice(None)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize(
     ("axis_name", "batches"),
@@ -448,12 +455,14 @@ def check_in_float64(counts, where, seed):
         assert_close(over(kind, devices)(*args), want_step(*args))
 
 
+@pytest.mark.devices
 @drawn
 @settings(max_examples=40)
 def test_any_counts_in_float64(counts, where, seed):
     check_in_float64(counts, where, seed)
 
 
+@pytest.mark.devices
 @pytest.mark.slow
 @hypothesis.given(
     counts=st.lists(st.integers(0, ROWS), min_size=8, max_size=8),
@@ -465,6 +474,7 @@ def test_any_counts_anywhere(counts, where, seed):
     check_in_float64(counts, where, seed)
 
 
+@pytest.mark.devices
 @drawn
 @settings(max_examples=40)
 def test_any_counts_in_float32(counts, where, seed):

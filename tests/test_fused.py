@@ -75,7 +75,7 @@ def test_every_mode_agrees_with_autodiff_of_the_formula(mode, args, rng):
     )
 
 
-@pytest.mark.usefixtures("devices")
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation(name, args, rng):
@@ -141,7 +141,7 @@ def test_gradient_of_the_residual(activation, use_running_average, args, rng):
         )
 
 
-@pytest.mark.usefixtures("devices")
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.silu])
 def test_padding_of_any_value(activation, bad, rng):
@@ -193,7 +193,7 @@ def test_rounded_once(rng):
     np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
 
 
-@pytest.mark.usefixtures("devices")
+@pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize(
     ("activation", "residual", "kept"),
     [
@@ -276,6 +276,7 @@ def test_modules(name, skin, rng):
     np.testing.assert_allclose(z, jax.nn.relu(y), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("by", ["jit", "shard_map"])
 def test_devices(by, rng):
     """The same on four devices, gradients included, in one all-reduce each way."""
@@ -319,7 +320,7 @@ def test_devices(by, rng):
     assert 2 <= text.count(" all-reduce(") <= 3
 
 
-@on("eight devices", "one device")
+@on("eight shards", "one device")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -16,7 +16,7 @@ import jbn
 from jbn import Moments
 
 
-pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("devices")]
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("lowering")]
 moments = jax.jit(jbn.moments, static_argnames=("axis",))
 merge = jax.jit(jbn.merge)
 EPS = float(np.finfo(np.float32).eps)

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from ways import mapped_by
 
 import jbn
 from jbn import BatchStats, Params
@@ -349,7 +350,7 @@ def mesh():
 
 
 @pytest.mark.parametrize(
-    "kind", ["vmap", "shard_map checked", "shard_map unchecked", "jit"]
+    "kind", mapped_by("vmap", "shard_map checked", "shard_map unchecked", "jit")
 )
 def test_the_half_is_taken_over_all_devices(rng, kind):
     params, stats = state(rng)
@@ -378,6 +379,7 @@ def test_the_half_is_taken_over_all_devices(rng, kind):
     assert_is((y, new), reference(x, params, stats, w), w)
 
 
+@pytest.mark.devices
 def test_the_half_is_taken_within_groups_of_devices(rng):
     _, stats = state(rng)
     x = rng.normal(size=(DEVICES, ROWS, FEATURES)).astype("f")
@@ -397,6 +399,7 @@ def test_the_half_is_taken_within_groups_of_devices(rng):
     assert np.asarray(w).reshape(-1, FEATURES).sum(0)[1] == 2 * ROWS + ROWS
 
 
+@pytest.mark.devices
 def test_it_costs_one_more_all_reduce(rng):
     params, stats = state(rng)
     for trim, number in ((None, 1), (TRIM, 2)):

@@ -1,5 +1,6 @@
 """`jbn.update_batch_stats`: each rule, and the trajectories of other libraries."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -231,7 +232,9 @@ def test_batch_norm_follows_the_same_rules(rng):
         expected = jbn.update_batch_stats(
             stats, jbn.moments(x), momentum=momentum, unbiased=unbiased
         )
-        jax.tree.map(np.testing.assert_array_equal, new, expected)
+        # Not bit for bit: compiled as one program, or as two.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+        jax.tree.map(close, new, expected)
 
 
 @pytest.mark.parametrize("weight", [None, 0.4])

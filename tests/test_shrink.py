@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
+from ways import mapped_by
 
 import jbn
 from jbn import BatchStats, Moments, Params
@@ -321,7 +322,7 @@ def test_each_ghost_group_is_drawn_to_the_running_statistics(rng, weighted):
     assert_is(norm(x), np.concatenate(want), mean, var, stats)
 
 
-@pytest.mark.parametrize("kind", ["vmap", "shard_map"])
+@pytest.mark.parametrize("kind", mapped_by("vmap", "shard_map"))
 def test_the_effective_weight_is_that_of_all_devices(rng, kind):
     params, stats = state(rng)
     x = rng.normal(size=(8, FEATURES)).astype("f")

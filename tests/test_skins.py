@@ -103,6 +103,7 @@ def test_modules_are_the_function_bit_for_bit(run, options, counting, mode, rng)
     jax.tree.map(np.testing.assert_array_equal, got_stats, want_stats)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("axis_name", ["d", ("a", "b")])
 @pytest.mark.parametrize("run", [linen_run, nnx_run])
 def test_modules_pass_axis_names_on(run, axis_name, rng):
@@ -131,6 +132,7 @@ def test_modules_pass_axis_names_on(run, axis_name, rng):
     )
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("run", [linen_run, nnx_run])
 def test_modules_pass_groups_on(run, rng):
     x = jnp.asarray(rng.standard_normal((4, 5, 3)), jnp.float32)

@@ -245,6 +245,7 @@ def test_the_mode_is_that_of_the_call_or_of_the_module(name, mode, rng):
     assert_identical(nnx_run(name, method, params, stats, x, call, **other), want)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("name", METHODS)
 def test_axis_names_and_groups_reach_the_function(name, rng):
     method = METHODS[name]
@@ -442,7 +443,8 @@ def test_a_checkpoint_of_batch_norm_starts_every_domain(rng):
     got = jbn.DomainBatchNorm(3).apply(
         {"params": present(params), "batch_stats": tiled}, x, True, domain=IDS
     )
-    np.testing.assert_array_equal(got, want)
+    # Not bit for bit: two programs, which XLA contracts into other multiply-adds.
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=2e-7)
 
 
 # --- under the transformations of Linen and NNX ------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from ways import mapped_by
 
 import jbn
 from jbn import BatchStats, Params
@@ -260,7 +261,7 @@ def groups_on_devices(rng, spread):
 
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(
-    "kind", ["vmap", "shard_map checked", "shard_map unchecked", "jit"]
+    "kind", mapped_by("vmap", "shard_map checked", "shard_map unchecked", "jit")
 )
 def test_groups_over_devices_are_one_batch(rng, kind, spread):
     x, ids = groups_on_devices(rng, spread)
@@ -294,6 +295,7 @@ def test_groups_over_devices_are_one_batch(rng, kind, spread):
     np.testing.assert_allclose(grads[1].bias, dbias, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.devices
 def test_samples_over_devices_are_one_batch(rng):
     sizes = (5, 1, 3, 0, 2, 4, 1, 1)
     rows = samples(rng, sizes)
@@ -311,6 +313,7 @@ def test_samples_over_devices_are_one_batch(rng):
     assert_moments(got, by_sample(rows))
 
 
+@pytest.mark.devices
 def test_groups_within_groups_of_devices(rng):
     _, ids = groups_on_devices(rng, spread=True)
     index_groups = ((0, 2), (1, 3))

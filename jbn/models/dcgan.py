@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jbn.linen import BatchNorm, DomainBatchNorm
 from jbn.models.inputs import without_masked
 from jbn.models.norms import activated
-from jbn.ops import xla
+from jbn.ops import numeric
 from jbn.typing import ArrayLike, DType
 
 
@@ -113,7 +113,7 @@ class Generator(nn.Module):
                 kernel_init=_normal,
                 name=f"conv{i}",
             )(y)
-        return jnp.tanh(xla.wide(y))
+        return jnp.tanh(numeric.wide(y))
 
 
 class Discriminator(nn.Module):
@@ -220,7 +220,7 @@ class Discriminator(nn.Module):
                     self.norm, _leaky_relu, name=f"norm{i}", scale_init=_near_one
                 )
                 y = norm(y, **call)
-        y = xla.wide(y).reshape(y.shape[0], -1)
+        y = numeric.wide(y).reshape(y.shape[0], -1)
         return nn.Dense(1, kernel_init=_normal, name="head")(y)[:, 0]
 
 

@@ -8,7 +8,7 @@ import jax
 
 from jbn.linen import BatchNorm
 from jbn.models.inputs import as_unit, without_masked
-from jbn.ops import xla
+from jbn.ops import numeric
 from jbn.typing import ArrayLike, DType
 
 
@@ -68,4 +68,4 @@ class MLP(nn.Module):
             # Not named after its class: any norm then fits the same variables.
             norm = self.norm(name=f"BatchNorm_{i}")
             y = norm(y, use_running_average=not train, mask=rows)
-        return nn.Dense(self.num_classes)(xla.wide(y))
+        return nn.Dense(self.num_classes)(numeric.wide(y))

@@ -9,7 +9,7 @@ import jax
 from jbn.linen import BatchNorm
 from jbn.models.inputs import as_unit, without_masked
 from jbn.models.norms import activated
-from jbn.ops import xla
+from jbn.ops import numeric
 from jbn.typing import ArrayLike, DType
 
 
@@ -215,7 +215,7 @@ class ResNet(nn.Module):
                     name=f"stage{i}_block{j}",
                 )(y, **call)
 
-        y = xla.wide(y).mean((1, 2))
+        y = numeric.wide(y).mean((1, 2))
         head = nn.Dense(
             self.num_classes, kernel_init=nn.initializers.normal(0.01), name="head"
         )

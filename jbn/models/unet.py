@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jbn.linen import BatchNorm
 from jbn.models.inputs import as_unit, without_masked
 from jbn.models.norms import activated
-from jbn.ops import xla
+from jbn.ops import numeric
 from jbn.typing import ArrayLike, DType
 
 
@@ -116,7 +116,7 @@ class UNet(nn.Module):
             y = y[:, : skip.shape[1], : skip.shape[2]]
             y = jnp.concatenate([skip.astype(y.dtype), y], -1)
             y = level(width, f"decoder{i}")(y)
-        return nn.Conv(self.num_classes, (1, 1), name="head")(xla.wide(y))
+        return nn.Conv(self.num_classes, (1, 1), name="head")(numeric.wide(y))
 
 
 class _Level(nn.Module):

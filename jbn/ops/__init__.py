@@ -1,1 +1,1 @@
-"""The passes over memory. `xla.py` defines them; kernels would stand beside it."""
+"""What is computed over memory: definitions that read like their formulas."""

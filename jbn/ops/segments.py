@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Integer
 
-from jbn.ops import sums
+from jbn.lowering import sums
 
 
 @jax.tree_util.register_dataclass
@@ -21,11 +22,19 @@ class Segments:
     """Which segment each row belongs to.
 
     `ids` has the rank of the input, with size 1 where it does not vary, which includes
-    the features. An id that is not in 0 to `num - 1` is of no segment.
+    the features: int32, from 0 to `num - 1`, and `num` for a row of no segment.
     """
 
     ids: Any  # an array, or what JAX puts in its place when it takes trees apart
     num: int = dataclasses.field(metadata={"static": True})
+
+
+def segments_of(ids: Integer[Array, "..."], num: int) -> Segments:
+    """Segments by ids of any integer dtype, which need not be in range."""
+    if ids.dtype.itemsize < 4:
+        ids = ids.astype(jnp.int32)  # `num` may not fit into fewer bits.
+    there = (ids >= 0) & (ids < num)
+    return Segments(jnp.where(there, ids, num).astype(jnp.int32), num)
 
 
 def total(
@@ -44,7 +53,7 @@ def total(
     v = v.reshape([n for pair in pairs for n in pair])
     v = v.transpose([*range(0, v.ndim, 2), *range(1, v.ndim, 2)])
     v = v.reshape(ids.size, *v.shape[ids.ndim :])
-    return jax.ops.segment_sum(v, _known(segments).ravel(), segments.num)
+    return jax.ops.segment_sum(v, ids.ravel(), segments.num)
 
 
 def spread(stat: jax.Array, segments: Segments | None = None) -> jax.Array:
@@ -58,15 +67,15 @@ def spread(stat: jax.Array, segments: Segments | None = None) -> jax.Array:
     if stat.shape[0] == 1:
         return stat[0]
     ids = segments.ids
-    v = jnp.take(stat, _known(segments), axis=0, mode="clip")
+    v = jnp.take(stat, ids, axis=0, mode="clip")
     pairs = list(zip(ids.shape, stat.shape[1:], strict=True))
     v = v.transpose([a for i in range(ids.ndim) for a in (i, ids.ndim + i)])
     return v.reshape([math.prod(pair) for pair in pairs])
 
 
-def inside(segments: Segments) -> jax.Array:
-    """Which rows belong to a segment; of the shape of the ids."""
-    return (segments.ids >= 0) & (segments.ids < segments.num)
+def inside(segments: Segments) -> Bool[Array, "..."]:
+    """Whether a row belongs to a segment; of the shape of the ids."""
+    return segments.ids < segments.num
 
 
 def in_blocks(
@@ -76,16 +85,13 @@ def in_blocks(
 
     The parts of the first block come first. Blocks need not divide the axes.
     """
-    ids, num = _known(segments), segments.num
+    ids, num = segments.ids, segments.num
     block = jnp.zeros((1,) * ids.ndim, ids.dtype)
     for a, count in counts.items():
         along = [shape[a] if b == a else 1 for b in range(ids.ndim)]
+        if count == 1:
+            continue
         length = max(1, -(-shape[a] // count))
         block = block * count + lax.broadcasted_iota(ids.dtype, along, a) // length
     total_num = math.prod(counts.values()) * num
     return Segments(jnp.where(ids < num, ids + num * block, total_num), total_num)
-
-
-def _known(segments: Segments) -> jax.Array:
-    """The ids, with all that are of no segment beyond the last one."""
-    return jnp.where(inside(segments), segments.ids, segments.num)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jbn import axes
-from jbn.normalize import check_epsilon
+from jbn._normalize import check_epsilon
 from jbn.typing import ArrayLike, Axes, BatchStats, Params
 
 
@@ -290,7 +290,8 @@ def _check_norm(params, batch_stats, epsilon) -> tuple[np.ndarray, np.ndarray]:
                 f" `batch_stats.var` has {batch_stats.var.shape}."
             )
     scale, bias, mean, var = wide.values()
-    return affine(scale, bias, mean, var, float(check_epsilon(epsilon)))
+    check_epsilon(epsilon)
+    return affine(scale, bias, mean, var, float(epsilon))
 
 
 def _kernel_axes(kernel: ArrayLike, axis: Axes, name: str) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from flax import nnx
 import jbn
 import jbn.linen
 import jbn.nnx
+from jbn.tools._recalibrate import population, reduce_batches, unjitted
 from jbn.tools.layers import LINEN_NORMS, Where, chosen, nnx_norms, stats_nodes
-from jbn.tools.recalibrate import population, reduce_batches, unjitted
 from jbn.typing import Moments
 
 

@@ -15,9 +15,7 @@ import numpy as np
 import tyro
 
 from jbn import models, tools
-from jbn.tools.fold import fold
-from jbn.tools.inspect import inspect
-from jbn.tools.torch import from_torch
+from jbn.tools import fold, from_torch, inspect
 from jbn.training.errors import UsageError
 from jbn.training.run import OpenRun, open_run, refuse_existing, save_run
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jbn.tools.recalibrate import recalibrator
+from jbn.tools import recalibrator
 from jbn.training.batches import Plan, chunk_length, permutation, plan_epoch
 from jbn.training.data import Dataset, Split
 from jbn.training.executor import Executor

@@ -5,16 +5,17 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jbn import axes
-from jbn.axes import Layout
-from jbn.call import Options, Stats, prepare, thread
-from jbn.normalize import affine, as_statistic
-from jbn.ops.segments import Segments, spread
+from jbn._normalize import as_statistic, check_affine, expand_affine
+from jbn.axes import AtRank, Layout
+from jbn.call import Call, Stats, flag, prepare, run, thread
+from jbn.ops.segments import segments_of, spread
+from jbn.options import Options, documented
 from jbn.typing import ArrayLike, Params
 
 
+@documented(Options)
 def conditional_batch_norm(
     x: ArrayLike,
     params: Params | None,
@@ -54,7 +55,7 @@ def conditional_batch_norm(
         bias: Bias likewise.
         one_plus: Whether tables and `scale` hold gamma of `1 + gamma`, so that zero,
             where initializers start and weight decay leads, is the identity.
-        **options: Everything else that `jbn.batch_norm` takes.
+        **options: As for `jbn.batch_norm`.
 
     Returns:
         The normalized array and the running statistics, as `jbn.batch_norm`.
@@ -103,22 +104,53 @@ def conditional_batch_norm(
             " are given. Put learned factors into what is given."
         )
     call = prepare(
-        x, None, batch_stats, use_running_average=use_running_average, **options
+        "conditional_batch_norm",
+        x,
+        None,
+        batch_stats,
+        use_running_average=use_running_average,
+        **options,
     )
+    one_plus = flag(one_plus, "one_plus")
     if given:
         scale = _per_call(scale, "scale", call.lay, call.x.dtype)
         bias = _per_call(bias, "bias", call.lay, call.x.dtype)
-    else:
-        assert labels is not None
-        axis = options.get("axis", -1)
-        scale, bias = _by_label(params, labels, call.lay, axis, call.x.dtype)
+        return run(_with_maps, call, Params(scale, bias), one_plus=one_plus)
+    axis = options.get("axis", -1)
+    ids, num_classes = _checked_labels(params, labels, call.lay, axis, call.x.dtype)
+    return run(
+        _with_tables, call, params, ids, num_classes=num_classes, one_plus=one_plus
+    )
+
+
+def _with_maps(call: Call, maps: Params, *, one_plus: bool):
+    """The body with a scale and a bias that broadcast to the input."""
+    cast = lambda v: None if v is None else as_statistic(v, call.x.dtype)
+    return _conditioned(call, cast(maps.scale), cast(maps.bias), one_plus)
+
+
+def _with_tables(
+    call: Call, params: Params, ids: AtRank, *, num_classes: int, one_plus: bool
+):
+    """The body with a scale and a bias of each label."""
+    # JAX would read -1 as the last one; clipped, the nearest is the first.
+    labels = jnp.clip(ids.array().astype(jnp.int32), 0, num_classes - 1)
+    segments = segments_of(labels, num_classes)
+    tables = expand_affine(params, call.lay, call.x.dtype, fronted=True)
+    each = lambda table: None if table is None else spread(table, segments)
+    return _conditioned(call, each(tables[0]), each(tables[1]), one_plus)
+
+
+def _conditioned(call: Call, scale, bias, one_plus: bool):
     if one_plus and scale is not None:
         scale = 1 + scale
     return thread(dataclasses.replace(call, scale=scale, bias=bias))
 
 
-def _by_label(params: Params | None, labels: ArrayLike | int, lay: Layout, axis, dtype):
-    """Scale and bias of each row, from tables."""
+def _checked_labels(
+    params: Params | None, labels, lay: Layout, axis, dtype
+) -> tuple[AtRank, int]:
+    """The label of each row, and how many there are in the tables."""
     if params is not None:
         axes.check_record(params, "params", Params)
     rank = len(lay.features) + 1
@@ -131,26 +163,24 @@ def _by_label(params: Params | None, labels: ArrayLike | int, lay: Layout, axis,
         )
     num_classes = tables[0].shape[0]
     ids = axes.row_ids(labels, "labels", lay)
-    values = axes.known(labels)
+    values = axes.known(ids.value)
     if values is not None and not ((values >= 0) & (values < num_classes)).all():
         raise ValueError(
             f"`labels` must be from 0 to {num_classes - 1}, as the tables in `params`"
             f" have {num_classes} rows; those given go from {values.min()} to"
             f" {values.max()}."
         )
-    # JAX would read -1 as the last one; clipped, the nearest is the first.
-    segments = Segments(jnp.maximum(ids, 0), num_classes)
-    found = affine(params, lay, axis, dtype, ("label", num_classes))
-    return [None if table is None else spread(table, segments) for table in found]
+    check_affine(params, lay, axis, dtype, ("label", num_classes))
+    return ids, num_classes
 
 
 def _per_call(v: ArrayLike | None, name: str, lay: Layout, dtype) -> jax.Array | None:
     """A scale or bias of the caller's, checked to broadcast to the input."""
     if v is None:
         return None
-    v = v if hasattr(v, "dtype") else np.asarray(v)
-    axes.check_real(v, f"{name}", not jnp.issubdtype(dtype, jnp.complexfloating))
-    shape = tuple(v.shape)
+    given = axes.as_array(v, name)
+    axes.check_real(given, f"{name}", not jnp.issubdtype(dtype, jnp.complexfloating))
+    shape = tuple(given.shape)
     fits = len(shape) == len(lay.shape) and all(
         n in (1, m) for n, m in zip(shape, lay.shape, strict=True)
     )
@@ -159,4 +189,4 @@ def _per_call(v: ArrayLike | None, name: str, lay: Layout, dtype) -> jax.Array |
             f"`{name}` must have the rank of `x`, with size 1 where it does not vary;"
             f" got shape {shape} for `x` of shape {lay.shape}."
         )
-    return as_statistic(jnp.asarray(v), dtype)
+    return jnp.asarray(given)

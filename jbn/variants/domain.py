@@ -6,10 +6,12 @@ from typing import Unpack
 import jax
 
 from jbn import axes
-from jbn.call import Options, Stats, prepare, thread
+from jbn.call import Stats, prepare, run, thread
+from jbn.options import Options, documented
 from jbn.typing import ArrayLike, BatchStats, Params
 
 
+@documented(Options)
 def domain_batch_norm(
     x: ArrayLike,
     params: Params | None,
@@ -47,7 +49,7 @@ def domain_batch_norm(
             traced. A row of a domain outside of 0 to `num_domains - 1` is of none, as
             padding: it does not count, and is normalized by the last domain.
         num_domains: Needed where `batch_stats` are `None`.
-        **options: Everything else that `jbn.batch_norm` takes. A domain that may be
+        **options: As for `jbn.batch_norm`. A domain that may be
             alone with one row needs `min_weight=1`, or its output is all bias; one of
             few rows gains by `tau`, and by `second_moment=True`.
 
@@ -108,6 +110,7 @@ def domain_batch_norm(
     if num_domains < 1:
         raise ValueError(f"`num_domains` must be at least 1; got {num_domains}.")
     call = prepare(
+        "domain_batch_norm",
         x,
         params,
         batch_stats,
@@ -116,4 +119,4 @@ def domain_batch_norm(
         num_domains=num_domains,
         **options,
     )
-    return thread(call)
+    return run(thread, call)

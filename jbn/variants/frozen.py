@@ -1,14 +1,17 @@
 """Frozen batch norm: what is learned, remembered or chosen, each kept as it is."""
 
+import dataclasses
 from typing import Unpack
 
 import jax
 from jax import lax
 
-from jbn.call import Options, Stats, flag, prepare, thread
+from jbn.call import Call, Stats, flag, prepare, run, thread
+from jbn.options import Options, documented
 from jbn.typing import ArrayLike, Params
 
 
+@documented(Options)
 def frozen_batch_norm(
     x: ArrayLike,
     params: Params | None,
@@ -47,7 +50,7 @@ def frozen_batch_norm(
         freeze_affine: Whether `params` are constants.
         freeze_stats: Whether `batch_stats` are returned as they came.
         freeze_mode: Whether to normalize by the running statistics in any case.
-        **options: Everything else that `jbn.batch_norm` takes.
+        **options: As for `jbn.batch_norm`.
 
     Returns:
         The normalized array and the running statistics, as `jbn.batch_norm`.
@@ -71,8 +74,7 @@ def frozen_batch_norm(
         update_stats = flag(update_stats, "update_stats")
     if use_running_average is not None:
         use_running_average = flag(use_running_average, "use_running_average")
-    if flag(freeze_affine, "freeze_affine"):
-        params = lax.stop_gradient(params)
+    freeze_affine = flag(freeze_affine, "freeze_affine")
     if flag(freeze_mode, "freeze_mode"):
         if update_stats is None:
             # A call for training updates, unless it says otherwise.
@@ -82,10 +84,17 @@ def frozen_batch_norm(
         update_stats = False
     options["update_stats"] = update_stats
     call = prepare(
+        "frozen_batch_norm",
         x,
         params,
         batch_stats,
         use_running_average=flag(use_running_average, "use_running_average"),
         **options,
     )
-    return thread(call)
+    return run(_with_frozen_affine if freeze_affine else thread, call)
+
+
+def _with_frozen_affine(call: Call):
+    """The body with a constant scale and bias."""
+    scale, bias = lax.stop_gradient((call.scale, call.bias))
+    return thread(dataclasses.replace(call, scale=scale, bias=bias))

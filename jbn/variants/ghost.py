@@ -10,13 +10,18 @@ import numpy as np
 from jax import lax
 
 from jbn import summary
+from jbn._moments import as_moments
 from jbn.axes import Layout, Rows
-from jbn.call import Call, Options, Stats, prepare, thread
-from jbn.moments import as_moments
+from jbn.call import Call, Stats, prepare, run, thread
+from jbn.options import Options, documented
 from jbn.summary import Summary
 from jbn.typing import ArrayLike, Moments, Params
 
 
+AxisGroups = tuple[tuple[int, ...], ...]
+
+
+@documented(Options)
 def ghost_batch_norm(
     x: ArrayLike,
     params: Params | None,
@@ -54,8 +59,8 @@ def ghost_batch_norm(
         num_groups: Number of groups (on each device, with `axis_name`); static.
         devices_per_group: How many devices of `axis_name` share their groups; static.
             (More than one not under `shard_map`, which has no groups of devices.)
-        **options: Everything else that `jbn.batch_norm` takes. A group of no weight is
-            normalized by the running statistics.
+        **options: As for `jbn.batch_norm`. A group of no weight is normalized by the
+            running statistics.
 
     Returns:
         The normalized array and the running statistics, as `jbn.batch_norm`.
@@ -90,30 +95,46 @@ def ghost_batch_norm(
     num_groups = _positive("num_groups", num_groups)
     devices_per_group = _positive("devices_per_group", devices_per_group)
     call = prepare(
-        x, params, batch_stats, use_running_average=use_running_average, **options
+        "ghost_batch_norm",
+        x,
+        params,
+        batch_stats,
+        use_running_average=use_running_average,
+        **options,
     )
     if call.use_running_average:
-        return thread(call)
+        return run(thread, call)
     if not call.rows.axes:
         raise ValueError(
             "`ghost_batch_norm` cuts the batch into groups along the first axis that is"
             f" not a feature axis, and `x`, of shape {call.lay.shape}, has none."
         )
+    if not isinstance(call.lay.shape[call.rows.axes[0]], int):
+        raise ValueError(
+            "`ghost_batch_norm` cuts the batch into groups, so its size must be known"
+            f" in training; got shape {call.lay.shape}. Export with a fixed batch size."
+        )
+    over = _over_devices(call.rows, devices_per_group)
+    return run(_ghosts, call, num_groups=num_groups, over=over)
+
+
+def _ghosts(call: Call, *, num_groups: int, over: AxisGroups | None):
+    """The body of ghost batch norm in training."""
     axis = call.rows.axes[0]
-    size = call.lay.shape[axis]
     grouped = _grouped(call, axis, num_groups)
     groups = grouped.summarize()
-    if devices_per_group == 1:
+    if over is None:
         y = grouped.by_batch(groups)
     else:
-        over = _over_devices(grouped, call.rows, devices_per_group)
-        y = over.by_batch(over.summarize())
+        here = Rows(grouped.rows.axes, call.rows.axis_name, over)
+        shared = dataclasses.replace(grouped, rows=here)
+        y = shared.by_batch(shared.summarize())
     padded = y.shape[axis] * y.shape[axis + 1]
     y = y.reshape(*y.shape[:axis], padded, *y.shape[axis + 2 :])
-    y = lax.slice_in_dim(y, 0, size, axis=axis)
+    y = lax.slice_in_dim(y, 0, call.lay.shape[axis], axis=axis)
     if not call.update_stats:
-        return y, batch_stats
-    return y, call.fold(as_moments(_pooled(groups, call.rows, axis)))
+        return y, None
+    return y, call.updated(as_moments(_pooled(groups, call.rows, axis)))
 
 
 def _grouped(call: Call, axis: int, num_groups: int) -> Call:
@@ -169,8 +190,10 @@ def _positive(name: str, number: int) -> int:
     return index
 
 
-def _over_devices(grouped: Call, rows: Rows, size: int) -> Call:
-    """The call with groups over `size` devices in a row each."""
+def _over_devices(rows: Rows, size: int) -> AxisGroups | None:
+    """Groups of `size` devices in a row; `None` for one device each."""
+    if size == 1:
+        return None
     if rows.axis_name is None or rows.axis_index_groups is not None:
         raise ValueError(
             "`devices_per_group` cuts the devices of `axis_name` into groups; got"
@@ -184,8 +207,7 @@ def _over_devices(grouped: Call, rows: Rows, size: int) -> Call:
             f" {size}."
         )
     groups = np.arange(devices).reshape(-1, size).tolist()
-    here = Rows(grouped.rows.axes, rows.axis_name, tuple(map(tuple, groups)))
-    return dataclasses.replace(grouped, rows=here)
+    return tuple(map(tuple, groups))
 
 
 def _pooled(groups: Summary, rows: Rows, axis: int) -> Summary:

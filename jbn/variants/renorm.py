@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn import axes
-from jbn.call import Call, Options, Stats, prepare, thread
-from jbn.moments import as_moments
-from jbn.normalize import gain
-from jbn.ops import xla
+from jbn._moments import as_moments
+from jbn._normalize import rstd_of
+from jbn.call import Call, Stats, prepare, run, thread
+from jbn.ops import numeric
+from jbn.options import Options, documented
 from jbn.summary import Summary
 from jbn.typing import ArrayLike, Params
 
 
+@documented(Options)
 def batch_renorm(
     x: ArrayLike,
     params: Params | None,
@@ -34,7 +36,8 @@ def batch_renorm(
         d = clip((mean - running_mean) / running_sd, -d_max, d_max)
         y = scale * ((x - mean) / sd * r + d) + bias
 
-    No gradient passes through r and d. The running statistics are those before this
+    An element of weight zero that is not finite comes out as `scale * d + bias`. No
+    gradient passes through r and d. The running statistics are those before this
     batch, which is folded into them afterwards. Within the limits y is what inference
     would give, so that a model does not rely on which rows share its batch: for small
     batches, batches that are not drawn evenly, and reinforcement learning. (What all
@@ -53,8 +56,7 @@ def batch_renorm(
         use_running_average: `False` in training, `True` at inference.
         r_max: Limit of the ratio of standard deviations, at least 1; may be traced.
         d_max: Limit of the distance of the means, at least 0; may be traced.
-        **options: Everything else that `jbn.batch_norm` takes, except `tau`. (An
-            element of weight zero that is not finite comes out as `scale * d + bias`.)
+        **options: As for `jbn.batch_norm`, except `tau`.
 
     Returns:
         The normalized array and the running statistics, as `jbn.batch_norm`.
@@ -90,16 +92,26 @@ def batch_renorm(
             " batch towards the running ones: r and d do so already. Drop `tau`, or use"
             " `batch_norm`."
         )
+    call = prepare(
+        "batch_renorm",
+        x,
+        params,
+        batch_stats,
+        use_running_average=use_running_average,
+        **options,
+    )
     r_max = axes.check_number(r_max, "r_max", 1, "1 leaves the batch's deviation.")
     d_max = axes.check_number(d_max, "d_max", 0, "0 leaves the batch's mean.")
-    call = prepare(
-        x, params, batch_stats, use_running_average=use_running_average, **options
-    )
     if call.use_running_average:
-        return thread(call)
+        return run(thread, call)
+    return run(_renormalized, call, r_max, d_max)
+
+
+def _renormalized(call: Call, r_max: jax.Array, d_max: jax.Array):
+    """The body of batch renormalization in training."""
     batch = call.summarize()
     y = _corrected(call, batch, r_max, d_max).by_batch(batch)
-    return y, call.fold(as_moments(batch))
+    return y, call.updated(as_moments(batch))
 
 
 def next_step(step: jax.Array) -> jax.Array:
@@ -114,9 +126,9 @@ def _corrected(call: Call, batch: Summary, r_max: jax.Array, d_max: jax.Array) -
     )
     real = running.var.dtype
     some = moments.weight > 0
-    running_rstd = gain(running.var, epsilon, None)
+    running_rstd = rstd_of(running.var, epsilon)
     r = jnp.sqrt(moments.var + epsilon.astype(real)) * running_rstd
-    r_max, d_max = r_max.astype(real), d_max.astype(real)
+    r_max, d_max = jnp.asarray(r_max, real), jnp.asarray(d_max, real)
     # A feature without weight is normalized by the running statistics as it is.
     r = jnp.where(some, jnp.clip(r, 1 / r_max, r_max), 1)
     d = (moments.mean - running.mean) * running_rstd.astype(running.mean.dtype)
@@ -134,5 +146,5 @@ def _clip(d: jax.Array, limit: jax.Array) -> jax.Array:
     """`d` with its absolute value, where it is larger, brought down to `limit`."""
     if not jnp.iscomplexobj(d):
         return jnp.clip(d, -limit, limit)
-    size = jnp.sqrt(xla.abs_square(d))
-    return d * jnp.minimum(1, limit * xla.reciprocal(size)).astype(d.dtype)
+    size = jnp.sqrt(numeric.abs_square(d))
+    return d * jnp.minimum(1, limit * numeric.reciprocal(size)).astype(d.dtype)

@@ -10,12 +10,13 @@ from jax.experimental.sparse import BCOO
 from jaxtyping import Array, Inexact
 
 from jbn import summary
+from jbn._moments import merge, row_moments
+from jbn._normalize import gain_of
 from jbn.axes import Rows
-from jbn.call import Call, Options, Stats, prepare
-from jbn.moments import merge, row_moments
-from jbn.normalize import gain
-from jbn.ops import xla
-from jbn.ops.segments import Segments, spread
+from jbn.call import Call, Stats, prepare, run
+from jbn.ops import numeric
+from jbn.ops.segments import Segments, segments_of, spread
+from jbn.options import Options, documented
 from jbn.typing import Moments, Params
 
 
@@ -31,6 +32,7 @@ class SparseOutput(NamedTuple):
     background: Inexact[Array, "*features"]
 
 
+@documented(Options)
 def sparse_batch_norm(
     x: BCOO,
     params: Params | None,
@@ -61,8 +63,8 @@ def sparse_batch_norm(
         params: Scale and bias, one entry per feature; `None` leaves them out.
         batch_stats: Running mean and variance, one entry per feature, or `None`.
         use_running_average: `False` in training, `True` at inference.
-        **options: Everything else that `jbn.batch_norm` takes, except `trim`. `mask`
-            and `weights` are of sites: of the shape of `x` with size 1 for the
+        **options: As for `jbn.batch_norm`, except `trim`, `activation` and `residual`.
+            `mask` and `weights` are of sites: of the shape of `x` with size 1 for the
             features, or without them.
 
     Returns:
@@ -106,26 +108,40 @@ def sparse_batch_norm(
     if not x.unique_indices:
         x = x.sum_duplicates(nse=x.nse, remove_zeros=False)
     call = prepare(
+        "sparse_batch_norm",
         jax.ShapeDtypeStruct(x.shape, x.dtype),
         params,
         batch_stats,
         use_running_average=use_running_average,
         **options,
     )
+    weights = call.weights
+    if weights is not None and any(weights.shape[a] > 1 for a in call.lay.feature_axes):
+        raise ValueError(
+            "`mask` and `weights` of a sparse array are of its sites, the same for"
+            f" all features; got shape {weights.shape} for features along"
+            f" {call.lay.feature_axes}."
+        )
+    return run(_sparse, dataclasses.replace(call, x=x))
+
+
+def _sparse(call: Call):
+    """The body of sparse batch norm."""
+    x = call.x
     stored = _stored(x, call)
     stats = batch = call.running
-    if not use_running_average or call.update_stats:
+    if call.summarizes:
         batch = jax.tree.map(call.lay.expand, _moments(stored, call))
-    if not use_running_average:
+    if not call.use_running_average:
         stats = call.settled(batch)
-    slope = gain(stats.var, call.epsilon, call.scale).astype(stats.mean.dtype)
+    slope = gain_of(stats.var, call.epsilon, call.scale).astype(stats.mean.dtype)
     background = -slope * stats.mean
     if call.bias is not None:
         background = background + call.bias.astype(background.dtype)
     # Less the background, so that what is not stored is zero.
-    values = xla.wide(stored.x)
+    values = numeric.wide(stored.x)
     # An element that takes no part comes out as the bias.
-    ignored = xla.no_part(stored.x, stored.weights)
+    ignored = numeric.no_part(stored.x, stored.weights)
     assert ignored is not None
     values = jnp.where(ignored, stored.spread(call.lay.squeeze(stats.mean)), values)
     values = values * stored.spread(call.lay.squeeze(slope))
@@ -136,7 +152,7 @@ def sparse_batch_norm(
         unique_indices=x.unique_indices,
     )
     background = call.lay.squeeze(background).astype(call.dtype)
-    return SparseOutput(y, background), call.fold(batch)
+    return SparseOutput(y, background), call.updated(batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +173,7 @@ class _Stored:
 def _stored(x: BCOO, call: Call) -> _Stored:
     """Which feature each stored element belongs to, and how much it counts."""
     features = call.lay.feature_axes
+    indices = x.indices.astype(jnp.int32)
     sparse_features = [a for a in features if a < x.n_sparse]
     dense = range(x.n_sparse, x.ndim)
     rank_of_data = (1,) * (x.data.ndim - 1)
@@ -164,25 +181,18 @@ def _stored(x: BCOO, call: Call) -> _Stored:
     kept = (1, *(x.shape[a] if a in features else 1 for a in dense))
     segments = None
     if sparse_features:
-        ids = jnp.zeros(x.nse, x.indices.dtype)
+        ids = jnp.zeros(x.nse, jnp.int32)
         for a, size in zip(sparse_features, sizes, strict=True):
-            ids = ids * size + x.indices[:, a]
-        segments = Segments(ids.reshape(-1, *rank_of_data), math.prod(sizes))
+            ids = ids * size + indices[:, a]
+        segments = segments_of(ids.reshape(-1, *rank_of_data), math.prod(sizes))
         kept = (segments.num, *kept)
     # BCOO fills up with elements whose indices are out of bounds.
-    bounds = jnp.asarray(x.shape[: x.n_sparse], x.indices.dtype)
-    there = (x.indices < bounds[None]).all(-1)
+    bounds = jnp.asarray(x.shape[: x.n_sparse], jnp.int32)
+    there = (indices < bounds[None]).all(-1)
     weights = there.reshape(-1, *rank_of_data)
     if call.weights is not None:
-        if any(call.weights.shape[a] > 1 for a in features):
-            raise ValueError(
-                "`mask` and `weights` of a sparse array are of its sites, the same for"
-                f" all features; got shape {call.weights.shape} for features along"
-                f" {features}."
-            )
         index = tuple(
-            x.indices[:, a] if call.weights.shape[a] > 1 else 0
-            for a in range(x.n_sparse)
+            indices[:, a] if call.weights.shape[a] > 1 else 0 for a in range(x.n_sparse)
         )
         counted = jnp.broadcast_to(
             call.weights[index], (x.nse, *call.weights.shape[x.n_sparse :])
@@ -200,7 +210,7 @@ def _moments(stored: _Stored, call: Call) -> Moments:
     moments = jax.tree.map(
         lambda v: v.reshape(call.lay.features), moments._replace(weight=weight)
     )
-    sites = xla.total_weight(call.x, call.weights, call.rows.axes)
+    sites = numeric.total_weight(call.x, call.weights, call.rows.axes)
     if call.rows.axis_name is not None:
         sites = summary.psum(sites, call.rows)
     # Rounding may leave a little less than nothing.

@@ -12,7 +12,7 @@ import oracle
 import pytest
 
 import jbn
-from jbn.ops.segments import Segments, inside, spread, total
+from jbn.ops.segments import inside, segments_of, spread, total
 
 
 pytestmark = pytest.mark.sweep
@@ -44,7 +44,7 @@ def draw(rng, shape, varies, low=-2, high=NUM + 2):
     ids = rng.integers(
         low, high, [n if a in varies else 1 for a, n in enumerate(shape)]
     )
-    return Segments(jnp.asarray(ids), NUM)
+    return ids, segments_of(jnp.asarray(ids), NUM)
 
 
 def loop_total(v, axes, ids, num):
@@ -73,16 +73,16 @@ def loop_spread(stat, ids, shape):
 
 @pytest.mark.parametrize(("shape", "axes", "varies"), LAYOUTS.values(), ids=LAYOUTS)
 def test_total_adds_up_what_shares_an_id(rng, shape, axes, varies):
-    v, segments = rng.normal(size=shape).astype("f"), draw(rng, shape, varies)
+    v, (ids, segments) = rng.normal(size=shape).astype("f"), draw(rng, shape, varies)
     got = jit_total(v, axes, segments)
-    want = loop_total(v, axes, segments.ids, NUM)
+    want = loop_total(v, axes, ids, NUM)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "axes", "varies"), LAYOUTS.values(), ids=LAYOUTS)
 def test_spread_gives_each_row_its_own(rng, shape, axes, varies):
-    segments = draw(rng, shape, varies)
+    ids, segments = draw(rng, shape, varies)
     of_features = [1 if a in axes else n for a, n in enumerate(shape)]
     stat = rng.normal(size=(NUM, *of_features)).astype("f")
     got = jit_spread(stat, segments)
@@ -90,13 +90,13 @@ def test_spread_gives_each_row_its_own(rng, shape, axes, varies):
     wanted = [n if a in varies or a not in axes else 1 for a, n in enumerate(shape)]
     assert list(got.shape) == wanted
     got = np.broadcast_to(got, shape)
-    np.testing.assert_array_equal(got, loop_spread(stat, segments.ids, shape))
+    np.testing.assert_array_equal(got, loop_spread(stat, ids, shape))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("shape", "axes", "varies"), LAYOUTS.values(), ids=LAYOUTS)
 def test_they_are_transposes(rng, shape, axes, varies):
-    v, segments = jnp.asarray(rng.normal(size=shape)), draw(rng, shape, varies)
+    v, (ids, segments) = jnp.asarray(rng.normal(size=shape)), draw(rng, shape, varies)
     of_features = [1 if a in axes else n for a, n in enumerate(shape)]
     stat = jnp.asarray(rng.normal(size=(NUM, *of_features)))
     there = np.broadcast_to(inside(segments), shape)
@@ -107,13 +107,13 @@ def test_they_are_transposes(rng, shape, axes, varies):
     ).sum()
     np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-12)
     pull = jax.linear_transpose(lambda v: total(v, axes, segments), v)
-    want = np.where(there, loop_spread(stat, segments.ids, shape), 0)
+    want = np.where(there, loop_spread(stat, ids, shape), 0)
     np.testing.assert_allclose(jax.jit(pull)(stat)[0], want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2], [-1, 3, 99], [-(2**31), 2**31 - 1, 1]])
 def test_ids_out_of_range_are_of_no_segment(ids):
-    segments = Segments(jnp.asarray(ids).reshape(3, 1), NUM)
+    segments = segments_of(jnp.asarray(ids).reshape(3, 1), NUM)
     v = np.asarray([[1.0], [10.0], [100.0]], "f")
     valid = [0 <= i < NUM for i in ids]
     np.testing.assert_array_equal(np.ravel(inside(segments)), valid)
@@ -131,15 +131,15 @@ def test_ids_out_of_range_are_of_no_segment(ids):
 def test_ids_of_any_integer_dtype(rng, dtype):
     ids = rng.integers(0, NUM, (50, 1)).astype(dtype)
     v = rng.normal(size=(50, 2)).astype("f")
-    got = jit_total(v, (0,), Segments(jnp.asarray(ids), NUM))
+    got = jit_total(v, (0,), segments_of(jnp.asarray(ids), NUM))
     np.testing.assert_allclose(got, loop_total(v, (0,), ids, NUM), rtol=1e-5, atol=1e-5)
 
 
 def test_a_weight_that_does_not_vary_counts_for_each_row(rng):
     # As `total_weight` passes them: of size 1 along reduced axes.
-    segments = draw(rng, (6, 4, 3), (0,), 0, NUM)
+    ids, segments = draw(rng, (6, 4, 3), (0,), 0, NUM)
     got = jit_total(np.full((1, 1, 1), 2, "f"), (0, 1), segments)
-    want = 2 * np.bincount(np.ravel(segments.ids), minlength=NUM)
+    want = 2 * np.bincount(np.ravel(ids), minlength=NUM)
     np.testing.assert_array_equal(np.ravel(got), want)
 
 
@@ -151,7 +151,7 @@ def test_without_segments_there_is_one_statistic(rng):
 
 
 def test_a_statistic_with_one_entry_is_that_of_all(rng):
-    segments = draw(rng, (7, 3), (0,))
+    _, segments = draw(rng, (7, 3), (0,))
     stat = rng.normal(size=(1, 1, 3)).astype("f")
     np.testing.assert_array_equal(jit_spread(stat, segments), stat[0])
 
@@ -166,9 +166,9 @@ def test_any_ids(ids, layout, seed):
     shapes = {"leading": (6, 1, 1), "inner": (1, 6, 1), "both": (2, 3, 1)}
     x_shape = {"leading": (6, 2, 3), "inner": (2, 6, 3), "both": (2, 3, 3)}[layout]
     v = np.random.default_rng(seed).normal(size=x_shape).astype("f")
-    segments = Segments(jnp.asarray(ids).reshape(shapes[layout]), NUM)
-    got = jit_total(v, (0, 1), segments)
-    want = loop_total(v, (0, 1), segments.ids, NUM)
+    ids = np.asarray(ids).reshape(shapes[layout])
+    got = jit_total(v, (0, 1), segments_of(jnp.asarray(ids), NUM))
+    want = loop_total(v, (0, 1), ids, NUM)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 

@@ -17,9 +17,15 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jbn.linen
 import jbn.nnx
 from jbn.models.resnet import BasicBlock, ResNet
-from jbn.tools.convert import convert
-from jbn.tools.fold import Folded, FoldedNorm, fold, foldable
-from jbn.tools.fold_into import fold_into_next, fold_into_previous
+from jbn.tools import (
+    Folded,
+    FoldedNorm,
+    convert,
+    fold,
+    fold_into_next,
+    fold_into_previous,
+    foldable,
+)
 from jbn.typing import BatchStats, Params
 
 
@@ -1604,17 +1610,26 @@ def test_what_is_sown_is_used(rng):
     assert "'dense' is used elsewhere" in report["norm"]
 
 
-def test_metadata_and_places_are_kept(rng):
+def partitioned(rng):
+    """A model whose kernel has metadata, its variables and an input."""
     boxed = lambda: nn.with_partitioning(nn.initializers.lecun_normal(), (None, "f"))
     model = nn.Sequential([nn.Dense(8, kernel_init=boxed(), use_bias=False), Linen()])
     x = normal(rng, 3, 4)
-    variables = randomized(rng, model, x)
+    return model, randomized(rng, model, x), x
+
+
+def test_metadata_is_kept(rng):
+    model, variables, x = partitioned(rng)
     folded = fold(model, variables, x)
     kernel: Any = folded.variables["params"]["layers_0"]["kernel"]
     assert isinstance(kernel, nn.Partitioned)
     assert kernel.names == (None, "f")
     assert_near(folded.apply(folded.variables, x), model.apply(variables, x))
 
+
+@pytest.mark.devices
+def test_places_are_kept(rng):
+    model, variables, x = partitioned(rng)
     mesh = jax.make_mesh((4,), ("f",), devices=jax.devices()[:4])
     variables = nn.meta.unbox(variables)
     sharding = NamedSharding(mesh, P(None, "f"))
@@ -1632,6 +1647,7 @@ def test_metadata_and_places_are_kept(rng):
     assert not any(v.committed for v in jax.tree.leaves(new))
 
 
+@pytest.mark.devices
 def test_nnx_places_are_kept(rng):
     mesh = jax.make_mesh((4,), ("f",), devices=jax.devices()[:4])
     sharding = NamedSharding(mesh, P(None, "f"))

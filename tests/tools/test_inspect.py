@@ -18,8 +18,7 @@ from sklearn.datasets import load_digits
 import jbn
 import jbn.linen
 import jbn.nnx
-from jbn.tools import merge, population, recalibrate
-from jbn.tools.inspect import inspect
+from jbn.tools import inspect, merge, population, recalibrate
 from jbn.tools.measure import Measured
 from jbn.tools.report import Report
 

@@ -237,6 +237,7 @@ def test_no_cancellation_where_means_are_large():
 # --- where the parts come from -----------------------------------------------------
 
 
+@pytest.mark.devices
 def test_statistics_of_devices_under_pmap(parts):
     """Without `axis_name` each device keeps its own; merged they are the pool's."""
     layer = jbn.linen.BatchNorm(use_running_average=False, momentum=0.0)

@@ -332,6 +332,7 @@ def mesh(n):
     return jax.make_mesh((n,), ("d",), (AxisType.Auto,), devices=jax.devices()[:n])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_under_shard_map(check_vma, x, rng):
     variables = deep_variables(rng)
@@ -348,6 +349,7 @@ def test_under_shard_map(check_vma, x, rng):
     all_close(new["batch_stats"], layer_by_layer(variables["params"], x), rtol=1e-4)
 
 
+@pytest.mark.devices
 def test_under_shard_map_with_uneven_and_empty_devices(x):
     layer = jbn.linen.BatchNorm(use_running_average=False, axis_name="d")
     variables = layer.init(jax.random.key(0), x)
@@ -366,6 +368,7 @@ def test_under_shard_map_with_uneven_and_empty_devices(x):
     jax.tree.map(close, got, jbn.Moments(2 * weight, mean, var))
 
 
+@pytest.mark.devices
 def test_under_pmap(x):
     layer = jbn.linen.BatchNorm(use_running_average=False, axis_name="d")
     variables = layer.init(jax.random.key(0), x)
@@ -383,6 +386,7 @@ def test_under_pmap(x):
     jax.tree.map(close, got, jbn.Moments(weight, mean, var))
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_many_batches_on_virtual_devices(kind, rng):
     """With too many under way XLA hangs, and ends the process after a minute."""
@@ -399,6 +403,7 @@ def test_many_batches_on_virtual_devices(kind, rng):
     close(new, data.mean(0))
 
 
+@pytest.mark.devices
 def test_with_batches_that_are_sharded(x, rng):
     variables = deep_variables(rng)
     sharding = NamedSharding(mesh(4), P("d"))

@@ -319,6 +319,7 @@ def mesh_of(devices):
     )
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("masked", [False, True])
 def test_each_device_cuts_its_own_share(rng, masked):
     x = rows_like(rng, (20, 3))
@@ -355,6 +356,7 @@ def test_each_device_cuts_its_own_share(rng, masked):
     np.testing.assert_allclose(new.var, want_var, **CLOSE)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(("update_stats", "messages"), [(True, 1), (False, 0)])
 def test_only_the_running_statistics_need_communication(update_stats, messages):
     params, stats = jbn.init(3)
@@ -379,6 +381,7 @@ def test_only_the_running_statistics_need_communication(update_stats, messages):
     assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == messages
 
 
+@pytest.mark.devices
 def test_groups_of_devices_and_within_them(rng):
     x = rows_like(rng, (4, 6, 3))
     _, stats = make(rng)
@@ -405,6 +408,7 @@ def test_groups_of_devices_and_within_them(rng):
         np.testing.assert_allclose(new.var[i], var, rtol=1e-5)
 
 
+@pytest.mark.devices
 def test_groups_over_devices(rng):
     """Two devices have a group together; the statistics are those of all four."""
     x, dy = rows_like(rng, (4, 6, 3)), rows_like(rng, (4, 6, 3))

@@ -650,10 +650,17 @@ def executor(kind, masked=True):
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
+KINDS = ("vmap", "shard_map checked", "shard_map unchecked")
+kinds = pytest.mark.parametrize(
+    "kind",
+    [KINDS[0], *(pytest.param(kind, marks=pytest.mark.devices) for kind in KINDS[1:])],
+)
+
+
 @pytest.mark.parametrize("n_dense", [0, 1])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("counts", STORED.values(), ids=STORED)
-@pytest.mark.parametrize("kind", ["vmap", "shard_map checked", "shard_map unchecked"])
+@kinds
 def test_uneven_devices_are_one_array(rng, kind, counts, masked, n_dense):
     data, indices, full = blocks(rng, counts, n_dense)
     params, stats = state(rng, (2,))
@@ -678,7 +685,7 @@ def test_uneven_devices_are_one_array(rng, kind, counts, masked, n_dense):
         np.testing.assert_allclose(ddata[i], want, **close)
 
 
-@pytest.mark.parametrize("kind", ["vmap", "shard_map checked", "shard_map unchecked"])
+@kinds
 def test_devices_without_a_mask(rng, kind):
     data, indices, full = blocks(rng, (9, 4, 1, 0), 0)
     params, stats = state(rng, (2,))
@@ -695,6 +702,7 @@ def test_devices_without_a_mask(rng, kind):
         np.testing.assert_allclose(ddata[i], want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.devices
 def test_groups_of_devices_are_arrays_of_their_own(rng):
     data, indices, full = blocks(rng, (9, 4, 7, 2), 0)
     params, stats = state(rng, (2,))
@@ -717,6 +725,7 @@ def test_groups_of_devices_are_arrays_of_their_own(rng):
             assert_all_close(of_device, (part, new_stats), LESS)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("n_dense", [0, 1])
 def test_stored_elements_may_be_sharded_under_plain_jit(rng, n_dense):
     x = random_sparse(rng, (16, 3, 2), n_dense, 0.5, padding=0)
@@ -726,6 +735,7 @@ def test_stored_elements_may_be_sharded_under_plain_jit(rng, n_dense):
     check(make(data, indices, x.shape), *state(rng, (2,)))
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_all_reduce_forward_and_one_backward(rng, masked):
     data, indices, _ = blocks(rng, (9, 4, 1, 0), 0)

@@ -1,10 +1,9 @@
 """Shrinkage: what is known before stands in for rows that a small batch lacks."""
 
-import jax
 import jax.numpy as jnp
 
 from jbn import axes
-from jbn.ops import xla
+from jbn.ops import numeric
 from jbn.typing import ArrayLike, BatchStats, Moments
 
 
@@ -56,13 +55,13 @@ def shrink(
     tau = check_tau(tau)
     real = moments.var.dtype
     n = moments.weight if effective_weight is None else jnp.asarray(effective_weight)
-    n, tau = n.astype(real), tau.astype(real)
+    n, tau = n.astype(real), jnp.asarray(tau).astype(real)
     total = n + tau
     some = n > 0
     share = jnp.where(some, n / jnp.where(some, total, 1), 0)
     prior_mean = jnp.asarray(prior.mean).astype(moments.mean.dtype)
     prior_var = jnp.asarray(prior.var).astype(real)
-    gap = xla.abs_square(moments.mean - prior_mean)
+    gap = numeric.abs_square(moments.mean - prior_mean)
     both = share.astype(moments.mean.dtype)
     return Moments(
         moments.weight,
@@ -71,7 +70,7 @@ def shrink(
     )
 
 
-def check_tau(tau: float | int | ArrayLike) -> jax.Array:
-    """The weight of the prior as an array, refused if it is known to be negative."""
+def check_tau(tau: float | int | ArrayLike) -> float | int | ArrayLike:
+    """Refuses a weight of the prior that is known to be negative."""
     why = "0 is batch norm, infinity the running statistics."
     return axes.check_number(tau, "tau", 0, why)

@@ -1,13 +1,16 @@
 """Robust statistics: elements that the running statistics rule out do not count."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jbn import axes, summary
+from jbn._normalize import check_epsilon, check_stats, expand_stats
 from jbn.axes import Rows
-from jbn.normalize import check_epsilon, check_stats, expand_stats
-from jbn.ops import xla
+from jbn.lowering.mesh import sharded_by_compiler
+from jbn.ops import numeric
 from jbn.ops.segments import Segments, spread
 from jbn.typing import (
     ArrayLike,
@@ -71,15 +74,28 @@ def trimmed_weights(
     x = axes.check_inexact(x)
     lay = axes.layout(x, axis)
     check_stats(stats, "stats", lay, axis, x.dtype)
-    return trimmed(
-        axes.rows(lay, axis_name, axis_index_groups),
-        x,
-        axes.element_weights(mask, weights, lay),
-        None,
-        expand_stats(stats, lay, x.dtype),
-        check_trim(trim),
-        check_epsilon(epsilon),
-    )
+    rows = axes.rows(lay, axis_name, axis_index_groups)
+    checked = axes.element_weights(mask, weights, lay)
+    stats = Moments(stats.var, stats.mean, stats.var)
+    trim, least = check_trim(trim), check_epsilon(epsilon)
+    return _trimmed(lay, rows, x, checked, stats, trim, least)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _trimmed(lay, rows, x, weights, stats, trim, epsilon):
+    def run(x, weights, stats, trim, epsilon):
+        expanded = expand_stats(stats, lay, x.dtype)
+        return trimmed(
+            rows,
+            x,
+            None if weights is None else weights.array(),
+            None,
+            expanded,
+            jnp.asarray(trim),
+            epsilon.array(expanded.var.dtype),
+        )
+
+    return sharded_by_compiler(run, x, x)(x, weights, stats, trim, epsilon)
 
 
 def trimmed(
@@ -95,13 +111,13 @@ def trimmed(
     x, stats = lax.stop_gradient((x, stats))
     real = stats.var.dtype
     limit = jnp.square(trim.astype(real)) * (stats.var + epsilon.astype(real))
-    d = xla.wide(x) - spread(stats.mean, segments)
-    near = xla.abs_square(d) <= spread(limit, segments)
+    d = numeric.wide(x) - spread(stats.mean, segments)
+    near = numeric.abs_square(d) <= spread(limit, segments)
     everything = jnp.ones_like(near) if weights is None else weights
     kept = jnp.where(near, everything, jnp.zeros_like(everything))
     sums = [
-        xla.total_weight(x, kept, rows.axes, segments),
-        xla.total_weight(x, weights, rows.axes, segments),
+        numeric.total_weight(x, kept, rows.axes, segments),
+        numeric.total_weight(x, weights, rows.axes, segments),
     ]
     sums = [jnp.broadcast_to(s, sums[0].shape) for s in sums]
     if rows.axis_name is not None:
@@ -110,7 +126,7 @@ def trimmed(
     return jnp.where(describes, kept, everything)
 
 
-def check_trim(trim: float | int | ArrayLike) -> jax.Array:
-    """The limit as an array, refused if it is known to be negative."""
+def check_trim(trim: float | int | ArrayLike) -> float | int | ArrayLike:
+    """Refuses a limit that is known to be negative."""
     why = "It is in standard deviations: 4 to 6 leave normal data alone."
     return axes.check_number(trim, "trim", 0, why)

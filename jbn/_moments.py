@@ -1,16 +1,19 @@
 """Moments: what rows are summarized into, how they merge, how they vary with data."""
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Inexact
 
 from jbn import axes, summary
-from jbn.axes import Rows
-from jbn.ops import xla
-from jbn.ops.passes import recomputed
-from jbn.ops.placement import spread_by_compiler
+from jbn.axes import Rows, Weights
+from jbn.lowering.inline import where
+from jbn.lowering.mesh import features_spec, sharded_by_compiler
+from jbn.lowering.passes import rematerialized, separate
+from jbn.ops import numeric
 from jbn.ops.segments import Segments, spread, total
 from jbn.summary import Guess, Summary
 from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, Moments
@@ -62,8 +65,8 @@ def moments(
     x = axes.check_inexact(x)
     lay = axes.layout(x, axis)
     w = axes.element_weights(mask, weights, lay)
-    parts = row_moments(axes.rows(lay, axis_name, axis_index_groups), x, w)
-    return jax.tree.map(lay.squeeze, parts)
+    rows = axes.rows(lay, axis_name, axis_index_groups)
+    return _moments(lay, rows, x, w)
 
 
 def merge(*parts: Moments) -> Moments:
@@ -125,47 +128,62 @@ def merge(*parts: Moments) -> Moments:
     dtype = functools.reduce(np.promote_types, (p.mean.dtype for p in parts))
     mean = jnp.stack([p.mean.astype(dtype) for p in parts])
     weight, var = (
-        jnp.stack([getattr(p, field).astype(xla.real_dtype(dtype)) for p in parts])
+        jnp.stack([getattr(p, field).astype(numeric.real_dtype(dtype)) for p in parts])
         for field in ("weight", "var")
     )
     merged = summary.merge(Summary(weight, mean, jnp.zeros_like(mean), var))
     return as_moments(merged)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(
+    lay: axes.Layout, rows: Rows, x: jax.Array, weights: Weights | None
+) -> Moments:
+    def run(x: jax.Array, weights: Weights | None) -> Moments:
+        w = None if weights is None else weights.array()
+        return jax.tree.map(lay.squeeze, row_moments(rows, x, w))
+
+    spec = features_spec(x, lay.feature_axes)
+    out = Moments(*[cast(Any, spec)] * 3)
+    return sharded_by_compiler(run, x, out)(x, weights)
+
+
 def row_moments(
     rows: Rows,
-    x: jax.Array,
+    x: Inexact[Array, "..."],
     weights: jax.Array | None,
     segments: Segments | None = None,
 ) -> Moments:
     """The moments of `x` over `rows`, with the reduced axes kept at size 1."""
-    return as_moments(row_summary(rows, x, weights, segments))
+    return as_moments(row_summary(rows, True, x, weights, segments, None))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def row_summary(
     rows: Rows,
-    x: jax.Array,
+    tiny: bool,
+    x: Inexact[Array, "..."],
     weights: jax.Array | None,
-    segments: Segments | None = None,
-    guess: Guess | None = None,
+    segments: Segments | None,
+    guess: Guess | None,
 ) -> Summary:
-    """Likewise, not yet rounded, so that it can be merged further."""
-    run = spread_by_compiler(functools.partial(_row_summary, rows), x)
-    return run(x, weights, segments, guess)
+    """Like `row_moments`, before the mean is rounded, so that it can be merged."""
+    return summary.summarize(x, weights, rows, segments, guess, tiny)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _row_summary(rows, x, weights, segments, guess):
-    return summary.summarize(x, weights, rows, segments, guess)
+@functools.partial(row_summary.defjvp, symbolic_zeros=True)
+def _row_summary_jvp(rows, tiny, primals, tangents):
+    parts = row_summary(rows, tiny, *primals)
 
+    def tangent(x, weights, segments, moments, dx, dweights):
+        (x,) = separate(x)
+        return row_moments_tangent(rows, x, weights, segments, moments, dx, dweights)
 
-@functools.partial(_row_summary.defjvp, symbolic_zeros=True)
-def _row_summary_jvp(rows, primals, tangents):
-    parts = _row_summary(rows, *primals)
-    # Recomputed, not saved: of all that the tangent reads, only `x` is large.
-    tangent = recomputed(functools.partial(row_moments_tangent, rows))
     moments = as_moments(parts)
-    dmean, dvar, dweight = tangent(*primals[:3], moments, *map(nonzero, tangents[:2]))
+    dx, dweights = map(nonzero, tangents[:2])
+    # Of the arguments that are saved, only `x` and the weights are large.
+    run = rematerialized(tangent)
+    dmean, dvar, dweight = run(*primals[:3], moments, dx, dweights)
     dweight = jnp.zeros_like(parts.weight) if dweight is None else dweight
     return parts, Summary(dweight, jnp.zeros_like(dmean), dmean, dvar)
 
@@ -188,32 +206,32 @@ def row_moments_tangent(
 
     in one all-reduce. `parts` are the moments of `x`, and `None` is a zero tangent.
     """
-    d = xla.center(x, parts.mean, weights, segments)
-    ignored = xla.no_part(x, weights)
+    d = numeric.center(x, parts.mean, weights, segments)
+    ignored = numeric.no_part(x, weights)
 
     def weighed(v: jax.Array) -> jax.Array:
         if weights is None or ignored is None or weights.dtype == bool:
-            return xla.weigh(v, weights)
+            return numeric.weigh(v, weights)
         # At a weight of zero, too, this varies with the weight (in second derivatives).
         v = weights.astype(parts.var.dtype).astype(v.dtype) * v
-        return jnp.where(ignored, jnp.zeros_like(v), v)
+        return where(ignored, 0, v)
 
     sums = [jnp.zeros_like(parts.mean), jnp.zeros_like(parts.var)]
     if dx is not None:
-        dx = xla.wide(dx)
-        for i, v in enumerate((dx, 2 * xla.real_product(d, dx))):
+        dx = numeric.wide(dx)
+        for i, v in enumerate((dx, 2 * numeric.real_product(d, dx))):
             sums[i] += total(weighed(v), rows.axes, segments)
     if dweights is not None:
-        sums.append(xla.total_weight(x, dweights, rows.axes, segments))
+        sums.append(numeric.total_weight(x, dweights, rows.axes, segments))
         dw = jnp.broadcast_to(dweights.astype(parts.var.dtype), x.shape)
         if ignored is not None:
-            dw = jnp.where(ignored, jnp.zeros_like(dw), dw)
-        excess = xla.abs_square(d) - spread(parts.var, segments)
+            dw = where(ignored, 0, dw)
+        excess = numeric.abs_square(d) - spread(parts.var, segments)
         for i, v in enumerate((dw.astype(d.dtype) * d, dw * excess)):
             sums[i] += total(v, rows.axes, segments)
     if rows.axis_name is not None:
         sums = summary.psum(sums, rows)
-    per_weight = xla.reciprocal(parts.weight)
+    per_weight = numeric.reciprocal(parts.weight)
     dmean = sums[0] * per_weight.astype(sums[0].dtype)
     dvar = sums[1] * per_weight
     return dmean, dvar, sums[2] if dweights is not None else None

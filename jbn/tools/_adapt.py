@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jbn
+from jbn.tools._recalibrate import State, population, with_moments
 from jbn.tools.layers import Where, nnx_norms, stats_nodes
-from jbn.tools.recalibrate import State, population, with_moments
 from jbn.typing import BatchStats, Moments
 
 

@@ -1,4 +1,4 @@
-"""`jbn.ops.gpu`: right on any device, and local to each."""
+"""`jbn.lowering.gpu`: right on any device, and local to each."""
 
 import math
 import re
@@ -13,12 +13,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from ways import on
 
 import jbn
-from jbn.ops import sums
-from jbn.ops.gpu import Blocks, in_pairs
+from jbn.lowering import sums
+from jbn.lowering.gpu import Blocks, in_pairs
+from jbn.lowering.late import PLAIN, Target
 
 
 SHAPE = 32, 4, 6, 16
 AXES = 0, 1, 2
+ONE_GPU = Target("gpu", 1)
 
 
 def arrays(rng, *shapes):
@@ -70,18 +72,18 @@ def test_sums_and_their_transposes(data, shape):
 )
 def test_what_is_summed_in_blocks(shape, axes, blocks):
     want = None if blocks is None else Blocks(*blocks)
-    assert Blocks.of(shape, axes) == want
+    assert Blocks.of(ONE_GPU, shape, axes) == want
 
 
-def test_nothing_changes_elsewhere():
+@pytest.mark.parametrize("target", [Target("cpu", 1), Target("tpu", 1), PLAIN], ids=str)
+def test_nothing_changes_elsewhere(target):
     shape = 1 << 12, 1 << 12
-    assert Blocks.of(shape, (0,)) is None
+    assert Blocks.of(ONE_GPU, shape, (0,)) is not None
+    assert Blocks.of(target, shape, (0,)) is None
 
 
-def test_blocks_on_a_card(monkeypatch):
+def test_blocks_on_a_card():
     """Of the sizes that were measured, a few thousand rows each, and enough of them."""
-    monkeypatch.setattr("jbn.ops.gpu.platform", lambda: "gpu")
-    monkeypatch.setattr("jbn.ops.gpu.num_shards", lambda: 1)
     for shape in (
         (256, 112, 112, 64),
         (256, 56, 56, 256),
@@ -89,14 +91,14 @@ def test_blocks_on_a_card(monkeypatch):
         (128, 7, 7, 2048),
         (64, 28, 28, 512),
     ):
-        found = Blocks.of(shape, AXES)
+        found = Blocks.of(ONE_GPU, shape, AXES)
         assert found is not None
         rows = math.prod(shape[:3]) / found.num
         assert rows % 1 == 0
         assert rows <= 4096
         teams = found.num * -(-shape[-1] // 128)
         assert 512 <= teams < 1024
-    assert Blocks.of((64, 64), (0,)) is None
+    assert Blocks.of(ONE_GPU, (64, 64), (0,)) is None
 
 
 def same_bits(got, want):
@@ -158,6 +160,7 @@ def close(got, want, tolerance):
         np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=atol)
 
 
+@pytest.mark.devices
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit, "shard_map"])
@@ -193,6 +196,7 @@ def test_sharded_rows_stay_where_they_are(kind, with_residual, dtype, rng, reque
     assert not re.findall(r" (?:all-gather|all-to-all|collective-permute)\(", hlo)
 
 
+@pytest.mark.devices
 def test_sharded_features_stay_where_they_are(rng, as_on_a_gpu):
     x, ct = (v.astype(jnp.bfloat16) for v in arrays(rng, SHAPE, SHAPE))
     mesh = jax.make_mesh(

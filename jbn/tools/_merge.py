@@ -10,7 +10,7 @@ import numpy as np
 
 import jbn
 from jbn import axes
-from jbn.ops import xla
+from jbn.ops import numeric
 from jbn.tools.layers import Where, chosen, key_name, stats_nodes, with_nodes
 from jbn.typing import ArrayLike, Moments
 
@@ -131,14 +131,15 @@ def average(
         raise ValueError("`average` takes at least one tree; got none.")
     shares = _weights(weights, len(trees))
     total = sum(shares[1:], shares[0])
-    shares = [share * xla.reciprocal(total) for share in shares]
+    shares = [share * numeric.reciprocal(total) for share in shares]
 
     def mean(*leaves):
         first = jnp.asarray(leaves[0])
         if not jnp.issubdtype(first.dtype, jnp.inexact):
             return first
         parts = [
-            xla.wide(jnp.asarray(leaf)) * share.astype(xla.wide_dtype(first.dtype))
+            numeric.wide(jnp.asarray(leaf))
+            * share.astype(numeric.wide_dtype(first.dtype))
             for leaf, share in zip(leaves, shares, strict=True)
         ]
         averaged = sum(parts[1:], parts[0]).astype(first.dtype)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jbn import axes, summary
-from jbn.ops import xla
+from jbn.ops import numeric
+from jbn.ops.segments import segments_of
 from jbn.typing import ArrayLike, AxisIndexGroups, AxisName
 
 
@@ -46,7 +47,7 @@ def sample_weights(weights: ArrayLike, *, axis: int | tuple[int, ...] = 0) -> ja
     w = _real(weights, "weights")
     kept = axes.layout(w, axis).feature_axes
     others = tuple(a for a in range(w.ndim) if a not in kept)
-    return w * xla.reciprocal(w.sum(others, keepdims=True))
+    return w * numeric.reciprocal(w.sum(others, keepdims=True))
 
 
 def group_weights(
@@ -86,7 +87,7 @@ def group_weights(
         >>> print(group_weights(jnp.array([0, 0, 0, 0, 1, 2]), 2))
         [0.25 0.25 0.25 0.25 1.   0.  ]
     """
-    ids = jnp.asarray(ids)
+    ids = jnp.asarray(axes.as_array(ids, "ids"))
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`ids` must be of integers; got {ids.dtype}.")
     w = jnp.ones(ids.shape) if weights is None else _real(weights, "weights")
@@ -94,20 +95,19 @@ def group_weights(
         raise ValueError(
             f"`weights` must have the shape of `ids`; got {w.shape} and {ids.shape}."
         )
-    known = (ids >= 0) & (ids < num_groups)
-    w = jnp.where(known, w, 0)
-    ids = jnp.where(known, ids, num_groups)
+    ids = segments_of(ids, num_groups).ids
+    w = jnp.where(ids < num_groups, w, 0)
     totals = jax.ops.segment_sum(w.ravel(), ids.ravel(), num_groups)
     rows = axes.rows(axes.Layout(w.shape, ()), axis_name, axis_index_groups)
     if axis_name is not None:
         totals = summary.psum(totals, rows)
-    return w * jnp.take(xla.reciprocal(totals), ids, mode="clip")
+    return w * jnp.take(numeric.reciprocal(totals), ids, mode="clip")
 
 
 def _real(weights: ArrayLike, name: str) -> jax.Array:
     """Mask or weights as real numbers, float32 or wider."""
-    w = jnp.asarray(weights)
+    w = jnp.asarray(axes.as_array(weights, name))
     if jnp.iscomplexobj(w):
         raise TypeError(f"`{name}` must be real; got {w.dtype}.")
     w = w if jnp.issubdtype(w.dtype, jnp.inexact) else w.astype(jnp.float32)
-    return xla.wide(w)
+    return numeric.wide(w)

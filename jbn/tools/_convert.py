@@ -204,6 +204,13 @@ def _swapped(layer: Any, cls: type, options: Mapping[str, Any]) -> Any:
         old = getattr(layer, name, None)
         if old is not None and getattr(new, name, None) is not None:
             setattr(new, name, old)
+    if getattr(layer, "weight", None) is None and hasattr(new, "weight"):
+        # Trained statistics without a weight count as fully trained. How many rows they
+        # have seen, which the cumulative rule has to know, is not known.
+        seen = nnx.data(None)
+        if new.momentum is not None:
+            seen = nnx.BatchStat(jnp.ones_like(new.weight[...]))
+        new.weight = seen
     return new
 
 

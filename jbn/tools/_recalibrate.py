@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jbn.tools.convert import convert, converting
+from jbn.running import widened
+from jbn.tools._convert import convert, converting
 from jbn.tools.layers import Where, chosen, nnx_norms, stats_nodes, with_nodes
 from jbn.typing import Moments
 
@@ -161,7 +162,8 @@ def with_moments(variables: State, found: Mapping[str, Moments]) -> State:
             names = [n for n in Moments._fields if getattr(layer, n, None) is not None]
             old = {name: getattr(layer, name)[...] for name in names}
             for name, value in _settled(old, moments).items():
-                getattr(layer, name)[...] = value
+                # Not `variable[...] = value`, which keeps the dtype of the variable.
+                getattr(layer, name).set_value(value)
         return model
     nodes = stats_nodes(variables["batch_stats"])
     new = {}
@@ -173,11 +175,12 @@ def with_moments(variables: State, found: Mapping[str, Moments]) -> State:
 
 def _settled(old: Mapping, moments: Moments) -> dict[str, jax.Array]:
     """The new statistics; the old ones where the moments have no weight."""
-    return {
-        name: jnp.where(moments.weight > 0, new.astype(old[name].dtype), old[name])
-        for name, new in moments._asdict().items()
-        if name in old
-    }
+    settled = {}
+    for name, new in moments._asdict().items():
+        if name in old:
+            stat = widened(old[name], new)
+            settled[name] = jnp.where(moments.weight > 0, new.astype(stat.dtype), stat)
+    return settled
 
 
 def _same(new: Any, old: Any) -> bool:
@@ -294,7 +297,7 @@ def _nnx_gatherer(apply, where, options):
         layers = nnx_norms(copy)
         for path in paths:
             for variable in layers[path].pending.values():
-                variable[...] = jnp.zeros_like(variable[...])
+                variable.set_value(jnp.zeros_like(variable[...]))
 
         def pending(_, batch):
             step(copy, batch)

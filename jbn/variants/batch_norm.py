@@ -2,23 +2,15 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from jbn import axes
-from jbn.call import Stats, prepare, thread
-from jbn.typing import (
-    Activation,
-    ArrayLike,
-    Axes,
-    AxisIndexGroups,
-    AxisName,
-    BatchStats,
-    DType,
-    Moments,
-    Params,
-)
+from jbn.call import Stats, prepare, run, thread
+from jbn.options import Options, documented
+from jbn.typing import ArrayLike, BatchStats, DType, Moments, Params
 
 
 def init(
@@ -89,29 +81,14 @@ def init(
     )
 
 
+@documented(Options)
 def batch_norm(
     x: ArrayLike,
     params: Params | None,
     batch_stats: Stats,
     *,
     use_running_average: bool,
-    update_stats: bool | None = None,
-    axis: Axes = -1,
-    momentum: float | int | ArrayLike | None = 0.99,
-    epsilon: float | int | ArrayLike = 1e-5,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    axis_name: AxisName | None = None,
-    axis_index_groups: AxisIndexGroups | None = None,
-    unbiased: bool = False,
-    reference_weight: float | int | ArrayLike | None = None,
-    second_moment: bool = False,
-    tau: float | int | ArrayLike = 0.0,
-    min_weight: float | int | ArrayLike = 0.0,
-    trim: float | int | ArrayLike | None = None,
-    residual: ArrayLike | None = None,
-    activation: Activation | None = None,
-    dtype: DType | None = None,
+    **options: Unpack[Options],
 ) -> tuple[jax.Array, Stats]:
     """Normalizes each feature of `x` by the mean and variance of the batch.
 
@@ -135,7 +112,7 @@ def batch_norm(
 
     Statistics and arithmetic are float32 or wider, and the variance is right to a
     relative 1e-5 even where the mean is 1e4 standard deviations. In training the
-    derivative goes through mean and variance, takes one all-reduce, keeps `x` alone
+    derivative goes through mean and variance, takes one all-reduce, saves `x` alone
     for the backward pass, and can itself be differentiated, in any mode.
 
     Args:
@@ -146,50 +123,7 @@ def batch_norm(
             or wider. `None` if there are none to keep, in training only.
         use_running_average: Whether to normalize by the running statistics instead of
             the batch's.
-        update_stats: Whether to fold the batch into the running statistics. By default
-            in training, which is `not use_running_average`.
-        axis: Feature axis or axes. Statistics are taken over all the others.
-        momentum: Weight of the *old* running statistic, as in Flax and Keras; one
-            minus PyTorch's. `None` and other rules: see `jbn.update_batch_stats`.
-        epsilon: Added to the variance, inside the square root.
-        mask: Boolean; which elements count. Either of the rank of `x`, with size 1
-            along axes where it does not vary, or one entry a row (the shape of `x`
-            without its features). Elements left out do not affect the others, even if
-            they are NaN. They are still normalized, and one that is not finite comes
-            out as `bias`.
-        weights: Non-negative real weight of each element, shaped like a mask; an
-            integer weight is the same as repeating the row. Excludes `mask`.
-        axis_name: Mapped axis or axes (of `shard_map`, `pmap` or `vmap`) to take the
-            statistics over. Each element counts alike wherever it is, so shards may
-            be uneven, or empty. Under plain `jit` leave this unset: the statistics of
-            a sharded `x` are already those of the whole batch.
-        axis_index_groups: Partition of the indices of `axis_name` into groups that
-            each take their own statistics.
-        unbiased: Fold the unbiased variance into the running one, as PyTorch does.
-        reference_weight: The weight of a batch that `momentum` is meant for; others
-            count by their weight. See `jbn.update_batch_stats`, as for the next.
-        second_moment: Let the running variance be that of all rows, with the scatter of
-            the batches' means.
-        tau: Draws the statistics that normalize in training towards the running ones,
-            as `tau` more rows of these would: for batches, domains or groups so small
-            that theirs are mostly noise. 0 is batch norm, infinity normalizes by the
-            running statistics. What is folded into these is the batch. See
-            `jbn.shrink`.
-        min_weight: A feature whose elements have no more weight than this in all is
-            treated as if they had none. 1 is the policy for batches of one row, whose
-            variance is 0 and whose output is all `bias` otherwise.
-        trim: Elements further than this many running standard deviations from the
-            running mean do not count in the statistics, so that an outlier cannot move
-            them, unless most elements are that far. Takes one more all-reduce, and
-            keeps a mask for the backward pass (with `weights`, weights of all
-            elements). See `jbn.trimmed_weights`.
-        residual: Added to the output, before `activation`; of the shape of `x`.
-        activation: A function of each element, such as `jax.nn.relu`, applied last.
-            Here it costs no memory: the backward pass finds its slope from `x` (and
-            `residual`), where behind the layer it would keep an array of its own. It
-            is applied in float32 or wider, before the output is rounded. What it
-            closes over is a constant.
-        dtype: Dtype of the output; that of `x` by default.
+        **options: The options of `jbn.options.Options`.
 
     Returns:
         The normalized array, of the shape of `x`, and the running statistics, new or
@@ -221,26 +155,11 @@ def batch_norm(
         Reducing Internal Covariate Shift", 2015. https://arxiv.org/abs/1502.03167
     """
     call = prepare(
+        "batch_norm",
         x,
         params,
         batch_stats,
         use_running_average=use_running_average,
-        update_stats=update_stats,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        mask=mask,
-        weights=weights,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        unbiased=unbiased,
-        reference_weight=reference_weight,
-        second_moment=second_moment,
-        tau=tau,
-        min_weight=min_weight,
-        trim=trim,
-        residual=residual,
-        activation=activation,
-        dtype=dtype,
+        **options,
     )
-    return thread(call)
+    return run(thread, call)

@@ -17,7 +17,7 @@ from jax import lax
 import jbn.linen
 import jbn.nnx
 from jbn import axes
-from jbn.ops import xla
+from jbn.ops import numeric
 from jbn.tools import dataflow
 from jbn.tools.fold_into import (
     Linear,
@@ -368,9 +368,9 @@ class _Skip:
         dtype = self.dtype
         if dtype is None:
             dtype = functools.reduce(jnp.promote_types, self.promoting, x.dtype)
-        y, residual = xla.wide(x), kwargs.get("residual")
+        y, residual = numeric.wide(x), kwargs.get("residual")
         if residual is not None:
-            y = y + xla.wide(jnp.asarray(residual)).astype(y.dtype)
+            y = y + numeric.wide(jnp.asarray(residual)).astype(y.dtype)
         if self.activation is not None:
             y = self.activation(y)
         return y.astype(dtype)

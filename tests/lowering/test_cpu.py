@@ -1,4 +1,4 @@
-"""`jbn.ops.cpu`: folded sums against NumPy, and what XLA makes of them."""
+"""`jbn.lowering.cpu`: split sums against NumPy, and what XLA makes of them."""
 
 import functools
 import math
@@ -15,17 +15,20 @@ from jax.sharding import AxisType, Mesh, PartitionSpec as P
 from ways import on
 
 import jbn
-from jbn.ops.cpu import Fold, Merged, once
-from jbn.ops.sums import repeat
+from jbn.lowering.cpu import Merged, Split, hoisted
+from jbn.lowering.late import PLAIN, Target
+from jbn.lowering.passes import hoist
+from jbn.lowering.sums import repeat
 
 
 SHAPE = 32, 16, 16, 32  # 1 MB in float32
+ONE_CPU = Target("cpu", 1)
 
 
 shapes = st.lists(st.sampled_from([1, 3, 5, 8, 12, 14, 35]), min_size=1, max_size=3)
 
 
-@on("folded")
+@on("split")
 @hypothesis.given(data=st.data(), shape=shapes)
 @hypothesis.settings(
     deadline=None,
@@ -33,38 +36,38 @@ shapes = st.lists(st.sampled_from([1, 3, 5, 8, 12, 14, 35]), min_size=1, max_siz
     max_examples=30,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-def test_folded_sums_are_sums(data, shape):
+def test_split_sums_are_sums(data, shape):
     """Exactly, of integers; over any axes, of any number of terms."""
     every = st.sets(st.integers(0, len(shape) - 1))
     axes = tuple(sorted(data.draw(every)))
-    fold = Fold.of(tuple(shape), axes)
+    split = Split.of(ONE_CPU, tuple(shape), axes)
     can = any(shape[a] % w == 0 for a in axes for w in (4, 5, 6, 7, 8))
-    assert (fold is not None) == can
-    if fold is None:
+    assert (split is not None) == can
+    if split is None:
         return
     v = np.random.default_rng(0).integers(-9, 9, shape).astype("f")
     v = jnp.asarray(v)
     factors = jnp.arange(1.0, 4.0).reshape(*[1] * len(shape), 3, 1)
-    sums = fold.total(fold.view(v) * factors)
+    sums = split.total(split.view(v) * factors)
     want = np.asarray(v).sum(axes, keepdims=True)
     for i in range(3):
         np.testing.assert_array_equal(sums[..., i, :], (i + 1) * want)
-    # What does not vary along the folded axis may have size 1 there.
+    # What does not vary along the split axis may have size 1 there.
     weight = np.arange(shape[-1], dtype="f").reshape(*[1] * (len(shape) - 1), -1)
-    if fold.axis == len(shape) - 1:
+    if split.axis == len(shape) - 1:
         weight = np.ones_like(weight[..., :1])
-    sums = fold.total(fold.view(v) * fold.view(jnp.asarray(weight)))
+    sums = split.total(split.view(v) * split.view(jnp.asarray(weight)))
     want = (np.asarray(v) * weight).sum(axes, keepdims=True)
     np.testing.assert_array_equal(sums[..., 0, :], want)
 
 
-@on("folded")
+@on("split")
 @pytest.mark.parametrize("axes", [(0,), (0, 2), (1, 2), (2,)], ids=str)
 def test_repeating_is_the_transpose_of_a_sum(axes, rng):
     like = jnp.zeros((8, 6, 15))
     shape = [1 if a in axes else n for a, n in enumerate(like.shape)]
     stat = jnp.asarray(rng.standard_normal(shape), "f")
-    assert Fold.of(like.shape, axes) is not None
+    assert Split.of(ONE_CPU, like.shape, axes) is not None
     f = lambda stat: repeat(stat, like, axes)
     np.testing.assert_array_equal(f(stat), np.broadcast_to(stat, like.shape))
     ct = rng.standard_normal(like.shape).astype("f")
@@ -73,22 +76,43 @@ def test_repeating_is_the_transpose_of_a_sum(axes, rng):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@on("folded")
+@on("split")
 @pytest.mark.parametrize("value", [1.5, -0.0, np.inf, -np.inf, np.nan])
-def test_once_is_the_identity(value):
+def test_hoist_is_the_identity(value):
     stat = jnp.full((1, 3), value)
-    got, grad = jax.jit(jax.value_and_grad(lambda v: once(v, (9, 3)).sum()))(stat)
+    got, grad = jax.jit(jax.value_and_grad(lambda v: hoist(v, (9, 3)).sum()))(stat)
     np.testing.assert_array_equal(got, stat.sum())
     np.testing.assert_array_equal(grad, jnp.ones_like(stat))
 
 
-def test_elsewhere_nothing_is_done():
-    """With eight devices, as these tests have, or with few elements."""
-    x, stat = jnp.ones(SHAPE), jnp.ones((1, 1, 1, SHAPE[-1]))
-    assert Fold.of(SHAPE, (0, 1, 2)) is None
-    assert repeat(stat, x, (0, 1, 2)) is stat
-    assert Merged.of((0, 1, 2), x).view(x).ndim == 4
-    assert once(stat, (2, 2, 2, SHAPE[-1])) is stat
+ELSEWHERE = [Target("cpu", 8), Target("gpu", 1), Target("tpu", 1), PLAIN]
+
+
+@pytest.mark.parametrize("target", ELSEWHERE, ids=str)
+def test_elsewhere_nothing_is_done(target):
+    x, axes = jnp.ones(SHAPE), (0, 1, 2)
+    assert Split.of(ONE_CPU, SHAPE, axes) is not None
+    assert Merged.of(ONE_CPU, axes, x).view(x).ndim == 2
+    assert Split.of(target, SHAPE, axes) is None
+    assert Merged.of(target, axes, x).view(x) is x
+    stat = jnp.ones((1, 1, 1, SHAPE[-1]))
+    (same,) = hoist_program(SHAPE)(target, stat)
+    assert (same is stat) == (target.platform != "cpu")
+
+
+def hoist_program(shape):
+    """What `hoist` binds, to call it for any target."""
+    jaxpr = jax.make_jaxpr(lambda v: hoist(v, shape))(jnp.ones((1, 1, 1, SHAPE[-1])))
+    (equation,) = jaxpr.eqns
+    return equation.params["program"]
+
+
+def test_few_elements_are_not_worth_it():
+    few = 2, 2, 2, SHAPE[-1]
+    assert Split.of(ONE_CPU, few, (0, 1, 2)) is None
+    stat = jnp.ones((1, 1, 1, SHAPE[-1]))
+    assert hoisted(stat, few) is stat
+    assert hoisted(stat, SHAPE) is not stat
 
 
 def norm(x, axis=-1, mask=None):
@@ -149,9 +173,10 @@ def test_loops_over_elements_do_no_work_of_features(use_running_average):
     assert loops[0].count("multiply(") == 1
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_shards_send_statistics_and_no_parts_of_sums(check_vma, rng):
-    """Inside of `shard_map` an array is whole, and its sums are folded."""
+    """Inside of `shard_map` an array is whole, and its sums are split."""
     mesh = Mesh(np.array(jax.devices()[:2]), "d", axis_types=(AxisType.Auto,))
     params, running = jbn.init(SHAPE[-1])
 

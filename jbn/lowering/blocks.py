@@ -1,0 +1,81 @@
+"""Into how many blocks rows are cut, so that sums are short and stay on one device."""
+
+import math
+
+from jbn.axes import is_static
+from jbn.lowering.late import SHAPES, Target
+
+
+# Longest plain sum. XLA on CPU adds rows one by one, and the rounding error of n such
+# additions grows like the root of n, or faster.
+_BLOCK_ROWS = 2048
+# The same where the first of them are added in parallel: split on a CPU, by the rows of
+# a tile on a TPU.
+_SPLIT_BLOCK_ROWS = 8 * _BLOCK_ROWS
+# Rows of an image that is a block by itself on a TPU. There a sum over some of the
+# images, or a part of one, is a pass of its own, and one over each is not.
+_LEAST_IMAGE_ROWS, _MOST_IMAGE_ROWS = 128, 1 << 16
+
+
+def num_shards(target: Target, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    """How many devices may each hold a part of the rows, along the first of `axes`."""
+    first = shape[axes[0]] if axes else 1
+    if not isinstance(first, int) or not first:
+        return 1
+    return math.gcd(first, target.shards)
+
+
+def block_counts(
+    target: Target, shape: tuple[int, ...], axes: tuple[int, ...], shards: int
+) -> dict[int, int]:
+    """How many equal blocks to cut each reduced axis into.
+
+    The first one, along which batches are sharded, gets a multiple of `shards`.
+    """
+    if target == SHAPES or not is_static([shape[a] for a in axes]):
+        return {a: 1 for a in axes}
+    rows = math.prod(shape[a] for a in axes)
+    number = None
+    if target.platform == "gpu":
+        number = shards  # Thousands of threads add: no sum is long.
+    elif target.platform == "tpu":
+        if rows <= _SPLIT_BLOCK_ROWS * shards:
+            number = shards
+        elif _LEAST_IMAGE_ROWS <= rows // shape[axes[0]] <= _MOST_IMAGE_ROWS:
+            number = shape[axes[0]]
+    if number is not None:
+        return {a: number if a == axes[0] else 1 for a in axes}
+    wanted = rows / (_SPLIT_BLOCK_ROWS if target.one_cpu else _BLOCK_ROWS)
+    counts = {}
+    for a in axes:
+        base = shards if a == axes[0] else 1
+        last = min(shape[a], math.ceil(4 * wanted) * base)
+        divisors = [c for c in range(base, last + 1, base) if shape[a] % c == 0]
+        divisors = divisors or [base]
+        counts[a] = next((c for c in divisors if c >= wanted), divisors[-1])
+        wanted /= counts[a]
+    return counts
+
+
+def segment_block_counts(
+    shape: tuple[int, ...], axes: tuple[int, ...], ids: tuple[int, ...], num: int
+) -> dict[int, int]:
+    """How many blocks to cut each axis into, for sums by id and sums within one id.
+
+    Each block has all the segments. So there are at most as many blocks as make the
+    statistics half as large as the rows.
+    """
+    if not is_static([shape[a] for a in axes]):
+        return {a: 1 for a in axes}
+    most = max(1, math.prod(shape[a] for a in axes) // (2 * num))
+    counts = {}
+    for summed, longest in (
+        ([a for a in axes if ids[a] != 1], _BLOCK_ROWS),
+        # These come first, in one loop, and cutting them makes more ids.
+        ([a for a in axes if ids[a] == 1], 4 * _BLOCK_ROWS),
+    ):
+        wanted = math.ceil(math.prod(shape[a] for a in summed) / longest)
+        for a in sorted(summed, key=lambda a: -shape[a]):
+            counts[a] = max(1, min(wanted, shape[a], most))
+            wanted, most = -(-wanted // counts[a]), most // counts[a]
+    return counts

@@ -1,0 +1,150 @@
+"""Sums that XLA on CPU compiles to fast loops.
+
+Measured on two x86 cores (`benchmarks/op.py`, `docs/benchmarks.md`): merged axes are
+summed up to ten times as fast, split sums save one pass over memory.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+from jax import lax
+
+from jbn.axes import is_static
+from jbn.lowering.inline import total
+from jbn.lowering.late import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """A view of arrays of one rank in which neighboring axes are one, on one CPU.
+
+    XLA on CPU sums over one axis up to ten times as fast as over three. It cannot merge
+    two axes that are both split over devices without gathering them.
+
+    Use it for sums alone. Where the last operation on an array is a reshape, XLA
+    computes the array again in each loop that reads it, and keeps all its operands.
+    """
+
+    runs: tuple[tuple[int, ...], ...]  # the original axes of each axis of the view
+    axes: tuple[int, ...]  # axes of the view that are summed over
+
+    @classmethod
+    def of(cls, target: Target, axes: tuple[int, ...], *arrays: Any) -> "Merged":
+        """Merges neighbors among `axes` where all `arrays` agree.
+
+        Arrays agree if each has size 1 along both neighbors, or along neither.
+        """
+        shapes = [v.shape for v in arrays if v is not None]
+        runs: list[tuple[int, ...]] = []
+        for a in range(len(shapes[0])):
+            if (
+                target.one_cpu
+                and a in axes
+                and a - 1 in axes
+                and all((shape[a] == 1) == (shape[a - 1] == 1) for shape in shapes)
+            ):
+                runs[-1] += (a,)
+            else:
+                runs.append((a,))
+        summed = tuple(i for i, run in enumerate(runs) if run[0] in axes)
+        return cls(tuple(runs), summed)
+
+    def view(self, v: Any) -> Any:
+        """The view of an array; `None` stays `None`."""
+        if v is None or len(self.runs) == v.ndim:
+            return v
+        return v.reshape([math.prod(v.shape[a] for a in run) for run in self.runs])
+
+    def stat(self, v: jax.Array, lead: int = 0) -> jax.Array:
+        """A statistic of the view, with `lead` leading axes, at the full rank."""
+        sizes = zip(self.runs, v.shape[lead:], strict=True)
+        shape = [n for run, size in sizes for n in (size, *[1] * (len(run) - 1))]
+        return v.reshape((*v.shape[:lead], *shape))
+
+
+# Into how many parts rows are split. XLA takes at most 15 copies of the terms into a
+# loop, which is two times seven. Fewer than four parts gain little.
+_PARTS = 7, 8, 6, 5, 4
+# XLA sums only longer axes by its fast kernel.
+_SHORT = 32
+# Least elements of an array, and of its last axis, that are worth the many operations.
+_LEAST_ELEMENTS, _LEAST_RUN = 1 << 15, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Sums over rows that are split into a few parts, added by one expression.
+
+    XLA on CPU materializes the terms of a sum, unless they are an array already, and
+    adds them by another kernel. An elementwise sum of parts is computed in the loop
+    that computes the terms, and a fraction of them is materialized. The rows that are
+    added are far apart, so a processor reads a few long streams.
+    """
+
+    axis: int  # the axis that is split
+    parts: int
+    axes: tuple[int, ...]  # all axes that are summed over
+
+    @classmethod
+    def of(
+        cls, target: Target, shape: tuple[int, ...], axes: tuple[int, ...]
+    ) -> "Split | None":
+        """How to split a sum of an array over `axes`; `None` if it gains nothing."""
+        if not target.one_cpu or not shape or not is_static(shape):
+            return None
+        if math.prod(shape) < _LEAST_ELEMENTS or shape[-1] < _LEAST_RUN:
+            return None
+        rows = math.prod(shape[a] for a in axes)
+        for a in axes:
+            # The rest of the last axis has to fill a processor's vectors.
+            left = shape[a] if a == len(shape) - 1 else rows
+            for parts in _PARTS:
+                if shape[a] % parts == 0 and left // parts > _SHORT:
+                    return cls(a, parts, axes)
+        return None
+
+    def view(self, v: Any) -> Any:
+        """An array with the parts on an axis of their own; `None` stays `None`.
+
+        In front of the last axis is one more, of size 1, for terms of each element
+        that are summed in one loop, while their operands are in cache.
+        """
+        if v is None or not v.ndim:
+            return v
+        parts = (1, 1) if v.shape[self.axis] == 1 else (self.parts, -1)
+        shape = (*v.shape[: self.axis], *parts, *v.shape[self.axis + 1 :])
+        return v.reshape((*shape[:-1], 1, shape[-1]))
+
+    def total(self, terms: jax.Array) -> jax.Array:
+        """Sums over an array in the view; the summed axes of the original stay."""
+        parts = (
+            lax.index_in_dim(terms, i, self.axis, False) for i in range(self.parts)
+        )
+        terms = functools.reduce(operator.add, parts)
+        last = terms.ndim - 2  # of the original; it is one further now
+        return total(terms, [a + (a == last) for a in self.axes])
+
+    def total_of_array(self, v: jax.Array) -> jax.Array:
+        """Sums over an array that is not in the view, by slices of it."""
+        size = v.shape[self.axis] // self.parts
+        parts = (
+            lax.slice_in_dim(v, i * size, (i + 1) * size, axis=self.axis)
+            for i in range(self.parts)
+        )
+        return total(functools.reduce(operator.add, parts), self.axes)
+
+
+def hoisted(stat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A per-feature value, computed before the loop over `shape` instead of in it.
+
+    XLA on CPU would compute it again for each element. It never fuses a sum into the
+    loop that reads it, so this is one, of the value and a zero.
+    """
+    if not is_static(shape) or math.prod(shape) < _LEAST_ELEMENTS:
+        return stat
+    two = lax.pad(stat[None], stat.dtype.type(0), [(0, 1, 0), *[(0, 0, 0)] * stat.ndim])
+    return lax.reduce_sum(two, (0,))

@@ -1,0 +1,53 @@
+"""The elementwise pass that normalizes a batch in training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from jbn.lowering.cpu import hoisted
+from jbn.lowering.gpu import in_pairs, worth_pairs
+from jbn.lowering.late import Target, late
+
+
+def compiled_formula(
+    formula: Callable[..., jax.Array], form: Any, operands: Any
+) -> jax.Array:
+    """`formula(form, operands)`, as the platform computes it fastest.
+
+    Args:
+        formula: An elementwise function. Its operands are `x`, `stats`, `weights`,
+            `segments` and `residual`, the last three maybe `None`, and per-feature
+            arrays. It takes one more argument: how to hoist a per-feature value.
+        form: Its static part, with the output's `dtype` and the `activation` that it
+            applies last, or `None`.
+        operands: A record of arrays.
+    """
+    return late(_formula, operands, formula=formula, form=form)[0]
+
+
+def _formula(
+    target: Target, operands: Any, *, formula: Any, form: Any
+) -> list[jax.Array]:
+    x = operands.x
+    plain = all(
+        v is None for v in (operands.weights, operands.segments, operands.residual)
+    )
+    activates = form.activation is not None
+    # Pairs gain where the loop over `x` has no other reader: the input has been
+    # summarized, so it is in memory, and few functions of each element follow an
+    # activation.
+    if activates and plain and worth_pairs(target, x, form.dtype):
+        stats = operands._replace(x=None)
+        pair = lambda x, stats: formula(form, stats._replace(x=x))
+        return [in_pairs(pair, x, stats, form.dtype)]
+    if target.platform == "cpu":
+        stats = operands.stats._replace(mean=hoisted(operands.stats.mean, x.shape))
+        y = formula(form, operands._replace(stats=stats), hoisted)
+    else:
+        y = formula(form, operands)
+    if activates and operands.residual is not None and target.platform == "gpu":
+        # XLA would recompute it for each reader, or drop its rounding.
+        y = lax.optimization_barrier(y)
+    return [y]

@@ -1,0 +1,246 @@
+"""Operations that are lowered by platform and number of devices, and traced once.
+
+JAX knows the platform and the devices of a program when it lowers it, not when it
+traces it: `jax.export` traces on one machine for others. A *program* here is a function
+`program(target, *arrays)` that gets both at that time. A trace sees one opaque
+equation.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+
+# The one switch of all that is here. Tests run with `_JBN_LOWERING=0` as well.
+ENABLED = os.environ.get("_JBN_LOWERING", "1") != "0"
+
+Platform = Literal["cpu", "gpu", "tpu", "shapes"]
+
+
+class Target(NamedTuple):
+    """What a program is lowered for.
+
+    Attributes:
+        platform: `None` for the plain form.
+        shards: How many devices the compiler may split an array over that looks whole
+            to the program. Devices of manual mesh axes do not count.
+    """
+
+    platform: Platform | None
+    shards: int
+
+    @property
+    def one_cpu(self) -> bool:
+        """Whether arrays are on one CPU, as whole as they look."""
+        return self.platform == "cpu" and self.shards == 1
+
+
+PLAIN = Target(None, 1)
+# Of a trace that only looks for shapes: programs may do anything that gives them.
+SHAPES = Target("shapes", 1)
+
+
+@runtime_checkable
+class Program(Protocol):
+    """A hashable function from a target and arrays to a list of arrays."""
+
+    def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
+        """Computes it for a target."""
+        ...
+
+
+@runtime_checkable
+class Linear(Program, Protocol):
+    """A program that is linear in all operands after the first `constants`."""
+
+    constants: int
+
+    def transpose(self, operands: list[Any], results: int) -> "Linear":
+        """The program from the constants and the cotangents to those of the operands.
+
+        `operands` have the shapes of the linear operands.
+        """
+        ...
+
+
+def late(f: Callable[..., Any], *operands: Any, **static: Any) -> list[jax.Array]:
+    """Calls `f(target, *operands, **static)` with the target it will be lowered for.
+
+    It cannot be differentiated: call it below a custom derivative rule.
+
+    Args:
+        f: A function of a module, which returns a list of arrays. Their shapes and
+            dtypes must not depend on the target.
+        *operands: Pytrees of arrays.
+        **static: Hashable arguments.
+    """
+    leaves, tree = jax.tree.flatten(operands)
+    return late_p.bind(*leaves, program=_Call(f, tree, tuple(static.items())))
+
+
+def linear(program: Linear, *operands: jax.Array) -> list[jax.Array]:
+    """Calls a linear program, differentiable to any order."""
+    return late_p.bind(*operands, program=program)
+
+
+def expected_platform() -> Platform | str:
+    """The platform this trace is probably for: that of the mesh, or the default.
+
+    Only for a choice that a trace has to make: what is saved for a backward pass.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is None:
+        return jax.default_backend()
+    # JAX 0.10.0 has no platform there, and calls a CPU's kind "cpu".
+    return getattr(device, "platform", device.device_kind)
+
+
+def target_of(platform: Platform | None, axis_context: Any) -> Target:
+    """The target of a lowering, from the devices that JAX lowers for."""
+    if hasattr(axis_context, "manual_axes"):
+        sizes = axis_context.mesh.shape.items()
+        manual = axis_context.manual_axes
+        shards = math.prod(size for name, size in sizes if name not in manual)
+    else:
+        shards = getattr(axis_context, "num_devices", 1)
+    return Target(platform if ENABLED else None, shards)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A function with its static arguments, of pytrees."""
+
+    f: Callable[..., Any]
+    tree: Any
+    static: tuple[tuple[str, Any], ...]
+
+    def __call__(self, target: Target, *leaves: jax.Array) -> list[jax.Array]:
+        operands = jax.tree.unflatten(self.tree, leaves)
+        return self.f(target, *operands, **dict(self.static))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vmapped:
+    """A program with a batch axis in front of each result."""
+
+    program: Any
+    axes: tuple[int | None, ...]
+
+    def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
+        one = functools.partial(self.program, target)
+        return jax.vmap(one, in_axes=self.axes)(*arrays)
+
+    @property
+    def constants(self) -> int:
+        return self.program.constants
+
+    def transpose(self, operands: list[Any], results: int) -> "_Vmapped":
+        one = [jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for v in operands]
+        axes = (*self.axes[: self.constants], *[0] * results)
+        return _Vmapped(self.program.transpose(one, results), axes)
+
+
+late_p = Primitive("jbn_late")
+late_p.multiple_results = True
+
+
+@late_p.def_abstract_eval
+def _abstract_eval(*avals, program):
+    if hasattr(program, "avals_out"):
+        return program.avals_out(*avals)
+    if all(aval == ShapedArray(aval.shape, aval.dtype) for aval in avals):
+        # No meshes: most likely the lowering will want the same jaxpr.
+        platform: Any = expected_platform() if ENABLED else None
+        return _jaxpr(program, Target(platform, 1), avals, _x64()).out_avals
+    # By JAX's own rules, since they know about meshes and varying axes.
+    return jax.make_jaxpr(functools.partial(program, SHAPES))(*avals).out_avals
+
+
+@functools.lru_cache(1024)
+def _jaxpr(program, target, avals, enable_x64):
+    """The jaxpr of a program, outside of all meshes."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.make_jaxpr(functools.partial(program, target))(*avals)
+
+
+def _x64() -> bool:
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+
+@late_p.def_impl
+def _impl(*arrays, program):
+    return _jitted(program)(*arrays)
+
+
+@functools.lru_cache
+def _jitted(program):
+    return jax.jit(functools.partial(late_p.bind, program=program))
+
+
+def _lower(platform, ctx, *values, program):
+    target = target_of(platform, ctx.module_context.axis_context)
+    # The program is local and plain: meshes were dealt with when it was traced.
+    avals = tuple(ShapedArray(a.shape, a.dtype) for a in ctx.avals_in)
+    run = jaxpr_as_fun(_jaxpr(program, target, avals, _x64()))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return mlir.lower_fun(run)(ctx.replace(avals_in=avals), *values)
+
+
+mlir.register_lowering(late_p, functools.partial(_lower, None))
+for _name in ("cpu", "cuda", "rocm", "tpu"):
+    _platform = "gpu" if _name in ("cuda", "rocm") else _name
+    mlir.register_lowering(late_p, functools.partial(_lower, _platform), _name)
+
+
+def _batch(arrays, axes, *, program):
+    axes = [a if isinstance(a, int) else None for a in axes]
+    size = next(v.shape[a] for v, a in zip(arrays, axes, strict=True) if a is not None)
+    # Linear operands all get the axis in front, which is where cotangents have it.
+    arrays = list(arrays)
+    for i in range(getattr(program, "constants", len(arrays)), len(arrays)):
+        if axes[i] is None:
+            arrays[i] = lax.broadcast(arrays[i], (size,))
+        else:
+            arrays[i] = jnp.moveaxis(arrays[i], cast(int, axes[i]), 0)
+        axes[i] = 0
+    results = late_p.bind(*arrays, program=_Vmapped(program, tuple(axes)))
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[late_p] = _batch
+
+
+def _jvp(primals, tangents, *, program):
+    results = late_p.bind(*primals, program=program)
+    tangents = tangents[program.constants :]
+    if all(type(t) is ad.Zero for t in tangents):
+        return results, [ad.Zero(jax.typeof(v).to_tangent_aval()) for v in results]
+    tangents = [ad.instantiate_zeros(t) for t in tangents]
+    constants = primals[: program.constants]
+    return results, late_p.bind(*constants, *tangents, program=program)
+
+
+ad.primitive_jvps[late_p] = _jvp
+
+
+def _transpose(cotangents, *operands, program):
+    constants = operands[: program.constants]
+    avals = [v.aval for v in operands[program.constants :]]
+    cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
+    transposed = program.transpose(avals, len(cotangents))
+    results = late_p.bind(*constants, *cotangents, program=transposed)
+    return [*[None] * len(constants), *results]
+
+
+ad.primitive_transposes[late_p] = _transpose

@@ -1,0 +1,179 @@
+"""Controls which passes over memory XLA may fuse, and what it materializes."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jbn.lowering.cpu import hoisted
+from jbn.lowering.inline import where
+from jbn.lowering.late import Target, expected_platform, linear
+
+
+def separate(arrays: Any, views: int = 1) -> list[Any]:
+    """Views of a pytree of arrays whose readers XLA does not fuse with each other.
+
+    Without them, XLA materializes values that two passes over the same array compute,
+    or keeps those of the forward pass. On a TPU it does not, and fuses passes with the
+    convolutions around them: there, all views are the arrays. On a CPU all views but
+    the first are one.
+    """
+    leaves, tree = jax.tree.flatten(arrays)
+    found = linear(_Separate(views, len(leaves)), *leaves)
+    parts = [found[i : i + len(leaves)] for i in range(0, len(found), len(leaves))]
+    return [jax.tree.unflatten(tree, part) for part in parts]
+
+
+def rematerialized(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Rematerializes `f` in the backward pass: only its arguments are saved.
+
+    `f` has to read large arguments through `separate`, or XLA finds the values of the
+    forward pass and keeps them.
+    """
+    return jax.checkpoint(f, prevent_cse=False)
+
+
+def saves_output() -> bool:
+    """Whether a backward pass should read an output in place of an operand of it.
+
+    A reader of the output, such as a convolution, most likely saves it anyway. On a TPU
+    XLA recomputes it instead. What is saved is decided in the trace, so this is the
+    one choice that does not wait for the lowering.
+    """
+    return expected_platform() != "tpu"
+
+
+def hoist(stat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Hoists a per-feature value out of the elementwise loop over `shape`."""
+    return linear(_Hoist(tuple(shape)), stat)[0]
+
+
+def materialize(v: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Rounds `v` and its cotangent to `dtype`, and materializes both on GPU.
+
+    There XLA would recompute either from all operands. It also drops a rounding to 16
+    bits before a 32-bit operation, and saves the wide values. The result keeps the
+    dtype of `v`. On a CPU, which computes in 32 bits, nothing is rounded.
+    """
+    return linear(_Materialize(jnp.dtype(dtype)), v)[0]
+
+
+def gate(chosen: jax.Array, v: jax.Array, dtype: np.dtype) -> jax.Array:
+    """`v` where `chosen`, and else 0, rounded to `dtype` but on a CPU.
+
+    A selection is the same before and after rounding. Rounded first, its result is
+    materialized in 16 bits, and no mask is saved beside it.
+    """
+    return linear(_Gate(jnp.dtype(dtype)), chosen, v)[0]
+
+
+def _rounded(target: Target, v: jax.Array, dtype: np.dtype) -> jax.Array:
+    return v.astype(dtype) if target.platform in ("gpu", "tpu") else v
+
+
+@dataclasses.dataclass(frozen=True)
+class _Separate:
+    views: int
+    leaves: int
+    constants = 0
+
+    def avals_out(self, *avals: Any) -> list[Any]:
+        return [*avals] * self.views
+
+    def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
+        if target.platform not in ("cpu", "gpu"):
+            return [*arrays] * self.views
+        barrier = lambda arrays: [*lax.optimization_barrier(tuple(arrays))]
+        first = barrier(arrays)
+        if self.views == 1:
+            return first
+        if target.platform == "cpu":
+            return [*first, *barrier(arrays) * (self.views - 1)]
+        # XLA on GPU fuses sums over the same arrays, but decides for each of them
+        # before that what to compute in it: nothing that both read. Barriers around the
+        # same arrays would be merged, so each is around the one before.
+        found = [first]
+        for _ in range(self.views - 1):
+            found.append(barrier(found[-1]))
+        return [v for view in found for v in view]
+
+    def transpose(self, operands: list[Any], results: int) -> "_Together":
+        return _Together(self.views, self.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Together:
+    """The transpose of `_Separate`: the sum of the cotangents of all views."""
+
+    views: int
+    leaves: int
+    constants = 0
+
+    def avals_out(self, *avals: Any) -> list[Any]:
+        return [*avals[: self.leaves]]
+
+    def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
+        views = [arrays[i :: self.leaves] for i in range(self.leaves)]
+        return [functools.reduce(operator.add, view) for view in views]
+
+    def transpose(self, operands: list[Any], results: int) -> _Separate:
+        return _Separate(self.views, self.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hoist:
+    shape: tuple[int, ...]
+    constants = 0
+
+    def avals_out(self, *avals: Any) -> list[Any]:
+        return [avals[-1]]
+
+    def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
+        if target.platform == "cpu":
+            return [hoisted(arrays[0], self.shape)]
+        return [arrays[0]]
+
+    def transpose(self, operands: list[Any], results: int) -> "_Hoist":
+        return _Hoist(())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Materialize:
+    dtype: np.dtype
+    constants = 0
+
+    def avals_out(self, *avals: Any) -> list[Any]:
+        return [avals[-1]]
+
+    def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
+        (v,) = arrays
+        wide, v = v.dtype, _rounded(target, v, self.dtype)
+        if target.platform == "gpu":
+            v = lax.optimization_barrier(v)
+        return [v.astype(wide)]
+
+    def transpose(self, operands: list[Any], results: int) -> "_Materialize":
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gate:
+    dtype: np.dtype
+    constants = 1
+
+    def avals_out(self, *avals: Any) -> list[Any]:
+        return [avals[-1]]
+
+    def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
+        chosen, v = arrays
+        wide, v = v.dtype, _rounded(target, v, self.dtype)
+        return [where(chosen, v, 0).astype(wide)]
+
+    def transpose(self, operands: list[Any], results: int) -> "_Gate":
+        return self

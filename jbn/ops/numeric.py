@@ -1,0 +1,134 @@
+"""Arithmetic in the dtype of statistics, with weights, and without making a NaN."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Inexact
+
+from jbn.lowering.inline import broadcast_to, where
+from jbn.ops.segments import Segments, spread, total
+
+
+def wide(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """Casts to the dtype of statistics: 16-bit floats to float32, others unchanged."""
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype that statistics of `dtype` are computed in."""
+    # Not `promote_types`, which raises under strict dtype promotion.
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+def real_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype of the absolute value of `dtype`."""
+    return jnp.dtype(jnp.finfo(dtype).dtype)
+
+
+def abs_square(x: jax.Array) -> jax.Array:
+    """`abs(x)**2`, without the root."""
+    if jnp.iscomplexobj(x):
+        return x.real * x.real + x.imag * x.imag
+    return x * x
+
+
+def real_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The real part of `conj(x) * y`: the inner product of the plane."""
+    if jnp.iscomplexobj(x):
+        return x.real * y.real + x.imag * y.imag
+    return x * y
+
+
+def weigh(v: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """`weights * v`, and zero where the weight is, even if `v` is not finite there."""
+    if weights is None:
+        return v
+    if weights.dtype == bool:
+        return where(weights, v, 0)
+    weighted = weights.astype(real_dtype(v.dtype)).astype(v.dtype) * v
+    return where(weights > 0, weighted, 0)
+
+
+def total_weight(
+    x: jax.Array | jax.ShapeDtypeStruct,
+    weights: jax.Array | None,
+    axes: tuple[int, ...],
+    segments: Segments | None = None,
+) -> Float[Array, "..."]:
+    """The sum of the weights of the rows of `x`, with the reduced axes at size 1."""
+    dtype = real_dtype(wide_dtype(x.dtype))
+    if weights is None and segments is None:
+        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return broadcast_to(count(x.shape, axes, dtype), shape)
+    if weights is None:
+        weights = jnp.ones((1,) * x.ndim, bool)
+    # Booleans are counted in integers: float32 stops counting at 2**24.
+    counted = weights.astype(jnp.int32) if weights.dtype == bool else wide(weights)
+    if segments is not None:
+        shape = jnp.broadcast_shapes(counted.shape, segments.ids.shape)
+        counted = jnp.broadcast_to(counted, shape)
+    # Along an axis where the weights do not vary each stands for all of its rows.
+    repeated = tuple(a for a in axes if counted.shape[a] != x.shape[a])
+    return total(counted, axes, segments).astype(dtype) * count(
+        x.shape, repeated, dtype
+    )
+
+
+def count(shape: tuple[Any, ...], axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    """The number of elements along `axes`, which may be symbolic."""
+    number = math.prod(shape[a] for a in axes)
+    if isinstance(number, int):
+        return jnp.asarray(number, dtype)
+    return jnp.asarray(number).astype(dtype)
+
+
+def center(
+    x: jax.Array,
+    mean: jax.Array,
+    weights: jax.Array | None,
+    segments: Segments | None = None,
+) -> jax.Array:
+    """`x - mean` in wide arithmetic; 0 where a weightless `x` is not finite."""
+    d = wide(x) - spread(mean, segments)
+    ignored = no_part(x, weights)
+    return d if ignored is None else where(ignored, 0, d)
+
+
+def no_part(x: jax.Array, weights: jax.Array | None) -> Bool[Array, "..."] | None:
+    """Whether an element is ignored altogether: weightless and not finite."""
+    if weights is None:
+        return None
+    weightless = ~weights if weights.dtype == bool else weights == 0
+    return weightless & ~jnp.isfinite(x)
+
+
+def reciprocal(total: jax.Array) -> jax.Array:
+    """`1 / total`, and 0 for a total of 0: averages over nothing are zero."""
+    some = total > 0
+    return where(some, 1 / where(some, total, 1), 0)
+
+
+def difference(square: jax.Array, of_mean: jax.Array) -> jax.Array:
+    """The variance `square - of_mean`: not negative, and not NaN if it overflows."""
+    var = lax.max(square - of_mean, lax.full_like(square, 0))
+    return where(square == np.inf, square, var)
+
+
+def coarse(shift: jax.Array) -> jax.Array:
+    """Drops the last bits of a shift, so that every use of it is the same number.
+
+    XLA copies the arithmetic that makes the shift into each loop that reads it, and
+    LLVM may contract it there to a fused multiply-add, which rounds differently. At a
+    mean of 1e4 standard deviations such a difference costs a relative 3e-4 of the
+    variance. Rounding in between cannot be contracted.
+    """
+    if jnp.iscomplexobj(shift):
+        return lax.complex(coarse(shift.real), coarse(shift.imag))
+    info = jnp.finfo(shift.dtype)
+    return lax.reduce_precision(
+        shift, exponent_bits=info.nexp, mantissa_bits=info.nmant - 3
+    )

@@ -1,0 +1,1 @@
+"""Which rows count, and how much: weights for the functions that take them."""
