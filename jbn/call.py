@@ -131,6 +131,11 @@ class Call:
         return dataclasses.replace(call, weights=weights)
 
     @property
+    def described(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of `x`, which may be sparse."""
+        return jax.ShapeDtypeStruct(self.lay.shape, self.x.dtype)
+
+    @property
     def summarizes(self) -> bool:
         """Whether the batch is looked at: everywhere but at inference."""
         return self.update_stats or not self.use_running_average
@@ -223,7 +228,8 @@ class Call:
         if self.weights is None or self.weights.dtype == bool:
             return weight
         squares = numeric.abs_square(numeric.wide(self.weights))
-        total = numeric.total_weight(self.x, squares, self.rows.axes, self.segments)
+        rows = self.rows.axes
+        total = numeric.total_weight(self.described, squares, rows, self.segments)
         if self.rows.axis_name is not None:
             total = summary.psum(total, self.rows)
         return weight * weight * numeric.reciprocal(total).astype(weight.dtype)

@@ -192,7 +192,8 @@ class BatchRenorm(BatchNorm):
             microbatches.)
         d_max: Limit of the distance of the means, at least 0, or a schedule.
         rngs: As for `BatchNorm`.
-        **settings: All other arguments of `BatchNorm`.
+
+    All other arguments are those of `BatchNorm`.
     """
 
     @documented(NNXOptions)
@@ -263,7 +264,8 @@ class GhostBatchNorm(BatchNorm):
         num_groups: Number of groups (on each device, with `axis_name`).
         devices_per_group: How many devices of `axis_name` share their groups.
         rngs: As for `BatchNorm`.
-        **settings: All other arguments of `BatchNorm`.
+
+    All other arguments are those of `BatchNorm`.
     """
 
     @documented(NNXOptions)
@@ -319,7 +321,8 @@ class DomainBatchNorm(BatchNorm):
         num_domains: Number of domains.
         own_affine: Whether each domain has its own scale and bias, of that shape.
         rngs: As for `BatchNorm`.
-        **settings: All other arguments of `BatchNorm`.
+
+    All other arguments are those of `BatchNorm`.
     """
 
     @documented(NNXOptions)
@@ -380,7 +383,8 @@ class ConditionalBatchNorm(BatchNorm):
         one_plus: Whether tables, or the maps given, hold gamma of `1 + gamma`. Tables
             then start at zero.
         rngs: As for `BatchNorm`.
-        **settings: All other arguments of `BatchNorm`.
+
+    All other arguments are those of `BatchNorm`.
     """
 
     @documented(NNXOptions)
@@ -449,7 +453,8 @@ class FrozenBatchNorm(BatchNorm):
         freeze_stats: Whether the running statistics are never updated.
         freeze_mode: Whether to normalize by them in any case.
         rngs: As for `BatchNorm`.
-        **settings: All other arguments of `BatchNorm`.
+
+    All other arguments are those of `BatchNorm`.
     """
 
     @documented(NNXOptions)

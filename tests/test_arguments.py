@@ -16,7 +16,7 @@ import jbn.nnx
 # Users have no type checker: these are the errors that they see.
 pytestmark = pytest.mark.usefixtures("untyped")
 
-X = np.float32([[1, 10], [3, 30], [5, 10], [7, 50]])
+X = np.asarray([[1, 10], [3, 30], [5, 10], [7, 50]], np.float32)
 PARAMS, STATS = jbn.init(2)
 TABLES, _ = jbn.init((3, 2))
 _, BY_DOMAIN = jbn.init((3, 2))

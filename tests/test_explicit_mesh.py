@@ -57,7 +57,7 @@ def linen(x, params, stats, use_running_average):
     y, new = jbn.BatchNorm().apply(
         variables, x, use_running_average, mutable=["batch_stats"]
     )
-    return y, jbn.BatchStats(**new["batch_stats"])
+    return y, jbn.BatchStats(**new["batch_stats"])  # pyright: ignore[reportArgumentType]
 
 
 def pieces(x, params, stats, use_running_average):

@@ -198,7 +198,7 @@ every_run = pytest.mark.parametrize(
 @every_run
 @pytest.mark.parametrize("weights", FIT.values(), ids=FIT)
 def test_large_weights(run, weights):
-    w = np.float32(weights)
+    w = np.asarray(weights, np.float32)
     y, means, variances = fast(run)(X, w)
     # In proportion, as their products overflow even in the reference's sums.
     _, mean, var = oracle.moments(X, w[:, None].astype(float) / LARGEST)
@@ -215,7 +215,7 @@ def test_large_weights(run, weights):
 @pytest.mark.parametrize("weights", OVERFLOW.values(), ids=OVERFLOW)
 def test_weights_whose_sum_is_no_number(run, weights):
     """Are right, or refused in words."""
-    w = np.float32(weights)
+    w = np.asarray(weights, np.float32)
     try:
         _, means, variances = run(X, w)
     except ValueError as error:
@@ -244,7 +244,7 @@ def fast(run):
 def test_samples_of_large_weights():
     """Each counts once, or they are refused."""
     try:
-        got = jbn.sample_weights(np.float32([[3e38, 3e38], [1, 3]]))
+        got = jbn.sample_weights(np.asarray([[3e38, 3e38], [1, 3]], np.float32))
     except ValueError as error:
         assert "`weights`" in str(error)  # noqa: PT017
         return
@@ -253,8 +253,8 @@ def test_samples_of_large_weights():
 
 # --- The ends of momentum --------------------------------------------------------
 
-BAD = np.float32([np.nan, np.inf, -np.inf, 1e30])
-BATCH = np.float32([[1, 10, 2, 4], [3, 30, 2, 5]])
+BAD = np.asarray([np.nan, np.inf, -np.inf, 1e30], np.float32)
+BATCH = np.asarray([[1, 10, 2, 4], [3, 30, 2, 5]], np.float32)
 MEAN, VAR = BATCH.mean(0), BATCH.var(0)
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -328,7 +328,7 @@ def test_so_do_those_that_are_traced(rule, momentum):
 
 @pytest.mark.parametrize("traced", [False, True])
 def test_ends_that_differ_by_feature(traced):
-    momentum = np.float32([0, 1, 0, 1])
+    momentum = np.asarray([0, 1, 0, 1], np.float32)
     mean = jnp.where(momentum == 0, BAD, 7)
     x = np.stack([BATCH[0], np.where(momentum == 1, BAD, BATCH[1])])
     run = lambda m: train(

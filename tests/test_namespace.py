@@ -51,4 +51,4 @@ def test_names_are_what_they_say():
 
 def test_what_is_not_there_is_an_error():
     with pytest.raises(AttributeError, match="batchnorm"):
-        jbn.batchnorm  # noqa: B018
+        jbn.batchnorm  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

@@ -210,7 +210,7 @@ def _moments(stored: _Stored, call: Call) -> Moments:
     moments = jax.tree.map(
         lambda v: v.reshape(call.lay.features), moments._replace(weight=weight)
     )
-    sites = numeric.total_weight(call.x, call.weights, call.rows.axes)
+    sites = numeric.total_weight(call.described, call.weights, call.rows.axes)
     if call.rows.axis_name is not None:
         sites = summary.psum(sites, call.rows)
     # Rounding may leave a little less than nothing.
