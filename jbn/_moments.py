@@ -208,12 +208,13 @@ def row_moments_tangent(
     """
     d = numeric.center(x, parts.mean, weights, segments)
     ignored = numeric.no_part(x, weights)
+    weights, down = numeric.scaled_down(weights)
 
     def weighed(v: jax.Array) -> jax.Array:
         if weights is None or ignored is None or weights.dtype == bool:
             return numeric.weigh(v, weights)
         # At a weight of zero, too, this varies with the weight (in second derivatives).
-        v = weights.astype(parts.var.dtype).astype(v.dtype) * v
+        v = weights.astype(v.dtype) * v
         return where(ignored, 0, v)
 
     sums = [jnp.zeros_like(parts.mean), jnp.zeros_like(parts.var)]
@@ -223,7 +224,7 @@ def row_moments_tangent(
             sums[i] += total(weighed(v), rows.axes, segments)
     if dweights is not None:
         sums.append(numeric.total_weight(x, dweights, rows.axes, segments))
-        dw = jnp.broadcast_to(dweights.astype(parts.var.dtype), x.shape)
+        dw = jnp.broadcast_to(numeric.wide(dweights), x.shape) * down
         if ignored is not None:
             dw = where(ignored, 0, dw)
         excess = numeric.abs_square(d) - spread(parts.var, segments)
@@ -231,7 +232,7 @@ def row_moments_tangent(
             sums[i] += total(v, rows.axes, segments)
     if rows.axis_name is not None:
         sums = summary.psum(sums, rows)
-    per_weight = numeric.reciprocal(parts.weight)
+    per_weight = numeric.reciprocal(parts.weight * down)
     dmean = sums[0] * per_weight.astype(sums[0].dtype)
     dvar = sums[1] * per_weight
     return dmean, dvar, sums[2] if dweights is not None else None

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Inexact
 
 from jbn import axes
@@ -203,6 +204,18 @@ def check_activation(activation: Activation | None) -> Activation | None:
     return activation
 
 
+def closes_over_tracers(activation: Activation | None) -> bool:
+    """Whether an activation reads values of an enclosing trace."""
+    if activation is None or getattr(activation, "__module__", "").startswith("jax."):
+        return False
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    try:
+        consts = jax.make_jaxpr(activation)(number).consts
+    except (TypeError, ValueError):
+        return False  # It is called, and fails, later.
+    return any(isinstance(v, Tracer) for v in consts)
+
+
 def check_residual(
     residual: ArrayLike | None, lay: axes.Layout, dtype: DType
 ) -> jax.Array | None:
@@ -282,7 +295,7 @@ def apply(form: Form, operands: Operands) -> Inexact[Array, "..."]:
     Returns:
         An array of the shape of `x`.
     """
-    if form.rows is None:
+    if form.rows is None or closes_over_tracers(form.activation):
         return _formula(form, operands)
     return compiled_formula(_formula, form, operands)
 

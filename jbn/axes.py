@@ -254,10 +254,9 @@ def element_weights(
         )
     if values is not None and values.size and is_static(lay.shape):
         rows = math.prod(lay.rows)
-        most = np.finfo(np.float64 if values.dtype == np.float64 else np.float32).max
-        if float(values.max()) * rows > most / 2 and (
-            values.astype(np.float64).mean() * rows > most / 2
-        ):
+        most = float(values.max()) * rows
+        total = float(values.mean(dtype=np.float64)) * rows
+        if min(most, total) > float(np.finfo(np.float32).max):
             raise ValueError(
                 "`weights` must have a finite sum in float32; those given go up to"
                 f" {values.max():g} for {rows} rows. Only their ratios matter: divide"

@@ -29,6 +29,7 @@ from jbn._normalize import (
     check_epsilon,
     check_residual,
     check_stats,
+    closes_over_tracers,
     expand_affine,
     expand_stats,
 )
@@ -37,7 +38,7 @@ from jbn.axes import AtRank, Layout, Rows, Weights
 from jbn.lowering.inline import where
 from jbn.lowering.mesh import sharded_by_compiler
 from jbn.ops import numeric
-from jbn.ops.segments import Segments, inside, segments_of
+from jbn.ops.segments import Segments, inside, segments_of, spread
 from jbn.options import Options, completed
 from jbn.running import Rule, make_rule, update
 from jbn.summary import Guess, Summary
@@ -156,11 +157,9 @@ class Call:
         guess = None
         if self.batch_stats is not None:
             guess = Guess(self.running.mean, self.epsilon)
-        read = self.x, self.weights
-        if self.tau is None:
-            # The derivative of the normalization goes through the moments already.
-            read = lax.stop_gradient(read)
-        return row_summary(self.rows, self.tiny, *read, self.segments, guess)
+        return row_summary(
+            self.rows, self.tiny, self.x, self.weights, self.segments, guess
+        )
 
     def by_running(self) -> Inexact[Array, "..."]:
         """The output normalized by the running statistics."""
@@ -225,14 +224,16 @@ class Call:
 
     def _effective_weight(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
         """`sum(w)**2 / sum(w**2)`: how many equal rows the weighted ones are worth."""
-        if self.weights is None or self.weights.dtype == bool:
+        weights, down = numeric.scaled_down(self.weights)
+        if weights is None or weights.dtype == bool:
             return weight
-        squares = numeric.abs_square(numeric.wide(self.weights))
-        rows = self.rows.axes
-        total = numeric.total_weight(self.described, squares, rows, self.segments)
+        share = weights * spread(numeric.reciprocal(weight * down), self.segments)
+        total = numeric.total_weight(
+            self.described, share * share, self.rows.axes, self.segments
+        )
         if self.rows.axis_name is not None:
             total = summary.psum(total, self.rows)
-        return weight * weight * numeric.reciprocal(total).astype(weight.dtype)
+        return numeric.reciprocal(total).astype(weight.dtype)
 
 
 def prepare(
@@ -331,6 +332,8 @@ def run(
     """
     # Inference is a few operations: inlined, they are those of the formula.
     program = _training if call.summarizes else _inference
+    if closes_over_tracers(call.activation):
+        program = _program  # A cached program would keep the tracers.
     y, batch_stats = program(body, tuple(static.items()), call, arrays)
     return y, call.batch_stats if batch_stats is None else batch_stats
 

@@ -31,7 +31,7 @@ from jbn.variants.renorm import batch_renorm, next_step
 Schedule = float | Callable[[jax.Array], Any]
 
 
-class LinenOptions(LayerOptions, total=False):
+class _LinenOptions(LayerOptions, total=False):
     """The settings of Linen modules."""
 
     force_float32_reductions: Annotated[
@@ -60,14 +60,14 @@ _ORDER = dict.fromkeys(
         "axis_index_groups",
         "use_fast_variance",
         "force_float32_reductions",
-        *options_of(LinenOptions),
+        *options_of(_LinenOptions),
     )
 )
 
 
 def _fields() -> dict[str, Any]:
     """The body of a class with a field for each option."""
-    options = {name: options_of(LinenOptions)[name] for name in _ORDER}
+    options = {name: options_of(_LinenOptions)[name] for name in _ORDER}
     kinds = {name: kind for name, (kind, _) in options.items()}
     return {
         "__module__": __name__,
@@ -86,7 +86,7 @@ else:
     _Fields = type(nn.Module)("_Fields", (nn.Module,), _fields())
 
 
-@described(LinenOptions)
+@described(_LinenOptions)
 class BatchNorm(_Fields):
     """Normalizes each feature by the batch: `jbn.batch_norm` as a Linen module.
 
@@ -115,7 +115,7 @@ class BatchNorm(_Fields):
             *,
             name: str | None = None,
             parent: Any = None,
-            **settings: Unpack[LinenOptions],
+            **settings: Unpack[_LinenOptions],
         ) -> None: ...
 
     def __post_init__(self):
@@ -177,7 +177,7 @@ class BatchRenorm(BatchNorm, _RenormFields):
             *,
             name: str | None = None,
             parent: Any = None,
-            **settings: Unpack[LinenOptions],
+            **settings: Unpack[_LinenOptions],
         ) -> None: ...
 
     @nn.compact
@@ -257,7 +257,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
             devices_per_group: int = 1,
             name: str | None = None,
             parent: Any = None,
-            **settings: Unpack[LinenOptions],
+            **settings: Unpack[_LinenOptions],
         ) -> None: ...
 
     @nn.compact
@@ -317,7 +317,7 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
             own_affine: bool = False,
             name: str | None = None,
             parent: Any = None,
-            **settings: Unpack[LinenOptions],
+            **settings: Unpack[_LinenOptions],
         ) -> None: ...
 
     @nn.compact
@@ -383,7 +383,7 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
             one_plus: bool = False,
             name: str | None = None,
             parent: Any = None,
-            **settings: Unpack[LinenOptions],
+            **settings: Unpack[_LinenOptions],
         ) -> None: ...
 
     @nn.compact
@@ -411,7 +411,7 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
         Returns:
             The normalized array, of the shape of `x`.
         """
-        ones = options_of(LinenOptions)["scale_init"][1].default
+        ones = options_of(_LinenOptions)["scale_init"][1].default
         from_zero = self.one_plus and self.scale_init is ones
         return _thread(
             self,
@@ -456,7 +456,7 @@ class FrozenBatchNorm(BatchNorm):
             freeze_mode: bool = True,
             name: str | None = None,
             parent: Any = None,
-            **settings: Unpack[LinenOptions],
+            **settings: Unpack[_LinenOptions],
         ) -> None: ...
 
     @nn.compact

@@ -34,7 +34,7 @@ from jbn.variants.renorm import batch_renorm, next_step
 Schedule = float | Callable[[jax.Array], Any]
 
 
-class NNXOptions(LayerOptions, total=False):
+class _NNXOptions(LayerOptions, total=False):
     """The settings of NNX modules, besides those that each spells out."""
 
     use_running_average: Annotated[
@@ -64,7 +64,7 @@ class NNXOptions(LayerOptions, total=False):
     ]
 
 
-@described(NNXOptions)
+@described(_NNXOptions)
 class BatchNorm(nnx.Module):
     """Normalizes each feature by the batch: `jbn.batch_norm` as an NNX module.
 
@@ -86,13 +86,13 @@ class BatchNorm(nnx.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    @documented(NNXOptions)
+    @documented(_NNXOptions)
     def __init__(
         self,
         num_features: int | tuple[int, ...],
         *,
         rngs: nnx.Rngs,
-        **settings: Unpack[NNXOptions],
+        **settings: Unpack[_NNXOptions],
     ):
         """Makes the variables; the class explains the arguments."""
         self._make(num_features, rngs, settings)
@@ -115,7 +115,7 @@ class BatchNorm(nnx.Module):
                 "`num_features` comes first, the number of features; got"
                 f" {num_features!r}. Pass flags by name."
             )
-        given = completed(NNXOptions, settings, type(self).__name__)
+        given = completed(_NNXOptions, settings, type(self).__name__)
         _, fresh = init(num_features)
         features = fresh.mean.shape
         _, fresh = init(
@@ -196,7 +196,7 @@ class BatchRenorm(BatchNorm):
     All other arguments are those of `BatchNorm`.
     """
 
-    @documented(NNXOptions)
+    @documented(_NNXOptions)
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -204,7 +204,7 @@ class BatchRenorm(BatchNorm):
         d_max: Schedule = 5.0,
         *,
         rngs: nnx.Rngs,
-        **settings: Unpack[NNXOptions],
+        **settings: Unpack[_NNXOptions],
     ):
         """Makes the variables; the class explains the arguments."""
         self._make(num_features, rngs, settings)
@@ -268,7 +268,7 @@ class GhostBatchNorm(BatchNorm):
     All other arguments are those of `BatchNorm`.
     """
 
-    @documented(NNXOptions)
+    @documented(_NNXOptions)
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -276,7 +276,7 @@ class GhostBatchNorm(BatchNorm):
         *,
         devices_per_group: int = 1,
         rngs: nnx.Rngs,
-        **settings: Unpack[NNXOptions],
+        **settings: Unpack[_NNXOptions],
     ):
         """Makes the variables; the class explains the arguments."""
         self._make(num_features, rngs, settings)
@@ -325,7 +325,7 @@ class DomainBatchNorm(BatchNorm):
     All other arguments are those of `BatchNorm`.
     """
 
-    @documented(NNXOptions)
+    @documented(_NNXOptions)
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -333,7 +333,7 @@ class DomainBatchNorm(BatchNorm):
         own_affine: bool = False,
         *,
         rngs: nnx.Rngs,
-        **settings: Unpack[NNXOptions],
+        **settings: Unpack[_NNXOptions],
     ):
         """Makes the variables; the class explains the arguments."""
         front = (num_domains,)
@@ -387,7 +387,7 @@ class ConditionalBatchNorm(BatchNorm):
     All other arguments are those of `BatchNorm`.
     """
 
-    @documented(NNXOptions)
+    @documented(_NNXOptions)
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -395,7 +395,7 @@ class ConditionalBatchNorm(BatchNorm):
         one_plus: bool = False,
         *,
         rngs: nnx.Rngs,
-        **settings: Unpack[NNXOptions],
+        **settings: Unpack[_NNXOptions],
     ):
         """Makes the variables; the class explains the arguments."""
         if one_plus:
@@ -457,7 +457,7 @@ class FrozenBatchNorm(BatchNorm):
     All other arguments are those of `BatchNorm`.
     """
 
-    @documented(NNXOptions)
+    @documented(_NNXOptions)
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -466,7 +466,7 @@ class FrozenBatchNorm(BatchNorm):
         freeze_mode: bool = True,
         *,
         rngs: nnx.Rngs,
-        **settings: Unpack[NNXOptions],
+        **settings: Unpack[_NNXOptions],
     ):
         """Makes the variables; the class explains the arguments."""
         self._make(num_features, rngs, settings)

@@ -189,8 +189,9 @@ def update(
             kept *= jnp.minimum(weight, 1)
     keep, add = kept, added
     if weight is not None:
+        kept, added = kept * numeric.DOWN, added * numeric.DOWN
         total = kept + added
-        weight = where(some, total, weight)
+        weight = where(some, numeric.scaled_up(total), weight)
         keep, add = (part * numeric.reciprocal(total) for part in (kept, added))
     if rule.momentum is None:
         # Not `keep * old + add * new`: where a float cannot count single rows any more,

@@ -190,15 +190,14 @@ def _merge(parts: Summary, total: Callable[[Any], Any]) -> Summary:
     """Merges the summaries that `total` sums over."""
     # Times their weight, means near the largest float would overflow.
     small = 2.0**-32
-    weight, moment = total(
-        (parts.weight, numeric.weigh(parts.shift * small, parts.weight))
-    )
+    weights = parts.weight * numeric.DOWN
+    weight, moment = total((weights, numeric.weigh(parts.shift * small, weights)))
     per_weight = numeric.reciprocal(weight)
     shift = moment * per_weight.astype(moment.dtype) / small
     # Any value near the mean will do for the common shift, so no gradient has to pass.
     shift = numeric.coarse(lax.stop_gradient(shift))
     offset = (parts.shift - shift) + parts.offset
-    share = parts.weight * per_weight
+    share = weights * per_weight
     offset, square = total(
         (
             numeric.weigh(offset, share),
@@ -206,7 +205,7 @@ def _merge(parts: Summary, total: Callable[[Any], Any]) -> Summary:
         )
     )
     var = numeric.difference(square, numeric.abs_square(offset))
-    return Summary(weight, shift, offset, var)
+    return Summary(numeric.scaled_up(weight), shift, offset, var)
 
 
 def all_reduce(summary: Summary, rows: Rows) -> Summary:

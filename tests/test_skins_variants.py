@@ -436,11 +436,11 @@ def test_a_checkpoint_of_batch_norm_is_one_of_these(name, rng):
 def test_a_checkpoint_of_batch_norm_starts_every_domain(rng):
     x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
     params, stats = state_of(rng, METHODS["BatchNorm"], {})
-    want = jbn.BatchNorm().apply(
+    want: Any = jbn.BatchNorm().apply(
         {"params": present(params), "batch_stats": present(stats)}, x, True
     )
     tiled = {k: jnp.tile(v, (3, 1)) for k, v in present(stats).items()}
-    got = jbn.DomainBatchNorm(3).apply(
+    got: Any = jbn.DomainBatchNorm(3).apply(
         {"params": present(params), "batch_stats": tiled}, x, True, domain=IDS
     )
     # Not bit for bit: two programs, which XLA contracts into other multiply-adds.

@@ -25,3 +25,8 @@ def mapped_by(*kinds: str) -> list[Any]:
 def numbers_of_devices(*numbers: int) -> list[Any]:
     """Numbers of devices to run on."""
     return [needs_devices(number, when=number > 1) for number in numbers]
+
+
+def executors(*pairs: tuple[str, int]) -> list[Any]:
+    """Pairs of how a trainer is parallel, and on how many devices."""
+    return [needs_devices(*pair, when=pair[1] > 1) for pair in pairs]

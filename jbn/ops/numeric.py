@@ -106,6 +106,25 @@ def no_part(x: jax.Array, weights: jax.Array | None) -> Bool[Array, "..."] | Non
     return weightless & ~jnp.isfinite(x)
 
 
+# Sums of weights near the largest float overflow, and their reciprocals underflow.
+# Times this, they do not. It is a power of two, so nothing is rounded.
+DOWN = 2.0**-24
+
+
+def scaled_down(weights: jax.Array | None) -> tuple[jax.Array | None, float]:
+    """Weights whose sums are finite, and the factor between them and the weights."""
+    if weights is None or weights.dtype == bool:
+        return weights, 1.0
+    weights = wide(weights)
+    return weights * np.asarray(DOWN, weights.dtype), DOWN
+
+
+def scaled_up(total: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A sum of weights that were scaled down; at most the largest float."""
+    most = np.finfo(total.dtype).max
+    return lax.min(total / DOWN, lax.full_like(total, most))
+
+
 def reciprocal(total: jax.Array) -> jax.Array:
     """`1 / total`, and 0 for a total of 0: averages over nothing are zero."""
     some = total > 0

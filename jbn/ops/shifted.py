@@ -62,6 +62,7 @@ def summarize(
         near: A shift; by default one is computed from `x`.
         tiny: Whether a variance below 1e-30 has to be accurate.
     """
+    weights, down = numeric.scaled_down(weights)
     weight = numeric.total_weight(x, weights, axes, segments)
     if weights is None and segments is None and is_static(x.shape):
         rows = math.prod(x.shape[a] for a in axes)
@@ -95,6 +96,7 @@ def summarize(
     if lift is not None:
         lift = lift if segments is None else lift[None]
         offset, var = offset / lift.astype(d.dtype), var / lift / lift
+    weight = weight if down == 1 else numeric.scaled_up(weight)
     return weight, shift, offset, var
 
 

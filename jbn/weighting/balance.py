@@ -47,7 +47,8 @@ def sample_weights(weights: ArrayLike, *, axis: int | tuple[int, ...] = 0) -> ja
     w = _real(weights, "weights")
     kept = axes.layout(w, axis).feature_axes
     others = tuple(a for a in range(w.ndim) if a not in kept)
-    return w * numeric.reciprocal(w.sum(others, keepdims=True))
+    scaled = w * numeric.DOWN
+    return scaled * numeric.reciprocal(scaled.sum(others, keepdims=True))
 
 
 def group_weights(
@@ -96,7 +97,7 @@ def group_weights(
             f"`weights` must have the shape of `ids`; got {w.shape} and {ids.shape}."
         )
     ids = segments_of(ids, num_groups).ids
-    w = jnp.where(ids < num_groups, w, 0)
+    w = jnp.where(ids < num_groups, w * numeric.DOWN, 0)
     totals = jax.ops.segment_sum(w.ravel(), ids.ravel(), num_groups)
     rows = axes.rows(axes.Layout(w.shape, ()), axis_name, axis_index_groups)
     if axis_name is not None:

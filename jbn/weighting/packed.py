@@ -29,7 +29,8 @@ def segment_ids(
 
     To let each segment count once, however long it is, pass
     `weights=group_weights(ids, len(lengths))` instead. To give each its own statistics
-    (instance norm on packed data) call `domain_batch_norm` with `domain=ids`.
+    (instance norm on packed data) call `domain_batch_norm` with `domain=ids` and
+    `num_domains=len(lengths) + 1`: the padding is one more domain.
 
     Args:
         lengths: Number of rows of each segment, of shape (num_segments,) and an integer

@@ -94,6 +94,7 @@ def compile_mapped(
     return compile_ahead(jax.jit(f).lower(x))
 
 
+@pytest.mark.devices
 def test_a_sum_over_devices():
     report = compile_mapped(lambda x: lax.psum(x, "d"))
     (found,) = report.collectives
@@ -106,6 +107,7 @@ def test_a_sum_over_devices():
     assert report.bytes_accessed is not None
 
 
+@pytest.mark.devices
 def test_no_communication():
     report = compile_mapped(lambda x: 2 * x, "d")
     assert report.collectives == ()
@@ -113,6 +115,7 @@ def test_no_communication():
     assert "collectives     none" in str(report)
 
 
+@pytest.mark.devices
 def test_loops_count_once_and_say_so():
     def f(x):
         body = lambda total, row: (total + lax.psum(row, "d"), None)
@@ -154,6 +157,7 @@ def test_kinds(kind: str, f: Callable[..., Any], size: int):
     assert [(c.kind, c.bytes) for c in report.collectives] == [(kind, size)]
 
 
+@pytest.mark.devices
 def test_branches_say_so():
     def f(x):
         total = lax.psum(x.sum(), "d")
@@ -217,6 +221,7 @@ ENTRY main (x: f32[8]) -> f32[8] {
     ]
 
 
+@pytest.mark.devices
 def test_what_fits():
     report = compile_mapped(lambda x: lax.psum(x, "d"))
     assert report.memory is None  # a CPU has whatever the machine has

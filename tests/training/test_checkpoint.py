@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from ways import executors
 
 from jbn.models import MLP
 from jbn.training.checkpoint import Checkpoints
@@ -122,8 +123,13 @@ def test_in_the_middle_of_an_epoch(
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-@pytest.mark.parametrize("parallel", ["pmap", "jit"])
-def test_comes_back_to_the_last_bit(tmp_path: Path, parallel: str, averaged: bool):
+@pytest.mark.parametrize(
+    ("parallel", "num_devices"),
+    executors(("pmap", 1), ("jit", 1), ("pmap", 4), ("jit", 4)),
+)
+def test_comes_back_to_the_last_bit(
+    tmp_path: Path, parallel: str, num_devices: int, averaged: bool
+):
     """Also onto another number of devices."""
     state = make(averaged=averaged)
     rng = np.random.default_rng(0)
@@ -133,7 +139,8 @@ def test_comes_back_to_the_last_bit(tmp_path: Path, parallel: str, averaged: boo
         ),
         state,
     )
-    executor = Executor(jax.devices()[:4], parallel)  # pyright: ignore
+    devices = jax.devices()[:num_devices]
+    executor = Executor(devices, parallel)  # pyright: ignore
     sums = {"loss": 0.1 + 0.2, "weight": 1e-320, "correct": 1 / 3}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(
@@ -142,8 +149,8 @@ def test_comes_back_to_the_last_bit(tmp_path: Path, parallel: str, averaged: boo
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         restored, progress = checkpoints.restore(7, jax.eval_shape(lambda: state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
-    two = Executor(jax.devices()[:2], parallel)  # pyright: ignore
-    for found in (restored, two.get(two.put(restored))):
+    fewer = Executor(devices[:2], parallel)  # pyright: ignore
+    for found in (restored, fewer.get(fewer.put(restored))):
         jax.tree.map(np.testing.assert_array_equal, found, at(state, 7))
     dtypes = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
     assert dtypes(restored) == dtypes(state)

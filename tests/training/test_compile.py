@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from ways import needs_devices
 
 from jbn.training import compile
 from jbn.training.errors import UsageError
@@ -12,6 +13,7 @@ from jbn.training.errors import UsageError
 SHAPE = ("--shape", "8", "8", "3", "--num-classes", "5")
 
 
+@pytest.mark.devices
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("parallel", ["pmap", "jit"])
 def test_report(parallel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -34,9 +36,14 @@ def test_report(parallel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (["--batch-size=30", "--num-devices=4"], "is not a multiple of 4 devices"),
+        needs_devices(
+            ["--batch-size=30", "--num-devices=4"], "is not a multiple of 4 devices"
+        ),
         (["--topology=v5e:2x2"], "--topology needs --accelerator=tpu or gpu"),
-        (["--bn-group-size=3", "--num-devices=4"], "must divide the number of devices"),
+        needs_devices(
+            ["--bn-group-size=3", "--num-devices=4"],
+            "must divide the number of devices",
+        ),
     ],
 )
 def test_what_cannot_be_compiled(args: list[str], match: str):

@@ -1,4 +1,4 @@
-"""Devices: those asked for, or a message. The tests run on eight virtual CPUs."""
+"""Devices: those asked for, or a message. On a CPU, or on eight virtual ones."""
 
 import types
 from typing import Any
@@ -11,33 +11,42 @@ from jbn.training.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
-def in_use():
-    """The eight are there, and do not become fewer."""
-    assert len(jax.devices()) == 8
+def in_use(request: pytest.FixtureRequest) -> int:
+    """As many as are there, which become no fewer and no more."""
+    number = len(jax.devices())
+    assert number == request.config.getoption("--devices")
+    return number
 
 
 def test_one_cpu_unless_asked_for_more():
+    assert select_devices(None, None) == jax.devices()[:1]
+    assert select_devices("cpu", 1) == jax.devices()[:1]
+
+
+@pytest.mark.devices
+def test_some_of_several_cpus():
     assert select_devices(None, None) == jax.devices()[:1]
     assert select_devices("cpu", 4) == jax.devices()[:4]
 
 
 @pytest.mark.parametrize("accelerator", ["gpu", "tpu"])
-def test_missing_accelerator(accelerator: Any):
+def test_missing_accelerator(accelerator: Any, in_use: int):
     if jax.default_backend() == accelerator:
         pytest.skip("is there")
     before = jax.config.values["jax_platforms"]
-    with pytest.raises(UsageError, match=r"found only 8 CPU\..*pip install"):
+    with pytest.raises(UsageError, match=rf"found only {in_use} CPU\..*pip install"):
         select_devices(accelerator, None)
     assert jax.config.values["jax_platforms"] == before
 
 
-def test_too_many_devices():
-    with pytest.raises(UsageError, match="--num-devices=9, but JAX found 8 CPU"):
+def test_too_many_devices(in_use: int):
+    found = f"--num-devices=9, but JAX found {in_use} CPU"
+    with pytest.raises(UsageError, match=found):
         select_devices(None, 9)
 
 
 def test_describe():
-    assert describe(jax.devices()[:3]) == "3 CPU"
+    assert describe(3 * jax.devices()[:1]) == "3 CPU"
 
 
 def fake_devices(platform: str, kind: str) -> list[Any]:

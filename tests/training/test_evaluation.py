@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from ways import executors
 
 from jbn.linen import BatchNorm
 from jbn.models import MLP
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.sweep
 
 Parallel = Literal["pmap", "jit"]
 SHAPE = (4, 4, 1)
-WAYS = [("pmap", 1), ("pmap", 4), ("jit", 1), ("jit", 8)]
+WAYS = executors(("pmap", 1), ("pmap", 4), ("jit", 1), ("jit", 8))
 
 
 def make_split(rng: np.random.Generator, rows: int) -> InMemory:

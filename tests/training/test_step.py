@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ways import executors
 
 from jbn.linen import BatchNorm, GhostBatchNorm
 from jbn.models import MLP
@@ -29,7 +30,7 @@ Parallel = Literal["pmap", "jit"]
 NUM_ROWS, BATCH_SIZE, EPOCHS = 51, 16, 3  # The last batch of an epoch has 3 rows.
 SHAPE = (4, 4, 1)
 OPTIMIZER = optax.sgd(0.1)
-RUNS = [("pmap", n) for n in (1, 2, 4, 8)] + [("jit", n) for n in (1, 2, 4, 8)]
+RUNS = executors(*((how, n) for how in ("pmap", "jit") for n in (1, 2, 4, 8)))
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,7 @@ def test_equals_plain_loop(
     )
 
 
+@pytest.mark.devices
 @pytest.mark.usefixtures("x64", "standard_promotion")
 def test_equal_for_long_in_float64(split: InMemory):
     """With Adam and for 400 steps, where float32 would be off by then."""
@@ -175,8 +177,12 @@ def test_equal_for_long_in_float64(split: InMemory):
         np.testing.assert_allclose(train(parallel, 8), expected, rtol=1e-8)
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "jit"])
-def test_gradient_is_that_of_one_device(split: InMemory, parallel: Parallel):
+@pytest.mark.parametrize(
+    ("parallel", "num_devices"), executors(("jit", 1), ("pmap", 4), ("jit", 4))
+)
+def test_gradient_is_that_of_one_device(
+    split: InMemory, parallel: Parallel, num_devices: int
+):
     """With weights other than one, and a different sum of them on each device."""
     optimizer = optax.sgd(1.0)  # The step is the gradient.
     rng = np.random.default_rng(1)
@@ -184,7 +190,7 @@ def test_gradient_is_that_of_one_device(split: InMemory, parallel: Parallel):
     weights = rng.uniform(0.1, 2, (1, 16)).astype(np.float32)
     weights[0, [0, 1, 2, 3, 9]] = 0
 
-    def gradient(num_devices: int) -> Any:
+    def gradient() -> Any:
         executor = Executor(jax.devices()[:num_devices], parallel)
         state, plan = initial(optimizer), Plan(indices, weights)
         new_state, _ = run_plan(executor, split, plan, state, optimizer)
@@ -209,15 +215,19 @@ def test_gradient_is_that_of_one_device(split: InMemory, parallel: Parallel):
     expected = plain_gradient()
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-        gradient(4),
+        gradient(),
         expected,
     )
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "jit"])
-def test_padding_changes_nothing(split: InMemory, parallel: Parallel):
+@pytest.mark.parametrize(
+    ("parallel", "num_devices"), executors(("jit", 1), ("pmap", 2), ("jit", 2))
+)
+def test_padding_changes_nothing(
+    split: InMemory, parallel: Parallel, num_devices: int
+):
     """Neither rows without weight, which may be any rows, nor steps without any."""
-    executor = Executor(jax.devices()[:2], parallel)
+    executor = Executor(jax.devices()[:num_devices], parallel)
     plan = plan_epoch(np.arange(20), 10, multiple=2)
     expected, metrics = run_plan(executor, split, plan, initial())
 
@@ -243,7 +253,7 @@ def test_padding_changes_nothing(split: InMemory, parallel: Parallel):
 @pytest.mark.parametrize("parallel", ["pmap", "jit"])
 def test_dispatch(split: InMemory, parallel: Parallel):
     """Traced once for all epochs, in place, and as good as step by step."""
-    executor = Executor(jax.devices()[:2], parallel)
+    executor = Executor(jax.devices()[:1], parallel)
     step = make_train_step(make_task(executor.axis_name))
     traces = []
 
@@ -284,7 +294,9 @@ def test_initialize_makes_what_create_state_makes(averaged: bool):
     assert len(set(buffers)) == len(buffers)
 
 
-@pytest.mark.parametrize(("parallel", "num_devices"), [("pmap", 4), ("jit", 4)])
+@pytest.mark.parametrize(
+    ("parallel", "num_devices"), executors(("pmap", 1), ("pmap", 4), ("jit", 4))
+)
 def test_evaluation_uses_running_statistics(
     split: InMemory, parallel: Parallel, num_devices: int
 ):
@@ -320,7 +332,9 @@ def test_repeatable_bit_for_bit(split: InMemory):
 # ---- What else a step may do ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(("parallel", "num_devices"), [("pmap", 2), ("jit", 4)])
+@pytest.mark.parametrize(
+    ("parallel", "num_devices"), executors(("jit", 1), ("pmap", 2), ("jit", 4))
+)
 def test_microbatches_are_ghost_groups(
     split: InMemory, parallel: Parallel, num_devices: int
 ):
@@ -358,8 +372,12 @@ def test_microbatches_are_ghost_groups(
     close(executor.get(metrics)["loss"], alone.get(wanted)["loss"])
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "jit"])
-def test_what_is_not_finite_is_skipped_whole(split: InMemory, parallel: Parallel):
+@pytest.mark.parametrize(
+    ("parallel", "num_devices"), executors(("jit", 1), ("pmap", 2), ("jit", 2))
+)
+def test_what_is_not_finite_is_skipped_whole(
+    split: InMemory, parallel: Parallel, num_devices: int
+):
     """The loss, or only the optimizer's update; and the run goes on behind it."""
     image = split.image.astype(np.float32) / 255
     image[7] = np.nan
@@ -375,7 +393,7 @@ def test_what_is_not_finite_is_skipped_whole(split: InMemory, parallel: Parallel
     optimizer = optax.GradientTransformation(
         lambda params: jnp.zeros((), jnp.int32), spoil
     )
-    executor = Executor(jax.devices()[:2], parallel)
+    executor = Executor(jax.devices()[:num_devices], parallel)
     state, metrics = run_plan(executor, data, plan, initial(optimizer), optimizer)
     # The third update is of step 3, as step 1 was none; so are all that come after it,
     # because the optimizer's count stays where it was.
@@ -434,7 +452,9 @@ def test_label_smoothing_is_that_of_optax(split: InMemory):
     np.testing.assert_allclose(losses(executor.get(metrics))[0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("parallel", "num_devices"), [("pmap", 4), ("jit", 8)])
+@pytest.mark.parametrize(
+    ("parallel", "num_devices"), executors(("pmap", 4), ("jit", 8))
+)
 def test_augmentation_does_not_depend_on_the_devices(
     split: InMemory, parallel: Parallel, num_devices: int
 ):

@@ -625,11 +625,6 @@ def over_devices(name, kind, devices):
     return call
 
 
-def needs(kind, devices):
-    """The marks of a test of so many devices. `vmap` has as many on one."""
-    return [pytest.mark.devices] if devices > 1 and kind != "vmap" else []
-
-
 KINDS = ("jit", "pmap", "vmap", "shard_map checked", "shard_map unchecked")
 # How many of its six rows each of eight devices has; with fewer devices these merge.
 COUNTS = (
@@ -650,7 +645,7 @@ COUNTS = (
             kind,
             devices,
             marks=[
-                *needs(kind, devices),
+                *([pytest.mark.devices] if kind != "vmap" and devices > 1 else []),
                 *([] if (2 * i + j) % 9 == 0 else [pytest.mark.slow]),
             ],
         )

@@ -13,6 +13,7 @@ import oracle
 import pytest
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from ways import mapped_by
 
 import jbn
 from jbn import BatchStats, Params
@@ -650,10 +651,8 @@ def executor(kind, masked=True):
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
-KINDS = ("vmap", "shard_map checked", "shard_map unchecked")
 kinds = pytest.mark.parametrize(
-    "kind",
-    [KINDS[0], *(pytest.param(kind, marks=pytest.mark.devices) for kind in KINDS[1:])],
+    "kind", mapped_by("vmap", "shard_map checked", "shard_map unchecked")
 )
 
 
