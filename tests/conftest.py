@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     """Marks the cases of a sweep as slow, but for a sample that is always the same."""
-    several = config.getoption("--devices") > 1
+    several = int(str(config.getoption("--devices"))) > 1
     for item in items:
         if several and not item.get_closest_marker("devices"):
             item.add_marker(pytest.mark.skip("runs on one device"))
@@ -111,7 +111,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, no_jaxprs_from_before):
 
 
 def lower_for(
-    monkeypatch: pytest.MonkeyPatch, platform: str, shards: int | None = None
+    monkeypatch: pytest.MonkeyPatch, platform: late.Platform, shards: int | None = None
 ) -> None:
     """Lowers everything for another platform, or for more devices."""
     before = late.target_of

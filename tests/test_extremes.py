@@ -199,7 +199,7 @@ every_run = pytest.mark.parametrize(
 @pytest.mark.parametrize("weights", FIT.values(), ids=FIT)
 def test_large_weights(run, weights):
     w = np.asarray(weights, np.float32)
-    if run is in_two_parts and w.sum() > LARGEST / 2:
+    if run is in_two_parts and (w > 1).sum() > 1:
         pytest.skip("XLA moves the factor that keeps this sum finite out of it")
     y, means, variances = fast(run)(X, w)
     # In proportion, as their products overflow even in the reference's sums.

@@ -187,7 +187,7 @@ def problem(name: str) -> Problem:
         shape = (*method.params_front, 3)
         params = jbn.Params(normal(*shape), normal(*shape))
     shape = (*method.stats_front, 3)
-    var = jnp.asarray(RNG.uniform(1, 3, shape), jnp.float32)
+    var = jnp.linspace(0.5, 4, int(np.prod(shape))).reshape(shape)
     return Problem(X, params, jbn.BatchStats(0.3 * normal(*shape), var))
 
 
@@ -265,6 +265,7 @@ WAYS: dict[str, Callable[..., Any]] = {
     "nnx": by_nnx,
 }
 Case = Callable[[Problem], Any]
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def case(method: Method, way: str, options: Mapping[str, Any]) -> Case:
@@ -275,7 +276,7 @@ def case(method: Method, way: str, options: Mapping[str, Any]) -> Case:
 
     def first_of_two(p: Problem) -> Any:
         one = lambda x: run(method, p._replace(x=x), **options)
-        x = jnp.stack([p.x, 2 * p.x + 1])
+        x = jnp.stack([p.x, 2 * p.x])
         return jax.tree.map(lambda v: v[0], jax.vmap(one, axis_name="devices")(x))
 
     return first_of_two
@@ -284,7 +285,7 @@ def case(method: Method, way: str, options: Mapping[str, Any]) -> Case:
 def together(name: str, cases: Mapping[tuple[str, str], Case]) -> dict[Any, Any]:
     """What each makes of the arrays of a method, or its error, by one program.
 
-    Compiled together they take half the time.
+    Together, and with less of a compiler, they take a quarter of the time.
     """
     errors = {}
 
@@ -297,8 +298,7 @@ def together(name: str, cases: Mapping[tuple[str, str], Case]) -> dict[Any, Any]
                 errors[key] = error
         return found
 
-    program = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
-    return program(PROBLEMS[name]) | errors
+    return jax.jit(run, compiler_options=QUICKLY)(PROBLEMS[name]) | errors
 
 
 def leaves_of(*trees: Any) -> list[list[Any]]:
@@ -347,7 +347,6 @@ def test_an_option_changes_the_result_and_modules_take_it(name, subtests):
         for option in {option for option, _ in cases}:
             options = {option: VALUES[option]}
             cases[option, "dense"] = case(plain, "function", options)
-        ways = [*ways, "dense"]
     found = together(name, cases | {("", "function"): case(method, "function", {})})
     for option in options_of(Options):
         with subtests.test(option):
@@ -359,10 +358,10 @@ def test_an_option_changes_the_result_and_modules_take_it(name, subtests):
                 continue
             want = found[option, "function"]
             assert differ(want, found["", "function"]), "has no effect"
-            for way in ways:
-                # Of a sparse array the output is rounded in two parts.
-                rounded = way == "dense" and option == "dtype"
-                assert_close(found[option, way], want, 0.05 if rounded else 1e-5)
+            # Of a sparse array the output is rounded in two parts.
+            tolerance = 0.05 if (name, option) == ("sparse", "dtype") else 1e-5
+            for way in {way for o, way in cases if o == option}:
+                assert_close(found[option, way], want, tolerance)
 
 
 # --- Options of a method's own ---------------------------------------------------
@@ -421,7 +420,7 @@ def test_an_option_of_its_own_is_checked(option, way):
     assert names
     for name in names:
         method = METHODS[name]
-        method = method._replace(own=method.own | {option: value}, made={})
+        method = method._replace(own=method.own | {option: value})
         with pytest.raises(Exception, match=message):  # Flax has one of its own
             case(method, way, {})(PROBLEMS[name])
 

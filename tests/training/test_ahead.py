@@ -139,6 +139,7 @@ def test_loops_count_once_and_say_so():
     assert "2 all-reduce, 64 bytes (largest: 32 bytes); 1 in loops" in str(report)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(
     ("kind", "f", "size"),
     [

@@ -223,9 +223,7 @@ def test_gradient_is_that_of_one_device(
 @pytest.mark.parametrize(
     ("parallel", "num_devices"), executors(("jit", 1), ("pmap", 2), ("jit", 2))
 )
-def test_padding_changes_nothing(
-    split: InMemory, parallel: Parallel, num_devices: int
-):
+def test_padding_changes_nothing(split: InMemory, parallel: Parallel, num_devices: int):
     """Neither rows without weight, which may be any rows, nor steps without any."""
     executor = Executor(jax.devices()[:num_devices], parallel)
     plan = plan_epoch(np.arange(20), 10, multiple=2)

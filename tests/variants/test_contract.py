@@ -612,6 +612,7 @@ def over_devices(name, kind, devices):
         if stacked:
             split = jax.tree.map(lambda v: v.reshape(devices, -1, *v.shape[1:]), split)
         elif kind == "jit":
+            assert mesh is not None
             split = jax.device_put(split, NamedSharding(mesh, P("d")))
         (y, by_split), (loss, stats, by_shared) = run(split, shared)
         if stacked:
