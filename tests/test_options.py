@@ -202,7 +202,8 @@ def present(record: Any) -> dict[str, Any]:
 
 def by_function(method: Method, p: Problem, **options: Any) -> Any:
     """Output and new statistics."""
-    given = method.own | method.call | {"use_running_average": False} | options
+    given: dict[str, Any] = {"use_running_average": False, **method.own}
+    given |= method.call | options
     params: Any = p.params
     if method.params_front is None:
         params, given = None, present(p.params) | given
@@ -625,7 +626,7 @@ def test_a_class_shows_and_explains_every_setting(cls):
     if cls is not base:
         names -= set(plain)
         pattern = r"All other (attributes|arguments) are those of `BatchNorm`"
-        assert re.search(pattern, cls.__doc__)
+        assert re.search(pattern, str(cls.__doc__))
     assert_explained(cls, names)
 
 

@@ -749,9 +749,9 @@ def test_collectives(name, kind, rng):
         assert not OTHERS.search(hlo)
         sizes = all_reduces(hlo)
         assert len(sizes) == count
-        # Of eight shards, however many there are: plain `jit` does not tell. Each has
-        # four numbers, a gradient has four, and trimming has two; all for each domain.
-        assert sum(sizes) <= (4 * 8 + 4 + 2) * 3 * DOMAINS
+        # Each of four shards has four numbers, a gradient has four, and trimming has
+        # two; all for each domain.
+        assert sum(sizes) <= (4 * 4 + 4 + 2) * 3 * DOMAINS
 
 
 @pytest.mark.devices
