@@ -38,7 +38,7 @@ from jbn.axes import AtRank, Layout, Rows, Weights
 from jbn.lowering.inline import where
 from jbn.lowering.mesh import sharded_by_compiler
 from jbn.ops import numeric
-from jbn.ops.segments import Segments, inside, segments_of, spread
+from jbn.ops.segments import Segments, inside, segments_of
 from jbn.options import Options, completed
 from jbn.running import Rule, make_rule, update
 from jbn.summary import Guess, Summary
@@ -224,16 +224,15 @@ class Call:
 
     def _effective_weight(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
         """`sum(w)**2 / sum(w**2)`: how many equal rows the weighted ones are worth."""
-        weights, down = numeric.scaled_down(self.weights)
-        if weights is None or weights.dtype == bool:
+        if self.weights is None or self.weights.dtype == bool:
             return weight
-        share = weights * spread(numeric.reciprocal(weight * down), self.segments)
-        total = numeric.total_weight(
-            self.described, share * share, self.rows.axes, self.segments
-        )
+        squares = numeric.abs_square(numeric.wide(self.weights))
+        rows = self.rows.axes
+        total = numeric.total_weight(self.described, squares, rows, self.segments)
         if self.rows.axis_name is not None:
+            # Squares of the weights, not of shares: this sum waits for no other.
             total = summary.psum(total, self.rows)
-        return numeric.reciprocal(total).astype(weight.dtype)
+        return weight * weight * numeric.reciprocal(total).astype(weight.dtype)
 
 
 def prepare(

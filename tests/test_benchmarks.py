@@ -55,7 +55,16 @@ def test_results_say_how_they_came_about(path: Path):
 def test_one_command_for_all():
     found = run("-m", "benchmarks", "--help")
     assert found.returncode == 0
-    for name in ("op", "memory", "network", "first_step", "scale", "variance", "gpu", "job"):
+    for name in (
+        "op",
+        "memory",
+        "network",
+        "first_step",
+        "scale",
+        "variance",
+        "gpu",
+        "job",
+    ):
         assert name in found.stdout
         assert (ROOT / "benchmarks" / f"{name}.py").is_file()
 

@@ -46,8 +46,9 @@ def domain_batch_norm(
         use_running_average: `False` in training, `True` at inference.
         domain: Which domain each row belongs to: integers for the rows, or for their
             leading axes only (one an image: shape (batch,)), or one for all; may be
-            traced. A row of a domain outside of 0 to `num_domains - 1` is of none, as
-            padding: it does not count, and is normalized by the last domain.
+            traced. A row with a negative id is of no domain, as padding: it does not
+            count, and is normalized by the last domain. So is a traced id of
+            `num_domains` or more; a known one is an error.
         num_domains: Needed where `batch_stats` are `None`.
         **options: As for `jbn.batch_norm`. A domain that may be
             alone with one row needs `min_weight=1`, or its output is all bias; one of
