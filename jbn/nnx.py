@@ -602,7 +602,7 @@ def _thread(
         x, mean, var, scale, bias = layer.promote_dtype(
             (x, running.mean, running.var, scale, bias), dtype=layer.dtype
         )
-        params = Params(scale, bias)
+        params = None if params is None else Params(scale, bias)
         if use_running_average and not options["update_stats"]:
             given = running._replace(mean=mean, var=var)
     y, batch_stats = function(

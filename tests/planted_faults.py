@@ -1259,7 +1259,7 @@ def main() -> int:
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         # Most programs are those of the run before.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(folder, "cache"))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/cache")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
         copy = Copy(pathlib.Path(folder))
         failing = copy.failures([test for fault in faults for test in fault.tests])
