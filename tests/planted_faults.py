@@ -1146,18 +1146,27 @@ def copy_of_the_project(to: pathlib.Path) -> None:
             shutil.copyfile(ROOT / name, to / name)
 
 
-def pytest_in(copy: str, arguments: list[str], report: str) -> None:
-    """The body of a process: runs tests of a copy, and exits with what pytest says."""
+def pytest_in(copy: str, tests: list[str], options: list[str], report: str) -> None:
+    """The body of a process: runs tests of a copy, and exits with what pytest says.
+
+    Of what is slow only the cases run that are named.
+    """
     os.chdir(copy)
-    own = str(ROOT)
-    others = [p for p in sys.path if p and not os.path.abspath(p).startswith(own)]
+    others = [p for p in sys.path if not pathlib.Path(p).is_relative_to(ROOT)]
     sys.path[:] = [copy, *others]
     with open(report, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         import pytest
 
-        code = int(pytest.main(arguments))
+        class Quick:
+            @pytest.hookimpl(trylast=True)
+            def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+                slow = lambda item: item.get_closest_marker("slow") is not None
+                items[:] = [v for v in items if v.nodeid in tests or not slow(v)]
+
+        quiet = "-q --tb=no -rfE -p no:cacheprovider -p no:xdist".split()
+        code = int(pytest.main([*quiet, *options, *tests], [Quick()]))
         module = sys.modules.get("jbn")
         if module is None or not str(module.__file__).startswith(copy):
             code = 99  # these were not tests of the copy
@@ -1175,19 +1184,9 @@ class Copy:
 
     def failures(self, tests: Sequence[str], *options: str) -> str | None:
         """The tests that fail, with `-x` the first; or why they did not end."""
-        arguments = [
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "--tb=no",
-            "-rfE",
-        ]
-        arguments += [*options, *dict.fromkeys(tests)]
-        process = self.context.Process(
-            target=pytest_in, args=(str(self.root), arguments, str(self.report))
-        )
+        names = list(dict.fromkeys(tests))
+        args = str(self.root), names, list(options), str(self.report)
+        process = self.context.Process(target=pytest_in, args=args)
         process.start()
         process.join(LONGEST)
         if process.is_alive():
@@ -1205,8 +1204,8 @@ class Copy:
         if not found:
             last = " ".join(report.split("\n")[-4:])
             return f"exit status {process.exitcode}: {last}"
-        names = [f"{test} {part}".strip() for part, test in found]
-        return names[0] if "-x" in options else "\n".join(names)
+        named = [f"{test} {part}".strip() for part, test in found]
+        return named[0] if "-x" in options else "\n".join(named)
 
 
 def check(faults: list[Fault]) -> list[str]:
@@ -1288,14 +1287,13 @@ def report(faults: list[Fault], copy: Copy, end: float) -> int:
             row(fault, found)
         else:
             left.append(fault)
-    core = [*CORE, "-m", "not slow"]
-    if left and time.monotonic() < end and (failing := copy.failures(core)):
+    if left and time.monotonic() < end and (failing := copy.failures(CORE)):
         print(f"without any fault there fail already:\n{failing}")
         return survivors + len(left)
     for fault in left:
         found = "by no test of its own; " + NOT_RUN
         if time.monotonic() < end:
-            found = plant(fault, copy, core)
+            found = plant(fault, copy, CORE)
         survivors += found is None or NOT_RUN in found
         row(fault, found or SURVIVED)
     return survivors

@@ -35,9 +35,7 @@ Train = Callable[..., tuple[int, str, str]]
 @pytest.fixture(autouse=True, scope="module")
 def devices() -> Any:
     """In use before a run in this process may say how many there are."""
-    devices = jax.devices()
-    assert len(devices) == 8
-    return devices
+    return jax.devices()
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +182,7 @@ def test_the_checkpoint_is_what_was_reported(
             assert metrics[name] == pytest.approx(line[f"test_{name}"], rel=1e-5)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("parallel", ["pmap", "jit"])
 def test_four_devices_give_the_curve_of_one(
     train: Train, tmp_path: Path, unbroken: np.ndarray, parallel: str
@@ -255,7 +254,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             [36, 40],
             ("--num-devices=4", "--ema-decay=0.9"),
             [38, 43],
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.devices],
         ),
     ],
 )
@@ -514,10 +513,11 @@ def test_too_many_that_are_not_finite(
         (["--accelerator=tpu"], r"--accelerator=tpu, but JAX found .*pip install"),
         (["--dataset=nonesuch"], "TFDS knows no data set called"),
         (["--epochs=0"], "out of range"),
-        (["--num-devices=9"], "--num-devices=9, but JAX found 8 CPU"),
-        (
+        (["--num-devices=9"], "--num-devices=9, but JAX found 1 CPU"),
+        pytest.param(
             ["--num-devices=4", "--bn-group-size=3"],
             "--bn-group-size=3 must divide the number of devices, 4",
+            marks=pytest.mark.devices,
         ),
         (["--bn-group-size=2"], "--bn-group-size=2 must divide .*, 1"),
         (["--crop", "--image-size=8"], "--crop is for sets that are read with"),
@@ -604,6 +604,7 @@ def test_profile(train: Train, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.devices
 def test_groups_of_devices(train: Train, tmp_path: Path, unbroken: np.ndarray):
     """Of four devices, each normalizes its own rows, or two do together."""
 
