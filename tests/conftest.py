@@ -1,10 +1,12 @@
 """Strict JAX, one device unless asked for more, and seeded generators."""
 
 import collections
+import functools
 import importlib
 import warnings
 import zlib
 
+import hypothesis
 import jax
 import jaxtyping
 import numpy as np
@@ -17,12 +19,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+# For properties that compile a program for each example. `--hypothesis-profile=nightly`
+# draws more.
+_profile = functools.partial(
+    hypothesis.settings.register_profile, deadline=None, derandomize=True
+)
+_profile("quick", max_examples=10)
+_profile("nightly", max_examples=100)
+hypothesis.settings.load_profile("quick")
+
 # It is for type checkers alone.
 collect_ignore = ["types_of_a_user.py"]
 
-# Compiling takes most of the time of the tests. Of a sweep this many cases are quick,
-# and one each of these ways to compile (of the fixture `lowering`).
-SAMPLE = 2
+# The ways to compile (of the fixture `lowering`) that a sweep samples apart.
 WAYS = "split", "as on a TPU", "as on a GPU"
 
 
@@ -43,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Marks the cases of a sweep as slow, but for a sample that is always the same."""
+    """Skips tests for other devices; of a sweep, only the outermost cases are quick."""
     several = int(str(config.getoption("--devices"))) > 1
     for item in items:
         if several and not item.get_closest_marker("devices"):
@@ -57,8 +66,8 @@ def pytest_collection_modifyitems(
             where = item.get_closest_marker("devices") is not None
             sweeps[item.nodeid.partition("[")[0], way, where].append(item)
     for (_, way, _), cases in sweeps.items():
-        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        for item in cases[SAMPLE if way is None else 1 :]:
+        # The first and the last differ in every parameter, as the author ordered them.
+        for item in cases[1:-1] if way is None else cases[1:]:
             item.add_marker("slow")
 
 

@@ -229,7 +229,7 @@ FAULTS = [
     Fault(
         "tau counts rows and not weights",
         "call.py",
-        "if weights is None or weights.dtype == bool:",
+        "if self.weights is None or self.weights.dtype == bool:",
         "if True:",
         contract("test_features_last[tau]"),
     ),

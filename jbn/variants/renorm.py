@@ -107,7 +107,7 @@ def batch_renorm(
     return run(_renormalized, call, r_max, d_max)
 
 
-def _renormalized(call: Call, r_max: jax.Array, d_max: jax.Array):
+def _renormalized(call: Call, r_max: float | ArrayLike, d_max: float | ArrayLike):
     """The body of batch renormalization in training."""
     batch = call.summarize()
     y = _corrected(call, batch, r_max, d_max).by_batch(batch)
@@ -119,7 +119,9 @@ def next_step(step: jax.Array) -> jax.Array:
     return jnp.where(step < jnp.iinfo(step.dtype).max, step + 1, step)
 
 
-def _corrected(call: Call, batch: Summary, r_max: jax.Array, d_max: jax.Array) -> Call:
+def _corrected(
+    call: Call, batch: Summary, r_max: float | ArrayLike, d_max: float | ArrayLike
+) -> Call:
     """The call with r and d in its scale and bias."""
     moments, running, epsilon = lax.stop_gradient(
         (call.enough(as_moments(batch)), call.running, call.epsilon)

@@ -31,9 +31,6 @@ shapes = st.lists(st.sampled_from([1, 3, 5, 8, 12, 14, 35]), min_size=1, max_siz
 @on("split")
 @hypothesis.given(data=st.data(), shape=shapes)
 @hypothesis.settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=30,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_split_sums_are_sums(data, shape):

@@ -33,9 +33,6 @@ shapes = st.lists(st.sampled_from([1, 2, 3, 8, 12, 35]), min_size=1, max_size=4)
 @on("as on a GPU")
 @hypothesis.given(data=st.data(), shape=shapes)
 @hypothesis.settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_sums_and_their_transposes(data, shape):

@@ -944,7 +944,6 @@ def test_backward_pass_keeps_the_input_and_little_else(name, weighted, rng):
 # --- Properties -------------------------------------------------------------------
 
 
-examples = hypothesis.settings(deadline=None, derandomize=True, max_examples=25)
 seeds = st.integers(0, 2**16)
 
 
@@ -978,7 +977,6 @@ def forward_over(name, devices):
     valid=st.lists(st.integers(0, 3), min_size=48, max_size=48),
     seed=seeds,
 )
-@examples
 def test_any_split_is_one_batch(name, devices, valid, seed):
     with jax.enable_x64(True):
         p = problem(name, np.random.default_rng(seed))
@@ -994,7 +992,6 @@ def test_any_split_is_one_batch(name, devices, valid, seed):
     ),
     seed=seeds,
 )
-@examples
 def test_integer_weight_is_a_repeated_row(name, seed):
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):
@@ -1018,7 +1015,6 @@ def test_integer_weight_is_a_repeated_row(name, seed):
     shape=st.sampled_from([SHAPE, (5, 1, 2)]),
     seed=seeds,
 )
-@examples
 def test_permuted_rows_give_permuted_outputs(name, shape, seed):
     rng = np.random.default_rng(seed)
     order = rng.permutation(shape[0])
@@ -1035,7 +1031,6 @@ def test_permuted_rows_give_permuted_outputs(name, shape, seed):
 @hypothesis.given(
     ids=st.lists(st.integers(-1, DOMAINS), min_size=16, max_size=16), seed=seeds
 )
-@examples
 def test_domains_are_a_loop(ids, seed):
     ids = np.asarray(ids)
     with jax.enable_x64(True):
@@ -1057,7 +1052,6 @@ def test_domains_are_a_loop(ids, seed):
 @hypothesis.given(
     num_groups=st.integers(1, 18), devices=st.sampled_from([1, 2]), seed=seeds
 )
-@examples
 def test_ghost_statistics_are_those_of_the_batch(num_groups, devices, seed):
     with jax.enable_x64(True):
         p = problem("batch norm", np.random.default_rng(seed))
@@ -1094,7 +1088,6 @@ def test_ghost_statistics_are_those_of_the_batch(num_groups, devices, seed):
     ),
     seed=seeds,
 )
-@examples
 def test_padding_changes_nothing(name, seed):
     """Rows with a mask of False, anywhere, and whatever they hold."""
     rng = np.random.default_rng(seed)

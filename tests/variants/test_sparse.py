@@ -561,7 +561,6 @@ PLACES = [((3, 4), 0, -1), ((3, 4), 1, -1), ((2, 3, 2), 1, 1), ((5,), 0, 0)]
     masked=st.sets(st.integers(0, 11)),
     seed=st.integers(0, 1000),
 )
-@hypothesis.settings(deadline=None, derandomize=True, max_examples=100)
 def test_any_sparse_array(place, fill, masked, seed):
     shape, n_dense, axis = place
     rng = np.random.default_rng(seed)
