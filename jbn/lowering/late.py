@@ -8,6 +8,7 @@ equation.
 
 import dataclasses
 import functools
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -190,6 +191,11 @@ def _jitted(program):
     return jax.jit(functools.partial(late_p.bind, program=program))
 
 
+# An argument that JAX 0.10 and later require, and earlier versions do not know.
+_SUBCOMP = inspect.signature(mlir.jaxpr_subcomp).parameters
+_NO_TRACEBACK = {"outer_traceback": None} if "outer_traceback" in _SUBCOMP else {}
+
+
 def _lower(platform, ctx, *values, program):
     target = target_of(platform, ctx.module_context.axis_context)
     # The program is local and plain: meshes were dealt with when it was traced.
@@ -205,7 +211,7 @@ def _lower(platform, ctx, *values, program):
         *values,
         dim_var_values=ctx.dim_var_values,
         const_lowering=ctx.const_lowering,
-        outer_traceback=None,
+        **_NO_TRACEBACK,
     )
     return results
 
