@@ -11,6 +11,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from peers import skip_without_peers
 
 from jbn.lowering import late, passes
 
@@ -59,6 +60,9 @@ def pytest_collection_modifyitems(
             item.add_marker(pytest.mark.skip("runs on one device"))
         if not several and item.get_closest_marker("devices"):
             item.add_marker(pytest.mark.skip("needs eight devices: --devices=8"))
+        if "keras" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.peers("keras"))
+        skip_without_peers(item)
     sweeps = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sweep") and not item.get_closest_marker("slow"):
@@ -69,6 +73,23 @@ def pytest_collection_modifyitems(
         # The first and the last differ in every parameter, as the author ordered them.
         for item in cases[1:-1] if way is None else cases[1:]:
             item.add_marker("slow")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in words how many tests passed, and why others were skipped."""
+    stats = terminalreporter.stats
+    count = {name: len(stats.get(name, ())) for name in ("passed", "failed", "error")}
+    reasons = collections.Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in stats.get("skipped", ())
+        if isinstance(report.longrepr, tuple)
+    )
+    terminalreporter.section("summary")
+    terminalreporter.line(f"{count['passed']:6,} passed")
+    if wrong := count["failed"] + count["error"]:
+        terminalreporter.line(f"{wrong:6,} FAILED")
+    for reason, number in reasons.most_common():
+        terminalreporter.line(f"{number:6,} skipped: {reason}")
 
 
 @pytest.fixture
@@ -173,12 +194,9 @@ def untyped():
 
 @pytest.fixture
 def keras(monkeypatch: pytest.MonkeyPatch):
-    """Keras 3 on JAX; the test is skipped without it."""
+    """Keras 3 on JAX. Tests that use it are marked `peers("keras")`."""
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    try:
-        keras = importlib.import_module("keras")
-    except ImportError as error:
-        pytest.skip(f"no Keras: {error}")
+    keras = importlib.import_module("keras")
     if keras.backend.backend() != "jax":
         pytest.skip("Keras was imported with another backend")
     with warnings.catch_warnings():

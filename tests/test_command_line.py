@@ -258,13 +258,16 @@ def torch_state(home: Path) -> dict[str, np.ndarray]:
 NAMES = ["Dense_0=0", "BatchNorm_0=2", "Dense_1=3", "BatchNorm_1=5", "Dense_2=6"]
 
 
-@pytest.mark.parametrize("kind", ["npz", "pt"])
+@pytest.mark.parametrize(
+    "kind", ["npz", pytest.param("pt", marks=pytest.mark.peers("torch"))]
+)
 def test_port(home: Path, command: Any, tmp_path: Path, kind: str):
     state = torch_state(home)
     if kind == "npz":
         np.savez(tmp_path / "theirs.npz", allow_pickle=False, **state)
     else:
-        torch = pytest.importorskip("torch")
+        import torch  # pyright: ignore[reportMissingImports]
+
         tensors = {name: torch.tensor(value) for name, value in state.items()}
         torch.save(tensors, tmp_path / "theirs.pt")
     before = contents(home)
@@ -495,7 +498,6 @@ BAD = [
     ("fold run --out some.npz", "some.npz exists already"),
     ("fold run --out new.txt", "must end in .npz or .msgpack"),
     ("port nothing.npz --to run --out new", "nothing.npz is not a file"),
-    ("port text.pt --to run --out new", "text.pt is not a state dict that torch.save"),
     ("port text.npz --to run --out new", "text.npz is not an .npz"),
     (
         "port some.npz --to run --out new",
@@ -510,12 +512,30 @@ BAD = [
 def test_bad_input_is_one_line_and_changes_nothing(
     home: Path, command: Any, spoiled: None
 ):
-    before = contents(home)
     for line, match in BAD:
-        status, out, err = command(*line.split())
-        assert (status, out) == (2, ""), line
-        assert re.fullmatch(rf"error: .*{match}.*\n", err), (line, err)
-        assert contents(home) == before, line
+        assert_refused(home, command, line, match)
+
+
+def assert_refused(home: Path, command: Any, line: str, match: str) -> None:
+    before = contents(home)
+    status, out, err = command(*line.split())
+    assert (status, out) == (2, ""), line
+    assert re.fullmatch(rf"error: .*{match}.*\n", err), (line, err)
+    assert contents(home) == before, line
+
+
+@pytest.mark.peers("torch")
+def test_a_file_that_pytorch_cannot_read(home: Path, command: Any, spoiled: None):
+    line = "port text.pt --to run --out new"
+    assert_refused(home, command, line, "text.pt is not a state dict that torch.save")
+
+
+def test_a_file_of_pytorch_without_pytorch(
+    home: Path, command: Any, spoiled: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    line = "port text.pt --to run --out new"
+    assert_refused(home, command, line, "text.pt is PyTorch's, .*pip install torch")
 
 
 @pytest.mark.parametrize(

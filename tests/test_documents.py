@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import inspect
 import json
 import pathlib
@@ -12,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from peers import PEERS
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -21,14 +21,28 @@ BLOCKS = FENCE.findall(README)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 # The first two are for .ci/run: installing, and running these tests.
 COMMANDS = [text.strip() for language, text in BLOCKS if language == "bash"][2:]
+
+
+def imports_of(text: str) -> list[str]:
+    """The top-level modules that the Python of a page imports."""
+    code = "".join(code for kind, code in FENCE.findall(text) if kind == "python")
+    found = re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)
+    return list(dict.fromkeys(found))
+
+
+def page(path: pathlib.Path):
+    text, name = path.read_text(), path.relative_to(ROOT / "docs").as_posix()
+    peers = [module for module in imports_of(text) if module in PEERS]
+    marks = [pytest.mark.peers(*peers)] if peers else []
+    if name == "tools.md":  # It trains a network first, and compiles every tool.
+        marks.append(pytest.mark.slow)
+    return pytest.param(name, marks=marks, id=name)
+
+
 PAGES = [
-    # It trains a network before, and compiles most of what there is.
-    pytest.param(page, marks=pytest.mark.slow) if page == "tools.md" else page
-    for page in sorted(
-        path.relative_to(ROOT / "docs").as_posix()
-        for path in (ROOT / "docs").rglob("*.md")
-        if "```python" in path.read_text()
-    )
+    page(path)
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+    if "```python" in path.read_text()
 ]
 
 # Runs blocks of Python in one namespace, as one story, and says what each has printed.
@@ -98,11 +112,6 @@ def test_a_page_of_the_site_prints_what_it_shows(page, tmp_path):
         elif language == "text" and shown and after == "python":
             shown[-1] = code
         after = language
-    code = "".join(code for _, code in blocks)
-    for name in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"no {name}")
-
     # What the page has its reader train first.
     before = text.partition("```python")[0]
     for command in re.findall(r"^    python (train\.py .*)$", before, re.MULTILINE):

@@ -324,6 +324,7 @@ def test_flax_trajectory(rng, momentum):
         assert_stats(stats, theirs["mean"], theirs["var"])
 
 
+@pytest.mark.peers("torch")
 @pytest.mark.parametrize(
     ("momentum", "shape", "axis"),
     [
@@ -335,7 +336,8 @@ def test_flax_trajectory(rng, momentum):
     ids=str,
 )
 def test_torch_trajectory(rng, momentum, shape, axis):
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
     peer = kind(3, momentum=momentum)
     _, stats = jbn.init(3)
@@ -391,9 +393,11 @@ def test_haiku_trajectory(rng, decay_rate):
         assert_stats(stats, mean_ema(mean), var_ema(var), 1 - decay_rate**t)
 
 
+@pytest.mark.peers("haiku")
 @pytest.mark.usefixtures("standard_promotion")
 def test_haiku_itself(rng):
-    hk = pytest.importorskip("haiku")
+    import haiku as hk  # pyright: ignore[reportMissingImports]
+
     peer = hk.without_apply_rng(
         hk.transform_with_state(
             lambda x: hk.BatchNorm(True, True, decay_rate=0.9)(x, is_training=True)

@@ -48,19 +48,22 @@ def normal(rng, *shape):
 
 
 def tensor(array):
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     return torch.tensor(np.asarray(array, np.float64))
 
 
 def torch_norm(y, layer):
-    functional = pytest.importorskip("torch").nn.functional
+    from torch.nn import functional  # pyright: ignore[reportMissingImports]
+
     scale, bias = tensor(layer["scale"]), tensor(layer["bias"])
     return functional.batch_norm(y, None, None, scale, bias, training=True)
 
 
 def torch_generator(params, latents):
     """The generator on PyTorch, float64, with PyTorch's padding of 1."""
-    functional = pytest.importorskip("torch").nn.functional
+    from torch.nn import functional  # pyright: ignore[reportMissingImports]
+
     y = tensor(latents) @ tensor(params["project"]["kernel"])
     y = y.reshape(len(y), 4, 4, -1).permute(0, 3, 1, 2)
     count = len([name for name in params if name.startswith("conv")])
@@ -76,7 +79,8 @@ def torch_generator(params, latents):
 
 def torch_discriminator(params, x):
     """The discriminator on PyTorch, float64, with PyTorch's padding of 1."""
-    functional = pytest.importorskip("torch").nn.functional
+    from torch.nn import functional  # pyright: ignore[reportMissingImports]
+
     y = tensor(x).permute(0, 3, 1, 2)
     count = len([name for name in params if name.startswith("conv")])
     for i in range(1, count + 1):
@@ -92,6 +96,7 @@ def torch_discriminator(params, x):
     return (y @ tensor(head["kernel"]) + tensor(head["bias"]))[:, 0].numpy()
 
 
+@pytest.mark.peers("torch")
 def test_generator_has_the_images_of_pytorch(rng):
     model = Generator(image_size=16, channels=2, width=3)
     latents = normal(rng, 4, 5)
@@ -103,6 +108,7 @@ def test_generator_has_the_images_of_pytorch(rng):
     assert np.abs(images).max() > 0.5
 
 
+@pytest.mark.peers("torch")
 def test_discriminator_has_the_logits_of_pytorch(rng):
     model = Discriminator(width=3)
     real, fake = normal(rng, 4, 16, 16, 2), normal(rng, 3, 16, 16, 2) * 3 + 1
@@ -115,6 +121,7 @@ def test_discriminator_has_the_logits_of_pytorch(rng):
     np.testing.assert_allclose(logits, np.concatenate(expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.peers("torch")
 def test_discriminator_with_a_plain_norm(rng):
     model = Discriminator(width=3, norm=PLAIN)
     x = normal(rng, 4, 16, 16, 2)

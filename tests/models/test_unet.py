@@ -22,8 +22,8 @@ SMALL = {"widths": (4, 6), "num_classes": 3}
 
 def torch_unet(params, x):
     """The paper's network on PyTorch, float64: "SAME" padding, norms, odd sizes."""
-    torch = pytest.importorskip("torch")
-    functional = torch.nn.functional
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
     def tensor(array):
         return torch.tensor(np.asarray(array, np.float64))
@@ -62,6 +62,7 @@ def torch_unet(params, x):
     return conv(y, params["head"]).permute(0, 2, 3, 1).numpy()
 
 
+@pytest.mark.peers("torch")
 @pytest.mark.parametrize(("size", "widths"), [((7, 10), (4, 5, 6)), ((5, 1), (4, 5))])
 def test_same_logits_as_pytorch(rng, size, widths):
     model = UNet(widths=widths, num_classes=3)

@@ -322,12 +322,13 @@ def torch_norm(torch, rng, features: int, kind: str = "2d", **options: Any):
     return norm, (params, stats), {"epsilon": norm.eps}
 
 
+@pytest.mark.peers("torch")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["conv", "grouped", "transposed", "linear"])
 def test_is_what_pytorch_fuses(kind, bias, affine, rng):
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
     from torch.nn.utils import fusion  # pyright: ignore[reportMissingImports]
 
     options: Any = {"bias": bias}
@@ -357,10 +358,12 @@ def test_is_what_pytorch_fuses(kind, bias, affine, rng):
     np.testing.assert_allclose(new_bias, numbers(fused.bias), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.peers("torch")
 @pytest.mark.usefixtures("x64")
 def test_grouped_transposed_convolution_of_pytorch(rng):
     """Which PyTorch itself does not fuse: its kernel has the features of a group."""
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     layer = torch.nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2).double()
     norm, ours, epsilon = torch_norm(torch, rng, 6)
     x = torch.from_numpy(rng.normal(size=(2, 4, 5, 5)))
@@ -379,10 +382,12 @@ def test_grouped_transposed_convolution_of_pytorch(rng):
     np.testing.assert_allclose(layer(x).detach().numpy(), want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.peers("torch")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_into_the_next_convolution_of_pytorch(groups, rng):
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     layer = torch.nn.Conv2d(4, 8, 3, groups=groups).double()
     norm, ours, epsilon = torch_norm(torch, rng, 4)
     x = torch.from_numpy(rng.normal(size=(2, 4, 5, 5)))

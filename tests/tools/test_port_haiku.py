@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from peers import needs
 
 import jbn
 import jbn.linen
@@ -16,8 +17,12 @@ import jbn.nnx
 from jbn.tools import from_haiku, to_haiku
 
 
-hk: Any = pytest.importorskip("haiku")
-pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("standard_promotion")]
+hk: Any = pytest.importorskip("haiku", reason=needs("haiku"))
+pytestmark = [
+    pytest.mark.sweep,
+    pytest.mark.peers("haiku"),
+    pytest.mark.usefixtures("standard_promotion"),
+]
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 OPTIONS: dict[str, Any] = {"momentum": 0.8, "debias": True}
 NAMES = {"": "batch_norm"}

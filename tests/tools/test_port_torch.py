@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from peers import needs
 
 import jbn
 import jbn.linen
@@ -21,10 +22,8 @@ from jbn.models.resnet import BottleneckBlock
 from jbn.tools import from_torch, to_torch, torch_options
 
 
-pytestmark = pytest.mark.sweep
-
-
-torch: Any = pytest.importorskip("torch")
+torch: Any = pytest.importorskip("torch", reason=needs("torch"))
+pytestmark = [pytest.mark.sweep, pytest.mark.peers("torch")]
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 

@@ -146,9 +146,11 @@ def test_one_layer_has_the_statistics_of_all_rows(sizes, train, x, rng):
     close(new["batch_stats"]["var"], var)
 
 
+@pytest.mark.peers("torch")
 def test_pytorch_update_bn_differs_when_the_last_batch_is_partial(x):
     """`torch.optim.swa_utils.update_bn` averages batches alike, and variances."""
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     parts = batches_of(x, [8, 8, 4])
     theirs = torch.nn.BatchNorm1d(4)
     loader = [torch.tensor(np.array(part)) for part in parts]

@@ -58,8 +58,10 @@ def assert_folded(new, stats, x, **options):
     np.testing.assert_allclose(new.var, want_var, **CLOSE)
 
 
+@pytest.mark.peers("torch")
 def test_class_conditional_as_in_torch(rng):
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     x, dy = rng.normal(1, 2, (2, 6, 3, 4, 4)).astype(np.float32)
     labels = np.asarray([2, 0, 2, 2, 3, 0])  # 1 is absent
     params, stats = make(rng)
@@ -108,8 +110,10 @@ def test_class_conditional_as_in_torch(rng):
     jax.tree.map(np.testing.assert_array_equal, same, new)
 
 
+@pytest.mark.peers("torch")
 def test_spade_as_in_torch(rng):
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     x, dy = rng.normal(1, 2, (2, 2, 3, 6, 6)).astype(np.float32)
     segmentation = rng.normal(size=(2, 5, 6, 6)).astype(np.float32)
     # The 3x3 convolutions of a segmentation map are the user's own.

@@ -346,9 +346,11 @@ def test_pyg_has_no_gradient_through_the_statistics_of_types(rng, x64):
 # --- what it is used for -----------------------------------------------------------
 
 
+@pytest.mark.peers("torch")
 def test_advprop_splits_the_batch_in_clean_and_adversarial(rng):
     # As timm's SplitBatchNorm2d: the first half by the layer, the rest by another.
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     main, aux = (torch.nn.BatchNorm2d(3, affine=False) for _ in range(2))
     scale, bias = rng.normal(size=(2, 3)).astype(np.float32)
     params = Params(jnp.asarray(scale), jnp.asarray(bias))
@@ -378,10 +380,12 @@ def test_advprop_splits_the_batch_in_clean_and_adversarial(rng):
     np.testing.assert_allclose(y, want, **CLOSE)
 
 
+@pytest.mark.peers("torch")
 @pytest.mark.parametrize("own", [False, True])
 def test_dsbn_has_a_layer_for_each_domain(rng, own):
     # As DSBN's: a list of layers, and one domain a batch.
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     params, stats = make(rng, own=own)
     layers = []
     for g in range(3):
@@ -510,8 +514,10 @@ def test_maml_has_statistics_for_each_inner_step(rng, x64):
     np.testing.assert_allclose(slope, quotient, rtol=1e-6)
 
 
+@pytest.mark.peers("torch")
 def test_instance_norm_on_packed_data(rng):
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     lengths = [4, 2, 7, 3]
     ids = np.concatenate([np.repeat(np.arange(4), lengths), [-1, -1, 4]])
     x = rng.normal(ids[:, None], 1 + abs(ids[:, None]), (19, 3)).astype(np.float32)

@@ -176,8 +176,10 @@ def test_running_statistics_are_exact_at_a_mean_of_ten_thousand_deviations(
 
 # PEERS 1.3, defect 16: chunks one after the other through one layer. Each decays what
 # the one before has left, and the scatter between them is lost.
+@pytest.mark.peers("torch")
 def test_tabnet_and_composer_lose_the_scatter_between_groups(rng):
-    torch = pytest.importorskip("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     x = rng.normal(size=(4, 50, 1))
     x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
     x = (x + np.arange(4)[:, None, None]).reshape(200, 1).astype(np.float32)
