@@ -3,9 +3,15 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+
+try:
+    import flax.linen as nn
+except ModuleNotFoundError as error:
+    text = 'jbn.linen needs Flax, which is not installed: pip install "jbn[flax]"'
+    raise ModuleNotFoundError(text, name=error.name) from error
 
 from jbn import axes
 from jbn.options import (

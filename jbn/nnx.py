@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax.nnx.nn import dtypes
+
+
+try:
+    from flax import nnx
+    from flax.nnx.nn import dtypes
+except ModuleNotFoundError as error:
+    text = 'jbn.nnx needs Flax, which is not installed: pip install "jbn[flax]"'
+    raise ModuleNotFoundError(text, name=error.name) from error
 
 from jbn import axes
 from jbn.options import (

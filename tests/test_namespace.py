@@ -52,3 +52,42 @@ def test_names_are_what_they_say():
 def test_what_is_not_there_is_an_error():
     with pytest.raises(AttributeError, match="batchnorm"):
         jbn.batchnorm  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+WITHOUT_FLAX = """
+import sys
+
+sys.modules["flax"] = None  # As if it were not installed.
+import jbn
+
+for statement in sys.stdin.read().splitlines():
+    try:
+        exec(statement)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+
+
+def test_a_missing_flax_is_named_with_its_extra():
+    statements = [
+        "jbn.BatchNorm",
+        "jbn.nnx",
+        "import jbn.nnx",
+        "from jbn.linen import BatchRenorm",
+        "jbn.tools",
+        "from jbn.tools import fold",
+        "from jbn import models",
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FLAX],
+        input="\n".join(statements),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = run.stdout.splitlines()
+    assert len(lines) == len(statements)
+    for line in lines:
+        assert line.endswith(
+            'needs Flax, which is not installed: pip install "jbn[flax]"'
+        )

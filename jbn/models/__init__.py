@@ -1,5 +1,6 @@
 """Models, written once in Linen, with the norm as an argument."""
 
+import jbn.linen  # noqa: F401  # First: it names the extra if Flax is missing.
 from jbn.models.dcgan import Discriminator as Discriminator, Generator as Generator
 from jbn.models.mlp import MLP as MLP
 from jbn.models.resnet import (

@@ -1,5 +1,6 @@
 """Tools for trained networks: pure functions on Linen variables and NNX models."""
 
+import jbn.linen  # noqa: F401  # First: it names the extra if Flax is missing.
 from jbn.tools._adapt import adapt as adapt
 from jbn.tools._convert import convert as convert, converting as converting
 from jbn.tools._fold import (
