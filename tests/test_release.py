@@ -44,15 +44,29 @@ def test_the_address_of_the_repository_is_the_same_everywhere():
     assert found > 10
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=str)
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflows_call_what_is_there(path):
+    """Scripts of this repository, and actions by hash: a tag can be moved."""
     jobs = yaml.safe_load(path.read_text())["jobs"]
-    scripts = [
-        script
-        for job in jobs.values()
-        for step in job["steps"]
-        for script in re.findall(r"bash (\S+)", step.get("run", ""))
-    ]
-    assert scripts
-    for script in scripts:
-        assert (ROOT / script).is_file(), script
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    for step in steps:
+        if "uses" in step:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", step["uses"])
+        for script in re.findall(r"(?:bash|python) ([\w./]+/\S+)", step.get("run", "")):
+            assert (ROOT / script).is_file(), script
+    assert len(re.findall(r"uses: \S+  # v\d", path.read_text())) == len(
+        [step for step in steps if "uses" in step]
+    )
+
+
+def test_the_newest_python_is_tested_and_promised():
+    jobs = yaml.safe_load((WORKFLOWS[0].parent / "tests.yml").read_text())["jobs"]
+    tested = {
+        row["python"] for row in jobs["versions"]["strategy"]["matrix"]["include"]
+    }
+    promised = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert tested == {*promised}
+    assert PROJECT["requires-python"] == f">={min(promised)}"
