@@ -15,7 +15,15 @@ from mkdocs.structure.pages import Page
 
 
 ROOT = pathlib.Path(__file__).parents[1]
-NOTEBOOKS = ("batch_norm", "paper", "uneven", "distributed", "applications", "nnx")
+NOTEBOOKS = (
+    "batch_norm",
+    "effects",
+    "paper",
+    "uneven",
+    "distributed",
+    "applications",
+    "nnx",
+)
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -85,10 +93,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, **_) -> str:
-    """Writes the formulas of notebooks as MathML, which needs no script to be drawn."""
+    """Makes pages of notebooks do without other servers: MathML, pictures."""
     if not page.file.src_uri.endswith(".ipynb"):
         return content
-    # What would draw them otherwise, from another server.
+    # Pictures have whole addresses, which Colab needs; the site has them itself.
+    content = re.sub(
+        r"https://raw\.githubusercontent\.com/[^\"]*/docs/", "../../", content
+    )
+    # What would draw formulas otherwise, from another server.
     content = re.sub(r"<script[^>]* src=[^>]*>\s*</script>", "", content)
     cell = r'<div class="[^"]*jp-RenderedMarkdown.*?</div>'
     return re.sub(cell, lambda m: FORMULA.sub(_mathml, m[0]), content, flags=re.DOTALL)

@@ -24,17 +24,42 @@
 # makes of it.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/distributed.ipynb)
+#
+# ![A normalized row, and test accuracy, by how many devices share statistics](https://raw.githubusercontent.com/jbn-team/jbn/main/docs/notebooks/distributed.png)
 
-# %%
-# On Colab, install jbn first; elsewhere it is there already.
+# %% cellView="form" tags=["setup"]
+# @title Set-up: installs jbn where it is missing, such as on Colab
 import importlib.util
+import shutil
 import subprocess
 import sys
 
 
+def install(source):
+    """Installs jbn, and leaves a JAX that sees the accelerator of this machine."""
+    pip = [sys.executable, "-m", "pip", "install", "-q"]
+    if subprocess.run([*pip, source]).returncode:
+        raise SystemExit(f"jbn is not installed: pip could not install {source}")
+    extra = "tpu" if importlib.util.find_spec("libtpu") else None
+    extra = "cuda12" if shutil.which("nvidia-smi") else extra
+    if extra and backend() == "cpu":
+        # JAX was replaced; a plugin for an accelerator fits one version of it.
+        subprocess.run([*pip, f"jax[{extra}]"])
+        if backend() == "cpu":
+            print("JAX does not see the accelerator: this notebook runs on the CPU.")
+
+
+def backend():
+    """What JAX uses in a new process; this one may have an older JAX loaded."""
+    code = "import jax; print(jax.default_backend())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return run.stdout.strip()
+
+
 if importlib.util.find_spec("jbn") is None:
-    source = "jbn[train] @ git+https://github.com/jbn-team/jbn"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    install("jbn[train] @ git+https://github.com/jbn-team/jbn")
+    if "jax" in sys.modules:
+        print("Restart the session (menu Runtime) to use the packages just installed.")
 
 # %% [markdown]
 # ## Eight devices

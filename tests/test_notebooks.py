@@ -3,7 +3,12 @@
 `.ci/run` executes them.
 """
 
+import importlib.util
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import jupytext
@@ -14,7 +19,15 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = ["applications", "batch_norm", "distributed", "nnx", "paper", "uneven"]
+NAMES = [
+    "applications",
+    "batch_norm",
+    "distributed",
+    "effects",
+    "nnx",
+    "paper",
+    "uneven",
+]
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -60,7 +73,60 @@ def test_it_opens_in_colab_and_installs_jbn_there(path):
     assert first.source.startswith("# ")
     assert f"https://colab.research.google.com{link}" in first.source
     assert second.source == read(PATHS[0]).cells[1].source
+    assert second.metadata["cellView"] == "form"  # Colab folds it to its title.
     assert f'"jbn[train] @ git+https://github.com/{address}"' in second.source
+    # A reader sees first what there is to see.
+    picture = rf"https://raw\.[\w.]+/{address}/main/docs/notebooks/{path.stem}\.png"
+    assert re.search(rf"!\[[^\]]+\]\({picture}\)$", first.source)
+
+
+def test_pictures_at_the_top_are_those_of_the_outputs():
+    command = [sys.executable, str(ROOT / "docs" / "covers.py"), "--check"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.fixture
+def colab(monkeypatch: pytest.MonkeyPatch):
+    """Runs the set-up cell on a machine without jbn; returns what pip installed."""
+    source = read(PATHS[0]).cells[1].source
+
+    def run(*, gpu: bool, backends: Iterable[str] = (), rc: int = 0) -> list[str]:
+        installed, seen = [], iter(backends)
+
+        def call(command, **kwargs):
+            if "pip" in command:
+                installed.append(command[-1])
+                return subprocess.CompletedProcess(command, rc)
+            return subprocess.CompletedProcess(command, 0, stdout=next(seen) + "\n")
+
+        monkeypatch.setattr(subprocess, "run", call)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(shutil, "which", lambda name: "/bin/smi" if gpu else None)
+        monkeypatch.delitem(sys.modules, "jax", raising=False)
+        exec(source, {})
+        return installed
+
+    return run
+
+
+def test_a_jax_that_sees_the_gpu_is_left_alone(colab, capsys):
+    (jbn,) = colab(gpu=True, backends=["gpu"])
+    assert jbn.startswith("jbn[train] @ ")
+    (jbn,) = colab(gpu=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_gpu_that_is_lost_is_brought_back_or_named(colab, capsys):
+    assert colab(gpu=True, backends=["cpu", "gpu"])[1:] == ["jax[cuda12]"]
+    assert capsys.readouterr().out == ""
+    colab(gpu=True, backends=["cpu", "cpu"])
+    assert "does not see the accelerator" in capsys.readouterr().out
+
+
+def test_an_address_that_cannot_be_reached_is_named(colab):
+    with pytest.raises(SystemExit, match=r"pip could not install jbn.*https://"):
+        colab(gpu=False, rc=1)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
