@@ -572,15 +572,16 @@ def _read(layer: BatchNorm) -> BatchStats:
 def _write(layer: BatchNorm, batch_stats: BatchStats) -> None:
     """Sets the statistics, in the dtype that they have.
 
-    `variable[...] = value` would cast them to the dtype that the variable had.
+    `variable[...] = value` would cast them to the dtype that the variable had, and Flax
+    before 0.12.1 has no `set_value`.
     """
     variables = _variables(layer)
     for name, value in batch_stats_dict(batch_stats).items():
         if name == "pending":
             for k, v in value.items():
-                variables[name][k].set_value(v)
+                variables[name][k].copy_from(variables[name][k].replace(v))
         else:
-            variables[name].set_value(value)
+            variables[name].copy_from(variables[name].replace(value))
 
 
 def _thread(

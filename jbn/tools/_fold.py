@@ -680,8 +680,9 @@ def _fold_nnx(model: Any, plan: _Plan) -> Any:
             layer.bias = nnx.Param(_placed(bias, None, old))
             layer.use_bias = True
         else:
-            layer.bias.set_value(_placed(bias, layer.bias[...], old))
-        layer.kernel.set_value(_placed(kernel, old, old))
+            bias = _placed(bias, layer.bias[...], old)
+            layer.bias.copy_from(layer.bias.replace(bias))
+        layer.kernel.copy_from(layer.kernel.replace(_placed(kernel, old, old)))
     skips = plan.skips()
     for path in plan.folded:
         layer = layers[path]

@@ -163,7 +163,8 @@ def with_moments(variables: State, found: Mapping[str, Moments]) -> State:
             old = {name: getattr(layer, name)[...] for name in names}
             for name, value in _settled(old, moments).items():
                 # Not `variable[...] = value`, which keeps the dtype of the variable.
-                getattr(layer, name).set_value(value)
+                variable = getattr(layer, name)
+                variable.copy_from(variable.replace(value))
         return model
     nodes = stats_nodes(variables["batch_stats"])
     new = {}
@@ -297,7 +298,7 @@ def _nnx_gatherer(apply, where, options):
         layers = nnx_norms(copy)
         for path in paths:
             for variable in layers[path].pending.values():
-                variable.set_value(jnp.zeros_like(variable[...]))
+                variable[...] = jnp.zeros_like(variable[...])
 
         def pending(_, batch):
             step(copy, batch)
