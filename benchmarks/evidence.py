@@ -6,7 +6,6 @@ and data are one code, and the norm alone differs.
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from tables import table as table
+from tables import dumped, table as table
 
 import jbn
 from jbn.training.data import load_dataset
@@ -340,8 +339,7 @@ def report(name, question, seeds, results, text, figure, notes=(), folder=EVIDEN
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         content = {**about, "results": _plain(results)}
-        text_ = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        (folder / f"{name}.json").write_text(text_)
+        (folder / f"{name}.json").write_text(dumped(content) + "\n")
         figure.savefig(folder / f"{name}.png")
     print(f"{about['platform']}, JAX {jax.__version__}, {about['date']}\n")
     print(text)

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from tables import dumped
 
 from jbn.linen import BatchNorm
 from jbn.models import resnet50
@@ -150,7 +151,7 @@ def save(result):
     results = sorted([r for r in old if key(r) != key(result)] + [result], key=key)
     question = __doc__.partition("\n")[0]
     content = {"question": question, "results": results}
-    FILE.write_text(json.dumps(content, indent=1) + "\n")
+    FILE.write_text(dumped(content) + "\n")
     return results
 
 

@@ -27,6 +27,27 @@ def load(name):
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
+def dumped(content, depth=0, width=160):
+    """JSON with a record on one line: what is short, or a list of numbers."""
+    line = json.dumps(content, allow_nan=False)
+    nested = isinstance(content, dict) or any(
+        isinstance(value, dict | list)
+        for value in (content if isinstance(content, list) else ())
+    )
+    if not content or not nested or (depth and len(line) <= width):
+        return line
+    if isinstance(content, dict):
+        parts = [
+            f"{json.dumps(key)}: {dumped(value, depth + 1, width)}"
+            for key, value in content.items()
+        ]
+    else:
+        parts = [dumped(value, depth + 1, width) for value in content]
+    opening, closing = "{}" if isinstance(content, dict) else "[]"
+    inner = ",\n".join(" " * (depth + 1) + part for part in parts)
+    return f"{opening}\n{inner}\n{' ' * depth}{closing}"
+
+
 def table(header, rows):
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -349,7 +370,62 @@ def gpu_short():
     return f"{table(header, rows)}\n\n{about_gpu(content)}"
 
 
+def gains():
+    """What changes when `nn.BatchNorm` becomes `jbn.BatchNorm`: the README's table."""
+    errors = [r["error"] for r in load("variance")["results"] if r["ratio"] == 1e4]
+    theirs = [error["flax.linen, default"] for error in errors]
+    kept = load("memory")["results"]["kept"]
+    images = [r for r in load("op")["results"] if r["shape"].count("x") == 3]
+    layers = [r["training"]["jbn.linen"]["flax"] for r in images]
+    spent = [
+        r["microseconds"]["training"]["ReLU"]
+        for r in load("gpu")["results"]["op"]
+        if r["dtype"] == "bfloat16"
+    ]
+    gpu = [times["jbn"] / times["flax.linen"] for times in spent]
+    steps = load("gpu")["results"]["steps"]
+    step = next(r["by"] for r in steps if r["dtype"] == "bfloat16")
+    rows = [
+        [
+            "variance at mean / std of 10,000, float32: relative error",
+            f"{min(theirs):.0f} to {max(theirs):.0f}",
+            f"{max(error['jbn'] for error in errors):.0e}",
+            "benchmarks/variance.py",
+        ],
+        *(
+            [
+                f"{name}, bfloat16: saved for the backward pass, bytes an element",
+                f"{kept['flax.linen'][what]:.0f}",
+                f"{kept['jbn'][what]:.0f}",
+                "benchmarks/memory.py",
+            ]
+            for name, what in (("layer", "norm"), ("layer with ReLU", "norm, ReLU"))
+        ),
+        [
+            "image layers, one CPU core: forward and backward time",
+            "1",
+            f"{min(layers):.2f} to {max(layers):.2f}",
+            "benchmarks/op.py",
+        ],
+        [
+            "layer with ReLU, bfloat16, H200: forward and backward time",
+            "1",
+            f"{min(gpu):.2f} to {max(gpu):.2f}",
+            "benchmarks/gpu.py",
+        ],
+        [
+            "training step of ResNet-50, bfloat16, H200",
+            "1",
+            ratio(step["jbn"]["seconds"] / step["flax.linen"]["seconds"]),
+            "benchmarks/gpu.py",
+        ],
+    ]
+    rows = [[*row[:3], f"`python {row[3]}`"] for row in rows]
+    return table(["", "Flax 0.12", "jbn", "command"], rows)
+
+
 TABLES = {
+    "gains": gains,
     "gpu-short": gpu_short,
     "gpu-op": gpu_op,
     "gpu-step": gpu_step,
@@ -368,7 +444,7 @@ TABLES = {
 
 
 def filled(text):
-    """The text with its tables made anew."""
+    """The text with its tables written again."""
 
     def fill(match):
         return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}"
