@@ -19,6 +19,7 @@ import jbn
 def core() -> None:
     assert jbn.__version__ == importlib.metadata.version("jbn")
     assert importlib.resources.files("jbn").joinpath("py.typed").is_file()
+    assert not list(pathlib.Path(jbn.__file__).parent.rglob("make_npz.py"))
     params, batch_stats = jbn.init(2)
     x = jnp.array([[1.0, 10.0], [3.0, 30.0], [jnp.nan, jnp.inf]])
     step = jax.jit(

@@ -282,12 +282,14 @@ def test_dispatch(split: InMemory, parallel: Parallel):
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_initialize_makes_what_create_state_makes(averaged: bool):
-    """To the bit, whatever the compiler's effort; no buffer is given twice."""
+    """To one rounding, whatever the compiler's effort; no buffer is given twice."""
     task = make_task()
     found = initialize(task, 3, averaged=averaged)
     expected = create_state(task, 3, averaged=averaged)
     assert bool(found.average) == averaged
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    # Random weights differ by one ulp between the efforts on JAX 0.12, not before.
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-7)
+    jax.tree.map(close, found, expected)
     buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(found)]
     assert len(set(buffers)) == len(buffers)
 
