@@ -297,7 +297,7 @@ plt.show()
 # | generator, in its own loss | the batch | move |
 # | discriminator, in the generator's loss | the batch of generated ones | stay |
 #
-# A pure function moves nothing behind your back: statistics stay where you drop what it
+# A pure function changes nothing in place: statistics stay where you drop what it
 # returns (`_` below). In a layer, `update_stats=False` says the same. Real and
 # generated images are two domains of a `DomainBatchNorm`, so that neither is in the
 # other's statistics.
@@ -380,7 +380,7 @@ for i in range(GAN_STEPS):
 # %% [markdown]
 # The parameters of a GAN wander, and images come from their average over the last
 # hundred steps or so. No batch has ever been through these, so no running statistics
-# are theirs: `recalibrate` takes them anew, from some batches of latents. The Fréchet
+# are theirs: `recalibrate` takes them again, from some batches of latents. The Fréchet
 # distance of the generated and the real images (at 8x8 pixels, as Gaussians) says how
 # far apart they are; that of two halves of the real ones shows how small it could be.
 
@@ -563,7 +563,7 @@ assert accuracy(adapted, faded) > 0.9
 
 # %% [markdown]
 # How much data does it take? To ask that for many batches, let the model adapt to each
-# batch by itself: a layer with `tau=PRIOR` normalizes by the same mixture, in training
+# batch alone: a layer with `tau=PRIOR` normalizes by the same mixture, in training
 # mode. `convert` puts such layers into the model that we have. On one batch of
 # everything it gives the logits that `adapt` gave.
 

@@ -455,7 +455,7 @@ plt.show()
 
 # %% [markdown]
 # With momentum 0.99 the network looks worse than it is. Nothing is wrong with its
-# parameters: one pass over the training images to take the statistics anew, a
+# parameters: one pass over the training images to take the statistics again, a
 # debiased average, or a shorter one all give the same accuracy. A rule of thumb:
 # `1 / (1 - momentum)` should be well below the number of steps that are trained.
 #

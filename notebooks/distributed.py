@@ -19,9 +19,9 @@
 # %% [markdown]
 # # Batch norm on many devices
 #
-# A batch is spread over eight devices. This notebook shows whose rows a mean is taken
-# over, how to write a training step that gives the gradient of one device, and what XLA
-# makes of it.
+# A batch is sharded over eight devices. This notebook shows which rows a mean is taken
+# over, how to write a training step with the gradient of one device, and what XLA
+# compiles it to.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/distributed.ipynb)
 #
@@ -298,7 +298,7 @@ for name in verdicts:
 # statistics take no `axis_name`.
 #
 # All of these have an analog on one device: `ghost_batch_norm` cuts the batch into
-# `num_groups` and normalizes each by itself (Hoffer, Hubara and Soudry, 2017).
+# `num_groups` and normalizes each separately (Hoffer, Hubara and Soudry, 2017).
 
 # %%
 train = functools.partial(jbn.batch_norm, use_running_average=False)
@@ -380,7 +380,7 @@ for name, found in [("1 device", ghost_8_stats), ("8 devices", ghost_map_stats)]
 # without that flaw.
 #
 # What do few rows cost? On the left one row, always the same, is normalized together
-# with others that are drawn anew 2,000 times. On the right the package's 8x8 digits are
+# with others that are drawn 2,000 times. On the right the package's 8x8 digits are
 # learned by a small network in batches of 32, three seeds each.
 
 # %%

@@ -441,9 +441,9 @@ assert KEPT["jbn, ReLU in the layer"] <= KEPT["bias, ReLU"] < KEPT["jbn, ReLU"]
 assert KEPT["jbn, ReLU"] < KEPT["batch norm by hand, ReLU"]
 
 # %% [markdown]
-# Memory: by hand, autodiff keeps several arrays of the size of the input. jbn's rule
-# keeps the input alone, 4 bytes an element in float32, and with the ReLU in the layer
-# nothing more, which is less than a ReLU by itself keeps behind a bias.
+# Memory: by hand, autodiff saves several arrays of the size of the input. jbn's rule
+# saves the input only, 4 bytes an element in float32, and with the ReLU in the layer
+# nothing more, which is less than a ReLU after a bias saves.
 #
 # ## Dropout
 #
@@ -452,10 +452,10 @@ assert KEPT["jbn, ReLU"] < KEPT["batch norm by hand, ReLU"]
 #
 # $$\frac{v + m^2}{1-q} - m^2 .$$
 #
-# A batch norm behind it learns that variance, and is applied at inference, where
+# A batch norm after it learns that variance, and is applied at inference, where
 # there is no dropout, to units of variance $v$ (Li et al.,
 # [2018](https://arxiv.org/abs/1801.05134)). Three layers of product, ReLU and batch
-# norm are trained on the digits, with dropout before each norm, or behind the last
+# norm are trained on the digits, with dropout before each norm, or after the last
 # one.
 
 
@@ -540,9 +540,9 @@ for before in (False, True):
 # %% [markdown]
 # The shift is there in each layer, and in the first it is what the formula says. What
 # it costs depends on the rate: nearly nothing at a quarter, nearly everything at
-# three quarters. Statistics taken anew without dropout (`jbn.tools.recalibrate`) win
-# back a part. Behind the last norm dropout shifts nothing, and at no rate does it
-# cost accuracy here: that is the place for it.
+# three quarters. Statistics taken again without dropout (`jbn.tools.recalibrate`) win
+# back a part. After the last norm dropout shifts nothing, and at no rate does it
+# cost accuracy here: put it there.
 #
 # ## Weight decay
 #

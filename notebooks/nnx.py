@@ -19,9 +19,8 @@
 # %% [markdown]
 # # Batch norm in Flax NNX
 #
-# `jbn.nnx.BatchNorm` takes the place of `flax.nnx.BatchNorm`: a network is trained with
-# both, and its state is moved from one to the other, to a pure function, and over from
-# PyTorch and Keras.
+# `jbn.nnx.BatchNorm` replaces `flax.nnx.BatchNorm`. A network is trained with both; its
+# state moves from one to the other, into a pure function, and in from PyTorch and Keras.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/nnx.ipynb)
 #

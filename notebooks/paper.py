@@ -356,7 +356,7 @@ if data.name == "mnist":
 #
 # The paper explains its figure by internal covariate shift: layers learn faster when
 # the distributions of their inputs stay as they are. Santurkar et al.
-# ([2018](https://arxiv.org/abs/1805.11604)) put noise behind batch norm, of a mean
+# ([2018](https://arxiv.org/abs/1805.11604)) put noise after batch norm, of a mean
 # and a variance that change with time, so that distributions shift more than without
 # any; the network still learned faster than one without batch norm. They hold that
 # this shift has little to do with it, and that batch norm makes the loss smoother;

@@ -19,8 +19,8 @@
 # %% [markdown]
 # # Sparse and uneven data
 #
-# What goes wrong with batch norm where rows are padding, unevenly spread, from several
-# sources, few, wild or mostly zero, and what to do about it.
+# What goes wrong with batch norm if rows are padding, unevenly sharded, from several
+# sources, few, outliers or mostly zero, and what to do about it.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/uneven.ipynb)
 #
@@ -190,7 +190,7 @@ assert np.isnan(results["flax.linen", "NaN, mask"][0]["scale"]).all()
 # ## Packed rows
 #
 # Packing puts sequences one after the other and needs less padding. `segment_ids` says
-# which sequence a row belongs to; the padding has an id of its own. Each step counts
+# which sequence a row belongs to; the padding has a separate id. Each step counts
 # once with a mask, each sequence with `group_weights`. (`sample_weights` does the same
 # for padded batches.)
 
@@ -726,7 +726,7 @@ assert sparse_memory < dense_memory / 20
 # | padded sequences, images, point clouds | `mask` |
 # | packed rows, graphs | `mask=ids < n`, `ids` from `segment_ids` |
 # | long samples drown short ones | `weights=` `sample_weights`, `group_weights` |
-# | shards of different sizes, empty shards | nothing: exact by itself |
+# | shards of different sizes, empty shards | no option: results are exact |
 # | several sources in one batch | `domain_batch_norm` |
 # | domains of a few rows | `min_weight=1`, `tau=` |
 # | batches of a few rows, or of one class | `tau=32`, or `batch_renorm` |
