@@ -22,6 +22,7 @@ from jbn.variants.conditional import (
 from jbn.variants.domain import domain_batch_norm as domain_batch_norm
 from jbn.variants.frozen import frozen_batch_norm as frozen_batch_norm
 from jbn.variants.ghost import ghost_batch_norm as ghost_batch_norm
+from jbn.variants.graph import graph_norm as graph_norm
 from jbn.variants.renorm import batch_renorm as batch_renorm
 from jbn.weighting.balance import (
     group_weights as group_weights,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         DomainBatchNorm as DomainBatchNorm,
         FrozenBatchNorm as FrozenBatchNorm,
         GhostBatchNorm as GhostBatchNorm,
+        GraphNorm as GraphNorm,
     )
     from jbn.variants.sparse import (
         SparseOutput as SparseOutput,
@@ -64,6 +66,7 @@ _LATE = {
             "DomainBatchNorm",
             "FrozenBatchNorm",
             "GhostBatchNorm",
+            "GraphNorm",
         ),
         "jbn.linen",
     ),

@@ -6,15 +6,16 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact
 
 from jbn import axes, summary
-from jbn.axes import Rows, Weights
+from jbn.axes import AtRank, Rows, Weights
 from jbn.lowering.inline import where
 from jbn.lowering.mesh import features_spec, sharded_by_compiler
 from jbn.lowering.passes import rematerialized, separate
 from jbn.ops import numeric
-from jbn.ops.segments import Segments, spread, total
+from jbn.ops.segments import Segments, members, segments_of, spread, total
 from jbn.summary import Guess, Summary
 from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, Moments
 
@@ -27,6 +28,8 @@ def moments(
     weights: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    segment_ids: ArrayLike | None = None,
+    num_segments: int | None = None,
 ) -> Moments:
     """Summarizes the rows of `x`: weight, mean and biased variance of each feature.
 
@@ -46,14 +49,22 @@ def moments(
         weights: Non-negative real weight of each element. See `jbn.batch_norm`.
         axis_name: Mapped axis or axes to take the moments over as well.
         axis_index_groups: Groups of indices of `axis_name` to do so within.
+        segment_ids: Integers that say which segment (sample, sequence, graph) each row,
+            or entry of the leading axes, belongs to, in any order; each segment then
+            has moments of its own. A row whose id is not from 0 to `num_segments - 1`
+            belongs to none, as padding. See `jbn.segment_ids`.
+        num_segments: Number of segments; static. Goes with `segment_ids`.
 
     Returns:
-        `Moments`, whose fields have the shape of the features, float32 or wider.
+        `Moments`, whose fields have the shape of the features, float32 or wider; with
+        segments, of (num_segments, *features).
 
     Raises:
-        TypeError: If `x` is of integers or booleans.
+        TypeError: If `x` is of integers or booleans, `segment_ids` are not of integers,
+            or only one of `segment_ids` and `num_segments` is given.
         ValueError: If axes or shapes do not fit, if weights are known to be negative or
-            infinite, or a mask to hold anything else than 0 and 1.
+            infinite, a mask to hold anything else than 0 and 1, or `num_segments` is
+            below 1.
         NameError: If `axis_name` is not a mapped axis here.
 
     Example:
@@ -61,12 +72,25 @@ def moments(
         >>> m = moments(x, mask=jnp.array([True, True, False]))
         >>> print(m.weight, m.mean, m.var)
         [2. 2.] [ 2. 20.] [  1. 100.]
+        >>> ids = jnp.array([1, 0, 3])
+        >>> print(moments(x, segment_ids=ids, num_segments=2).mean)
+        [[ 3. 30.]
+         [ 1. 10.]]
     """
     x = axes.check_inexact(x)
     lay = axes.layout(x, axis)
     w = axes.element_weights(mask, weights, lay)
     rows = axes.rows(lay, axis_name, axis_index_groups)
-    return _moments(lay, rows, x, w)
+    if (segment_ids is None) != (num_segments is None):
+        raise TypeError(
+            "`moments` takes `segment_ids` and `num_segments` together; got only"
+            f" `{'num_segments' if segment_ids is None else 'segment_ids'}`."
+        )
+    ids = None
+    if num_segments is not None:
+        ids = axes.row_ids(segment_ids, "segment_ids", lay)
+        num_segments = axes.size(num_segments, "num_segments")
+    return _moments(lay, rows, num_segments, x, w, ids)
 
 
 def merge(*parts: Moments) -> Moments:
@@ -135,17 +159,28 @@ def merge(*parts: Moments) -> Moments:
     return as_moments(merged)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _moments(
-    lay: axes.Layout, rows: Rows, x: jax.Array, weights: Weights | None
+    lay: axes.Layout,
+    rows: Rows,
+    num_segments: int | None,
+    x: jax.Array,
+    weights: Weights | None,
+    ids: AtRank | None,
 ) -> Moments:
-    def run(x: jax.Array, weights: Weights | None) -> Moments:
+    def run(x: jax.Array, weights: Weights | None, ids: AtRank | None) -> Moments:
         w = None if weights is None else weights.array()
-        return jax.tree.map(lay.squeeze, row_moments(rows, x, w))
+        segments = None
+        if ids is not None and num_segments is not None:
+            segments = segments_of(ids.array(), num_segments)
+            w = members(w, segments)
+        return jax.tree.map(lay.squeeze, row_moments(rows, x, w, segments))
 
     spec = features_spec(x, lay.feature_axes)
+    if num_segments is not None:
+        spec = PartitionSpec(None, *spec)
     out = Moments(*[cast(Any, spec)] * 3)
-    return sharded_by_compiler(run, x, out)(x, weights)
+    return sharded_by_compiler(run, x, out)(x, weights, ids)
 
 
 def row_moments(

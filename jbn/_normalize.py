@@ -26,7 +26,7 @@ from jbn.lowering.passes import (
 )
 from jbn.lowering.sums import repeat
 from jbn.ops import numeric
-from jbn.ops.segments import Segments, spread
+from jbn.ops.segments import Segments, members, segments_of, spread
 from jbn.typing import (
     Activation,
     ArrayLike,
@@ -46,6 +46,7 @@ def normalize(
     axis: Axes = -1,
     epsilon: float | int | ArrayLike = 1e-5,
     dtype: DType | None = None,
+    segment_ids: ArrayLike | None = None,
 ) -> jax.Array:
     """Normalizes each feature of `x` by a given mean and variance.
 
@@ -63,12 +64,18 @@ def normalize(
         axis: Feature axis or axes.
         epsilon: Added to the variance, inside the square root.
         dtype: Dtype of the output; that of `x` by default.
+        segment_ids: Integers that say which segment each row (or entry of the leading
+            axes) belongs to, each with a mean and variance of its own: `stats` then
+            have one entry per segment and feature, and `params` may. A row of no
+            segment is normalized by the last one, and comes out as `bias` if it is not
+            finite.
 
     Returns:
         The normalized array, of the shape of `x`.
 
     Raises:
-        TypeError: If `x` is of integers or booleans, or `dtype` cannot hold the output.
+        TypeError: If `x` is of integers or booleans, `dtype` cannot hold the output, or
+            `segment_ids` are not of integers.
         ValueError: If axes or shapes do not fit, or `epsilon` is known to be negative.
 
     Example:
@@ -80,24 +87,34 @@ def normalize(
     """
     x = axes.check_inexact(x)
     lay = axes.layout(x, axis)
-    check_stats(stats, "stats", lay, axis, x.dtype)
-    check_affine(params, lay, axis, x.dtype)
+    ids = front = None
+    if segment_ids is not None:
+        ids = axes.row_ids(segment_ids, "segment_ids", lay)
+        axes.check_record(stats, "stats", BatchStats)
+        front = "segment", (*jnp.shape(stats.mean), 0)[0]
+    check_stats(stats, "stats", lay, axis, x.dtype, front)
+    check_affine(params, lay, axis, x.dtype, front)
     least = check_epsilon(epsilon)
     stats = Moments(stats.var, stats.mean, stats.var)
     dtype = axes.output_dtype(dtype, x.dtype)
     form = Form(None, dtype, None, guarded=least.may_be_below(TINY))
-    return _normalize(lay, form, x, stats, params, least)
+    return _normalize(lay, form, x, stats, params, least, ids)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _normalize(lay, form, x, stats, params, epsilon):
-    def run(x, stats, params, epsilon):
-        scale, bias = expand_affine(params, lay, x.dtype)
+def _normalize(lay, form, x, stats, params, epsilon, ids):
+    def run(x, stats, params, epsilon, ids):
+        segments = weights = None
+        if ids is not None:
+            segments = segments_of(ids.array(), stats.mean.shape[0])
+            weights = members(None, segments)
+        scale, bias = expand_affine(params, lay, x.dtype, segments is not None)
         stats = expand_stats(stats, lay, x.dtype)
         epsilon = epsilon.array(stats.var.dtype)
-        return apply(form, Operands(x, None, None, stats, scale, bias, epsilon))
+        operands = Operands(x, weights, segments, stats, scale, bias, epsilon)
+        return apply(form, operands)
 
-    return sharded_by_compiler(run, x, x)(x, stats, params, epsilon)
+    return sharded_by_compiler(run, x, x)(x, stats, params, epsilon, ids)
 
 
 def check_stats(
@@ -106,20 +123,22 @@ def check_stats(
     lay: axes.Layout,
     axis: Axes,
     dtype: DType,
-    num_domains: int | None = None,
+    front: tuple[str, int] | None = None,
 ) -> None:
-    """Raises unless `stats` has a mean and a variance that fit an input of `dtype`."""
+    """Raises unless `stats` has a mean and a variance that fit an input of `dtype`.
+
+    With `front`, as `("domain", 3)`, each domain has its own.
+    """
     axes.check_record(stats, name, BatchStats)
     tracked = getattr(stats, "weight", None) is not None
     for field in ("mean", "var", *(["weight"] if tracked else [])):
         stat = getattr(stats, field)
-        front = None if num_domains is None else ("domain", num_domains)
         axes.check_features(stat, f"{name}.{field}", lay, axis, front)
         real = field != "mean" or not jnp.issubdtype(dtype, jnp.complexfloating)
         axes.check_real(stat, f"{name}.{field}", real)
     pending = getattr(stats, "pending", None)
     if pending is not None:
-        check_stats(pending, f"{name}.pending", lay, axis, dtype, num_domains)
+        check_stats(pending, f"{name}.pending", lay, axis, dtype, front)
 
 
 def expand_stats(stats, lay: axes.Layout, dtype: DType) -> Moments:

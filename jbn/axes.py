@@ -321,6 +321,17 @@ def _weights_shape(weights: Any, name: str, lay: Layout) -> tuple[int, ...]:
     return readings[0]
 
 
+def size(value: Any, name: str) -> int:
+    """A static number of something, at least 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an integer; got {value!r}.") from None
+    if number < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {number}.")
+    return number
+
+
 def row_ids(ids: Any, name: str, lay: Layout) -> AtRank:
     """Checks integers of which each row has one.
 

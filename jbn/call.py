@@ -38,7 +38,7 @@ from jbn.axes import AtRank, Layout, Rows, Weights
 from jbn.lowering.inline import where
 from jbn.lowering.mesh import sharded_by_compiler
 from jbn.ops import numeric
-from jbn.ops.segments import Segments, inside, segments_of
+from jbn.ops.segments import Segments, members, segments_of
 from jbn.options import Options, completed
 from jbn.running import Rule, make_rule, update
 from jbn.summary import Guess, Summary
@@ -64,7 +64,7 @@ class Call:
 
     x: Any
     weights: Any
-    domain: AtRank | None
+    ids: AtRank | None
     params: Params | None
     batch_stats: BatchStats | None
     epsilon: Any
@@ -75,7 +75,7 @@ class Call:
     rule: Rule | None
     lay: Layout = dataclasses.field(metadata=_STATIC)
     rows: Rows = dataclasses.field(metadata=_STATIC)
-    num_domains: int | None = dataclasses.field(metadata=_STATIC)
+    num_segments: int | None = dataclasses.field(metadata=_STATIC)
     activation: Activation | None = dataclasses.field(metadata=_STATIC)
     dtype: DType = dataclasses.field(metadata=_STATIC)
     use_running_average: bool = dataclasses.field(metadata=_STATIC)
@@ -90,24 +90,21 @@ class Call:
 
     def expanded(self) -> "Call":
         """The call with arrays at the rank of `x` (with segments: one more)."""
-        fronted = self.num_domains is not None
+        fronted = self.num_segments is not None
         scale, bias = expand_affine(self.params, self.lay, self.x.dtype, fronted)
         known = self.batch_stats
         if known is None:
             shape = self.lay.features
-            shape = (self.num_domains, *shape) if fronted else shape
+            shape = (self.num_segments, *shape) if fronted else shape
             known = BatchStats(jnp.zeros(shape), jnp.ones(shape))
         weights = self.weights
         if isinstance(weights, Weights):
             weights = weights.array()
         segments = None
-        if self.domain is not None:
-            assert self.num_domains is not None
-            segments = segments_of(self.domain.array(), self.num_domains)
-            # Rows of no domain take no part.
-            there = inside(segments)
-            counted = there if weights is None else weights
-            weights = where(there, counted, False if counted.dtype == bool else 0)
+        if self.ids is not None:
+            assert self.num_segments is not None
+            segments = segments_of(self.ids.array(), self.num_segments)
+            weights = members(weights, segments)  # Rows of no segment take no part.
         running = expand_stats(known, self.lay, self.x.dtype)
         call = dataclasses.replace(
             self,
@@ -163,7 +160,11 @@ class Call:
 
     def by_running(self) -> Inexact[Array, "..."]:
         """The output normalized by the running statistics."""
-        return self._apply(None, self.running)
+        return self.by_stats(self.running)
+
+    def by_stats(self, stats: Moments) -> Inexact[Array, "..."]:
+        """The output normalized by statistics that are operands like any other."""
+        return self._apply(None, stats)
 
     def by_batch(self, batch: Summary) -> Inexact[Array, "..."]:
         """The output normalized by the batch."""
@@ -244,12 +245,15 @@ def prepare(
     use_running_average: bool,
     domain: ArrayLike | int | None = None,
     num_domains: int | None = None,
+    segment_ids: ArrayLike | None = None,
+    num_segments: int | None = None,
     **options: Any,
 ) -> Call:
     """Checks the arguments of the batch norm that is called `function`.
 
     With `num_domains`, statistics have an axis of that size in front, and `domain`
-    says which of them each row belongs to.
+    says which of them each row belongs to. So it is with segments, whose ids may be
+    out of range.
     """
     given = cast(dict[str, Any], completed(Options, options, function))
     use_running_average = flag(use_running_average, "use_running_average")
@@ -260,7 +264,12 @@ def prepare(
     summarizes = update_stats or not use_running_average
     x, axis = axes.check_inexact(x), given["axis"]
     lay = axes.layout(x, axis)
-    rule = None
+    front = ids = rule = None
+    if num_domains is not None:
+        front, ids = ("domain", num_domains), _domain(domain, lay, num_domains)
+    if num_segments is not None:
+        front = "segment", num_segments
+        ids = axes.row_ids(segment_ids, "segment_ids", lay)
     trim = given["trim"]
     if batch_stats is None:
         if use_running_average or update_stats or trim is not None:
@@ -270,7 +279,7 @@ def prepare(
                 " pass `use_running_average=False` and `update_stats=False`."
             )
     else:
-        check_stats(batch_stats, "batch_stats", lay, axis, x.dtype, num_domains)
+        check_stats(batch_stats, "batch_stats", lay, axis, x.dtype, front)
         rule = make_rule(
             batch_stats.mean.shape,
             given["momentum"],
@@ -280,7 +289,6 @@ def prepare(
             # Only an update reads it.
             tracked=batch_stats.weight is not None or not update_stats,
         )
-    front = None if num_domains is None else ("domain", num_domains)
     check_affine(params, lay, axis, x.dtype, front)
     axis_name, groups = given["axis_name"], given["axis_index_groups"]
     if not summarizes:
@@ -297,7 +305,7 @@ def prepare(
     return Call(
         x=x,
         weights=axes.element_weights(given["mask"], given["weights"], lay),
-        domain=None if domain is None else _domain(domain, lay, num_domains),
+        ids=ids,
         params=params,
         batch_stats=batch_stats,
         epsilon=epsilon,
@@ -308,7 +316,7 @@ def prepare(
         rule=rule if update_stats else None,
         lay=lay,
         rows=axes.rows(lay, axis_name, groups),
-        num_domains=num_domains,
+        num_segments=None if front is None else front[1],
         activation=check_activation(given["activation"]),
         dtype=axes.output_dtype(given["dtype"], x.dtype),
         use_running_average=use_running_average,
@@ -376,10 +384,10 @@ def _may_exceed(value: Any, limit: float | int) -> bool:
     return number is None or bool(np.any(number > limit))
 
 
-def _domain(domain: ArrayLike | int, lay: Layout, num_domains: int | None) -> AtRank:
+def _domain(domain: Any, lay: Layout, num_domains: int) -> AtRank:
     ids = axes.row_ids(domain, "domain", lay)
     values = axes.known(ids.value)
-    if values is not None and num_domains is not None and (values >= num_domains).any():
+    if values is not None and (values >= num_domains).any():
         raise ValueError(
             f"`domain` must be below the number of domains, {num_domains}; those given"
             f" go up to {values.max()}. A row of no domain, as padding, has -1."

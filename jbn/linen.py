@@ -18,6 +18,9 @@ from jbn.options import (
     CallOptions,
     LayerOptions,
     Option,
+    RowCallOptions,
+    RowLayerOptions,
+    RowSettings,
     Settings,
     described,
     documented,
@@ -30,6 +33,7 @@ from jbn.variants.conditional import conditional_batch_norm
 from jbn.variants.domain import domain_batch_norm
 from jbn.variants.frozen import frozen_batch_norm
 from jbn.variants.ghost import ghost_batch_norm
+from jbn.variants.graph import graph_norm
 from jbn.variants.renorm import batch_renorm, next_step
 
 
@@ -71,15 +75,14 @@ _ORDER = dict.fromkeys(
 )
 
 
-def _fields() -> dict[str, Any]:
-    """The body of a class with a field for each option."""
-    options = {name: options_of(_LinenOptions)[name] for name in _ORDER}
-    kinds = {name: kind for name, (kind, _) in options.items()}
+def _fields(record: type) -> dict[str, Any]:
+    """The body of a class with a field for each option of a record."""
+    known = options_of(record)
+    options = {name: known[name] for name in _ORDER if name in known}
     return {
         "__module__": __name__,
-        "__doc__": "Fields of all modules.",
-        "__annotations__": {"use_running_average": bool | None, **kinds},
-        "use_running_average": None,
+        "__doc__": "Fields of modules.",
+        "__annotations__": {name: kind for name, (kind, _) in options.items()},
         **{name: option.default for name, (_, option) in options.items()},
     }
 
@@ -88,8 +91,16 @@ if TYPE_CHECKING:
 
     class _Fields(nn.Module):
         pass
+
+    class _RowFields(nn.Module):
+        pass
 else:
-    _Fields = type(nn.Module)("_Fields", (nn.Module,), _fields())
+
+    class _Mode(nn.Module):
+        use_running_average: bool | None = None
+
+    _Fields = type(nn.Module)("_Fields", (_Mode,), _fields(_LinenOptions))
+    _RowFields = type(nn.Module)("_RowFields", (nn.Module,), _fields(RowLayerOptions))
 
 
 @described(_LinenOptions)
@@ -491,6 +502,81 @@ class FrozenBatchNorm(BatchNorm):
             freeze_affine=self.freeze_affine,
             freeze_stats=self.freeze_stats,
             freeze_mode=self.freeze_mode,
+            **call,
+        )
+
+
+@described(RowLayerOptions)
+class GraphNorm(_RowFields):
+    """Normalizes each graph by itself: `jbn.graph_norm` as a Linen module.
+
+    Its parameters are `scale`, `bias` and `mean_scale`. It has no statistics, and
+    training and inference are the same.
+
+    Attributes:
+        **settings: Replaced by one entry an option.
+        use_mean_scale: Whether to learn which share of the mean is removed. Without it
+            this is instance norm of packed rows.
+        mean_scale_init: Initializer of that share.
+    """
+
+    use_mean_scale: bool = True
+    mean_scale_init: Callable[..., Any] = nn.initializers.ones
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            use_mean_scale: bool = True,
+            mean_scale_init: Callable[..., Any] = nn.initializers.ones,
+            name: str | None = None,
+            parent: Any = None,
+            **settings: Unpack[RowLayerOptions],
+        ) -> None: ...
+
+    @nn.compact
+    @documented(RowCallOptions)
+    def __call__(
+        self,
+        x: ArrayLike,
+        segment_ids: ArrayLike,
+        num_segments: int,
+        **call: Unpack[RowCallOptions],
+    ) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: Input of shape (..., features, ...); integers and booleans are cast.
+            segment_ids: Which graph each node belongs to.
+            num_segments: Number of graphs.
+            **call: Replaced by one entry an option.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        settings: dict[str, Any] = {
+            k: getattr(self, k) for k in options_of(RowSettings)
+        }
+        x = axes.as_inexact(x, settings["dtype"])
+        features = axes.layout(x, settings["axis"]).features
+
+        def param(name: str) -> Any:
+            if not getattr(self, f"use_{name}"):
+                return None
+            make, dtype = getattr(self, f"{name}_init"), self.param_dtype
+            return self.param(name, make, features, dtype)
+
+        if self.is_initializing():
+            # Flax initializes outside of the mapped axes, too.
+            settings |= {"axis_name": None, "axis_index_groups": None}
+        return graph_norm(
+            x,
+            Params(param("scale"), param("bias")),
+            segment_ids=segment_ids,
+            num_segments=num_segments,
+            mean_scale=param("mean_scale"),
+            **settings,
             **call,
         )
 

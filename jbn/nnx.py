@@ -20,6 +20,9 @@ from jbn.options import (
     CallOptions,
     LayerOptions,
     Option,
+    RowCallOptions,
+    RowLayerOptions,
+    RowSettings,
     Settings,
     completed,
     described,
@@ -33,6 +36,7 @@ from jbn.variants.conditional import conditional_batch_norm
 from jbn.variants.domain import domain_batch_norm
 from jbn.variants.frozen import frozen_batch_norm
 from jbn.variants.ghost import ghost_batch_norm
+from jbn.variants.graph import graph_norm
 from jbn.variants.renorm import batch_renorm, next_step
 
 
@@ -505,6 +509,87 @@ class FrozenBatchNorm(BatchNorm):
             freeze_affine=self.freeze_affine,
             freeze_stats=self.freeze_stats,
             freeze_mode=self.freeze_mode,
+            **call,
+        )
+
+
+@described(RowLayerOptions)
+class GraphNorm(nnx.Module):
+    """Normalizes each graph by itself: `jbn.graph_norm` as an NNX module.
+
+    Its parameters are `scale`, `bias` and `mean_scale`. It has no statistics, and
+    training and inference are the same.
+
+    Args:
+        num_features: How many features; for several feature axes their sizes.
+        use_mean_scale: Whether to learn which share of the mean is removed. Without it
+            this is instance norm of packed rows.
+        mean_scale_init: Initializer of that share.
+        rngs: Random number generators; `params` makes the parameters.
+        **settings: Replaced by one entry an option.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @documented(RowLayerOptions)
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_mean_scale: bool = True,
+        mean_scale_init: Callable[..., Any] = jax.nn.initializers.ones,
+        rngs: nnx.Rngs,
+        **settings: Unpack[RowLayerOptions],
+    ):
+        """Makes the variables; the class explains the arguments."""
+        given = completed(RowLayerOptions, settings, type(self).__name__)
+        given |= {"use_mean_scale": use_mean_scale, "mean_scale_init": mean_scale_init}
+        _, fresh = init(num_features)
+        for name in ("scale", "bias", "mean_scale"):
+            make = given.pop(f"{name}_init")
+            value = nnx.data(None)
+            if given[f"use_{name}"]:
+                key = rngs.params()
+                value = nnx.Param(make(key, fresh.mean.shape, given["param_dtype"]))
+            setattr(self, name, value)
+        self.num_features = num_features
+        for name, value in given.items():
+            setattr(self, name, value)
+
+    @documented(RowCallOptions)
+    def __call__(
+        self,
+        x: ArrayLike,
+        segment_ids: ArrayLike,
+        num_segments: int,
+        **call: Unpack[RowCallOptions],
+    ) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+            x: Input of shape (..., features, ...); integers and booleans are cast.
+            segment_ids: Which graph each node belongs to.
+            num_segments: Number of graphs.
+            **call: Replaced by one entry an option.
+
+        Returns:
+            The normalized array, of the shape of `x`.
+        """
+        names = "scale", "bias", "mean_scale"
+        found = {k: getattr(self, k) for k in names}
+        scale, bias, mean_scale = (
+            None if v is None else v[...] for v in found.values()
+        )
+        settings = {name: getattr(self, name) for name in options_of(RowSettings)}
+        return graph_norm(
+            axes.as_inexact(x, self.dtype),
+            Params(scale, bias),
+            segment_ids=segment_ids,
+            num_segments=num_segments,
+            mean_scale=mean_scale,
+            **settings,
             **call,
         )
 

@@ -44,20 +44,12 @@ class Option(NamedTuple):
     text: str
 
 
-class Settings(TypedDict, total=False):
-    """Options that a layer fixes when it is made."""
+class RowSettings(TypedDict, total=False):
+    """Settings of what is computed from the rows at hand alone."""
 
     axis: Annotated[
         Axes,
         Option(-1, "Feature axis or axes. Statistics are taken over all the others."),
-    ]
-    momentum: Annotated[
-        Number | None,
-        Option(
-            0.99,
-            "Weight of the *old* running statistic, as in Flax and Keras; one minus"
-            " PyTorch's. `None` and other rules: see `jbn.update_batch_stats`.",
-        ),
     ]
     epsilon: Annotated[
         Number, Option(1e-5, "Added to the variance, inside the square root.")
@@ -81,6 +73,29 @@ class Settings(TypedDict, total=False):
             None,
             "Partition of the indices of `axis_name` into groups that each take their"
             " own statistics.",
+        ),
+    ]
+    activation: Annotated[
+        Activation | None,
+        Option(
+            None,
+            "An elementwise function, such as `jax.nn.relu`, applied last. Here it"
+            " saves no array of its own: the backward pass finds its slope from `x`"
+            " (and `residual`). It is applied in float32 or wider, before the output"
+            " is rounded. Values that it closes over are constants.",
+        ),
+    ]
+
+
+class Settings(RowSettings, total=False):
+    """Options that a layer fixes when it is made."""
+
+    momentum: Annotated[
+        Number | None,
+        Option(
+            0.99,
+            "Weight of the *old* running statistic, as in Flax and Keras; one minus"
+            " PyTorch's. `None` and other rules: see `jbn.update_batch_stats`.",
         ),
     ]
     unbiased: Annotated[
@@ -137,29 +152,11 @@ class Settings(TypedDict, total=False):
             " elements). See `jbn.trimmed_weights`.",
         ),
     ]
-    activation: Annotated[
-        Activation | None,
-        Option(
-            None,
-            "An elementwise function, such as `jax.nn.relu`, applied last. Here it"
-            " saves no array of its own: the backward pass finds its slope from `x`"
-            " (and `residual`). It is applied in float32 or wider, before the output"
-            " is rounded. Values that it closes over are constants.",
-        ),
-    ]
 
 
-class CallOptions(TypedDict, total=False):
-    """Options that a layer takes in each call."""
+class RowCallOptions(TypedDict, total=False):
+    """Options of a call that concern the rows at hand alone."""
 
-    update_stats: Annotated[
-        bool | None,
-        Option(
-            None,
-            "Whether to update the running statistics by the batch. By default in"
-            " training, which is `not use_running_average`.",
-        ),
-    ]
     mask: Annotated[
         ArrayLike | None,
         Option(
@@ -188,12 +185,29 @@ class CallOptions(TypedDict, total=False):
     ]
 
 
+class CallOptions(RowCallOptions, total=False):
+    """Options that a layer takes in each call."""
+
+    update_stats: Annotated[
+        bool | None,
+        Option(
+            None,
+            "Whether to update the running statistics by the batch. By default in"
+            " training, which is `not use_running_average`.",
+        ),
+    ]
+
+
+class RowOptions(RowSettings, RowCallOptions, total=False):
+    """All options of functions without running statistics."""
+
+
 class Options(Settings, CallOptions, total=False):
     """All options of the functions."""
 
 
-class LayerOnly(TypedDict, total=False):
-    """Further settings of layers, in Linen and NNX."""
+class AffineSettings(TypedDict, total=False):
+    """How layers make scale and bias."""
 
     param_dtype: Annotated[DType, Option(jnp.float32, "Dtype of scale and bias.")]
     use_bias: Annotated[bool, Option(True, "Whether to learn a bias.")]
@@ -206,6 +220,11 @@ class LayerOnly(TypedDict, total=False):
         Callable[..., Any],
         Option(jax.nn.initializers.ones, "Initializer of the scale."),
     ]
+
+
+class LayerOnly(AffineSettings, total=False):
+    """Further settings of layers, in Linen and NNX."""
+
     use_fast_variance: Annotated[
         bool,
         Option(
@@ -238,6 +257,10 @@ class LayerOnly(TypedDict, total=False):
             " Adds the statistics `pending`.",
         ),
     ]
+
+
+class RowLayerOptions(RowSettings, AffineSettings, total=False):
+    """All settings of layers without running statistics."""
 
 
 class LayerOptions(Settings, LayerOnly, total=False):

@@ -24,6 +24,10 @@ from jbn.options import (
     CallOptions,
     LayerOptions,
     Options,
+    RowCallOptions,
+    RowLayerOptions,
+    RowOptions,
+    RowSettings,
     Settings,
     defaults,
     options_of,
@@ -648,3 +652,70 @@ def test_a_misspelled_option_is_named_with_what_was_called(name):
             run(call, p)
         with pytest.raises(TypeError, match=rf"{method.module}\W.*momentun"):
             run(field, p)
+
+
+# --- Graph norm, which has no running statistics ----------------------------------
+
+
+def test_options_of_graph_norm_change_the_result_and_modules_take_them(subtests):
+    scale, bias, share = normal(3, 3)
+    ids = {"segment_ids": IDS, "num_segments": 3}
+    params = {"scale": scale, "bias": bias, "mean_scale": share}
+
+    def function(p, **options):
+        return jbn.graph_norm(
+            p.x, jbn.Params(scale, bias), mean_scale=share, **ids, **options
+        )
+
+    def apart(options):
+        taken = {*options_of(RowSettings)}
+        settings = {k: v for k, v in options.items() if k in taken}
+        return settings, ids | {k: v for k, v in options.items() if k not in taken}
+
+    def linen(p, **options):
+        settings, call = apart(options)
+        return jbn.linen.GraphNorm(**settings).apply({"params": params}, p.x, **call)
+
+    def flax_nnx(p, **options):
+        settings, call = apart(options)
+        with jax.ensure_compile_time_eval():
+            layer = jbn.nnx.GraphNorm(3, rngs=nnx.Rngs(0), **settings)
+            graph, state = nnx.split(layer)
+        layer = nnx.merge(graph, state)
+        nnx.update(layer, nnx.State(params))
+        return layer(p.x, **call)
+
+    def one(run, option):
+        given = {option: VALUES[option]} if option else {}
+        if option != "axis_name":
+            return lambda p: run(p, **given)
+        batch = lambda p: jnp.stack([p.x, 2 * p.x])
+        mapped = lambda x, p: run(p._replace(x=x), **given)
+        return lambda p: jax.vmap(mapped, (0, None), axis_name="devices")(batch(p), p)[
+            0
+        ]
+
+    ways = {"function": function, "linen": linen, "nnx": flax_nnx}
+    options = ["", *options_of(RowOptions)]
+    cases = {(o, way): one(run, o) for o in options for way, run in ways.items()}
+    found = together("batch norm", cases)
+    for option in options_of(RowOptions):
+        with subtests.test(option):
+            if (None, option) in ERRORS:
+                error = ERRORS[None, option]
+                assert all(error in str(found[option, way]) for way in ways)
+                continue
+            assert differ(found[option, "function"], found["", "function"])
+            for way in ways:
+                assert_close(found[option, way], found[option, "function"])
+
+
+@pytest.mark.parametrize("cls", [jbn.linen.GraphNorm, jbn.nnx.GraphNorm], ids=label)
+def test_graph_norm_shows_and_explains_its_options(cls):
+    assert_shown(jbn.graph_norm, defaults(RowOptions))
+    assert_explained(jbn.graph_norm, {*inspect.signature(jbn.graph_norm).parameters})
+    assert_shown(constructor(cls), defaults(RowLayerOptions))
+    assert_explained(cls, {*settings_of(cls)})
+    assert_shown(cls.__call__, defaults(RowCallOptions))
+    call = {*inspect.signature(cls.__call__).parameters} - {"self"}
+    assert_explained(cls.__call__, call)

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Integer
 
 from jbn.lowering import sums
+from jbn.lowering.inline import where
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +36,14 @@ def segments_of(ids: Integer[Array, "..."], num: int) -> Segments:
         ids = ids.astype(jnp.int32)  # `num` may not fit into fewer bits.
     there = (ids >= 0) & (ids < num)
     return Segments(jnp.where(there, ids, num).astype(jnp.int32), num)
+
+
+def members(weights: jax.Array | None, segments: Segments) -> jax.Array:
+    """The weights, with none for rows that belong to no segment."""
+    there = inside(segments)
+    if weights is None:
+        return there
+    return where(there, weights, False if weights.dtype == bool else 0)
 
 
 def total(

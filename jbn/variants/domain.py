@@ -1,6 +1,5 @@
 """Domain-specific batch norm (Chang et al., 2019): statistics for each domain."""
 
-import operator
 from typing import Unpack
 
 import jax
@@ -102,14 +101,7 @@ def domain_batch_norm(
         raise ValueError(
             "`num_domains` must be given where `batch_stats` do not tell it; got None."
         )
-    try:
-        num_domains = operator.index(num_domains)
-    except TypeError:
-        raise TypeError(
-            f"`num_domains` must be an integer; got {num_domains!r}."
-        ) from None
-    if num_domains < 1:
-        raise ValueError(f"`num_domains` must be at least 1; got {num_domains}.")
+    num_domains = axes.size(num_domains, "num_domains")
     call = prepare(
         "domain_batch_norm",
         x,

@@ -1,7 +1,6 @@
 """Ghost batch norm (Hoffer, Hubara and Soudry, 2017), or virtual batches."""
 
 import dataclasses
-import operator
 from typing import Unpack
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbn import summary
+from jbn import axes, summary
 from jbn._moments import as_moments
 from jbn.axes import Layout, Rows
 from jbn.call import Call, Stats, prepare, run, thread
@@ -92,8 +91,8 @@ def ghost_batch_norm(
         generalization gap in large batch training of neural networks", 2017, algorithm
         1 (whose running statistics average the groups). https://arxiv.org/abs/1705.08741
     """
-    num_groups = _positive("num_groups", num_groups)
-    devices_per_group = _positive("devices_per_group", devices_per_group)
+    num_groups = axes.size(num_groups, "num_groups")
+    devices_per_group = axes.size(devices_per_group, "devices_per_group")
     call = prepare(
         "ghost_batch_norm",
         x,
@@ -178,16 +177,6 @@ def _grouped(call: Call, axis: int, num_groups: int) -> Call:
         bias=None if call.bias is None else among_groups(call.bias),
         residual=None if call.residual is None else split(call.residual),
     )
-
-
-def _positive(name: str, number: int) -> int:
-    try:
-        index = operator.index(number)
-    except TypeError:
-        raise TypeError(f"`{name}` must be an integer; got {number!r}.") from None
-    if index < 1:
-        raise ValueError(f"`{name}` must be at least 1; got {index}.")
-    return index
 
 
 def _over_devices(rows: Rows, size: int) -> AxisGroups | None:
