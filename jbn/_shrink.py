@@ -1,6 +1,8 @@
 """Shrinkage: what is known before stands in for rows that a small batch lacks."""
 
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jbn import axes
 from jbn.ops import numeric
@@ -13,6 +15,7 @@ def shrink(
     *,
     tau: float | int | ArrayLike,
     effective_weight: ArrayLike | None = None,
+    scatter: bool = True,
 ) -> Moments:
     """Draws the moments of a few rows towards `prior`, as `tau` more rows of it would.
 
@@ -23,23 +26,27 @@ def shrink(
               + a * (1 - a) * abs(moments.mean - prior.mean)**2
 
     which are the moments of the mixture: `tau` rows of the prior merged with n of the
-    batch. (Blends of the variances alone leave out the last term.)
+    batch. Methods are rules for `tau`: a method that gives the batch a share of a has
+    `tau = n * (1 - a) / a`.
 
     Args:
         moments: Moments of the rows at hand.
         prior: Mean and variance to draw them to, of the same features.
         tau: Weight of the prior, in rows. 0 leaves the moments as they are, infinity
-            gives the prior. May be traced.
+            gives the prior. One number, or an array that broadcasts to the moments
+            without being larger, such as one entry per feature. May be traced.
         effective_weight: How many rows of equal weight the moments are worth:
             `sum(w)**2 / sum(w**2)` (Kish, 1965). By default `moments.weight`, which is
             that where the weights are all 0 or 1.
+        scatter: Whether the variance has its last term. Blends of the variances alone,
+            as in alpha-BN, are without it.
 
     Returns:
         Moments with the weight of `moments`. Where that is 0, the prior. Differentiable
         in all arguments.
 
     Raises:
-        ValueError: If `tau` is known to be negative.
+        ValueError: If `tau` is known to be negative, or does not fit the moments.
 
     Example:
         >>> batch = Moments(jnp.array([2.0]), jnp.array([4.0]), jnp.array([1.0]))
@@ -52,25 +59,50 @@ def shrink(
         Schneider et al., "Improving robustness against common corruptions by covariate
         shift adaptation", 2020, section 3 (the same weights, at inference).
     """
-    tau = check_tau(tau)
+    shape = moments.mean.shape
+    tau = check_tau(tau, *(shape[i:] for i in range(len(shape))))
+    return shrunk(moments, prior, tau, effective_weight, scatter)
+
+
+def shrunk(
+    moments: Moments,
+    prior: Moments | BatchStats,
+    tau: float | int | ArrayLike,
+    effective_weight: ArrayLike | None = None,
+    scatter: bool = True,
+) -> Moments:
+    """`shrink` with a checked `tau` that broadcasts."""
     real = moments.var.dtype
     n = moments.weight if effective_weight is None else jnp.asarray(effective_weight)
     n, tau = n.astype(real), jnp.asarray(tau).astype(real)
+    if 0 < tau.ndim < n.ndim:
+        tau = lax.expand_dims(tau, range(n.ndim - tau.ndim))
     total = n + tau
     some = n > 0
     share = jnp.where(some, n / jnp.where(some, total, 1), 0)
     prior_mean = jnp.asarray(prior.mean).astype(moments.mean.dtype)
     prior_var = jnp.asarray(prior.var).astype(real)
-    gap = numeric.abs_square(moments.mean - prior_mean)
     both = share.astype(moments.mean.dtype)
-    return Moments(
-        moments.weight,
-        (1 - both) * prior_mean + both * moments.mean,
-        (1 - share) * prior_var + share * moments.var + share * (1 - share) * gap,
-    )
+    mean = (1 - both) * prior_mean + both * moments.mean
+    var = (1 - share) * prior_var + share * moments.var
+    if scatter:
+        gap = numeric.abs_square(moments.mean - prior_mean)
+        var = var + share * (1 - share) * gap
+    return Moments(moments.weight, mean, var)
 
 
-def check_tau(tau: float | int | ArrayLike) -> float | int | ArrayLike:
-    """Refuses a weight of the prior that is known to be negative."""
+def check_tau(
+    tau: float | int | ArrayLike, *shapes: tuple[int, ...]
+) -> float | int | ArrayLike:
+    """Refuses a weight of the prior that is known to be negative.
+
+    It is one number, or an array of one of the shapes.
+    """
     why = "0 is batch norm, infinity the running statistics."
-    return axes.check_number(tau, "tau", 0, why)
+    shape = np.shape(axes.as_number(tau, "tau"))
+    if shape and shape not in shapes:
+        raise ValueError(
+            "`tau` must be one number, or have one entry per feature; got an array of"
+            f" shape {shape}, not {' or '.join(map(str, dict.fromkeys(shapes)))}."
+        )
+    return axes.check_number(tau, "tau", 0, why, shape)

@@ -33,7 +33,7 @@ from jbn._normalize import (
     expand_affine,
     expand_stats,
 )
-from jbn._shrink import check_tau, shrink
+from jbn._shrink import check_tau, shrunk
 from jbn.axes import AtRank, Layout, Rows, Weights
 from jbn.lowering.inline import where
 from jbn.lowering.mesh import sharded_by_compiler
@@ -106,6 +106,10 @@ class Call:
             segments = segments_of(self.ids.array(), self.num_segments)
             weights = members(weights, segments)  # Rows of no segment take no part.
         running = expand_stats(known, self.lay, self.x.dtype)
+        tau = None if self.tau is None else jnp.asarray(self.tau)
+        if tau is not None and tau.ndim:
+            shared = fronted and tau.ndim == len(self.lay.features)
+            tau = self.lay.expand(tau[None] if shared else tau)
         call = dataclasses.replace(
             self,
             weights=weights,
@@ -114,6 +118,7 @@ class Call:
             scale=scale,
             bias=bias,
             epsilon=self.epsilon.array(running.var.dtype),
+            tau=tau,
         )
         if self.trim is None or not self.summarizes:
             return call
@@ -180,8 +185,7 @@ class Call:
         moments = self.enough(moments)
         if self.tau is not None:
             n = self._effective_weight(moments.weight)
-            tau = jnp.asarray(self.tau)
-            return shrink(moments, running, tau=tau, effective_weight=n)
+            return shrunk(moments, running, self.tau, n)
         some = moments.weight > 0
         return Moments(
             moments.weight,
@@ -295,7 +299,8 @@ def prepare(
         # Inference needs no other device, so it may stand outside of the mapped axis.
         axis_name = groups = None
     epsilon = check_epsilon(given["epsilon"])
-    tau = check_tau(given["tau"])
+    each = () if front is None else (front[1],)
+    tau = check_tau(given["tau"], lay.features, (*each, *lay.features))
     min_weight = axes.check_number(
         given["min_weight"],
         "min_weight",

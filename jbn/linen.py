@@ -15,12 +15,13 @@ except ModuleNotFoundError as error:
 
 from jbn import axes
 from jbn.options import (
-    CallOptions,
+    LayerCallOptions,
     LayerOptions,
     Option,
     RowCallOptions,
     RowLayerOptions,
     RowSettings,
+    Schedule,
     Settings,
     described,
     documented,
@@ -37,8 +38,8 @@ from jbn.variants.graph import graph_norm
 from jbn.variants.renorm import batch_renorm, next_step
 
 
-# A number, or a function of the number of updates so far, as Optax's schedules.
-Schedule = float | Callable[[jax.Array], Any]
+# Numbers of a layer that may be schedules.
+_SCHEDULED = "tau", "r_max", "d_max"
 
 
 class _LinenOptions(LayerOptions, total=False):
@@ -145,12 +146,12 @@ class BatchNorm(_Fields):
         super().__post_init__()
 
     @nn.compact
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
@@ -167,8 +168,8 @@ class BatchNorm(_Fields):
 
 class _RenormFields(nn.Module):
     # Fields of a base that stands last come first: `BatchRenorm(3.0, 5.0)`.
-    r_max: Schedule = 3.0
-    d_max: Schedule = 5.0
+    r_max: float | Schedule = 3.0
+    d_max: float | Schedule = 5.0
 
 
 class BatchRenorm(BatchNorm, _RenormFields):
@@ -188,8 +189,8 @@ class BatchRenorm(BatchNorm, _RenormFields):
 
         def __init__(
             self,
-            r_max: Schedule = 3.0,
-            d_max: Schedule = 5.0,
+            r_max: float | Schedule = 3.0,
+            d_max: float | Schedule = 5.0,
             use_running_average: bool | None = None,
             *,
             name: str | None = None,
@@ -198,7 +199,7 @@ class BatchRenorm(BatchNorm, _RenormFields):
         ) -> None: ...
 
     @nn.compact
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
@@ -206,7 +207,7 @@ class BatchRenorm(BatchNorm, _RenormFields):
         *,
         r_max: float | ArrayLike | None = None,
         d_max: float | ArrayLike | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
@@ -220,28 +221,13 @@ class BatchRenorm(BatchNorm, _RenormFields):
         Returns:
             The normalized array, of the shape of `x`.
         """
-        step = None
-        if callable(self.r_max) or callable(self.d_max):
-            step = _variable(self, "step", lambda: jnp.zeros((), jnp.int32))
-        use_running_average = _mode(self, use_running_average)
-
-        def limit(value, schedule):
-            if value is not None:
-                return value
-            if not callable(schedule):
-                return schedule
-            if use_running_average:
-                return 1.0  # Inference does not read it.
-            return schedule(jnp.zeros((), jnp.int32) if step is None else step.value)
-
         return _thread(
             self,
             batch_renorm,
             x,
-            use_running_average,
-            step=step,
-            r_max=limit(r_max, self.r_max),
-            d_max=limit(d_max, self.d_max),
+            _mode(self, use_running_average),
+            r_max=r_max,
+            d_max=d_max,
             **call,
         )
 
@@ -278,12 +264,12 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
         ) -> None: ...
 
     @nn.compact
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
@@ -338,14 +324,14 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
         ) -> None: ...
 
     @nn.compact
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
         *,
         domain: ArrayLike | int | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates the statistics of its domains.
 
@@ -404,7 +390,7 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
         ) -> None: ...
 
     @nn.compact
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
@@ -413,7 +399,7 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
         labels: ArrayLike | int | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `batch_stats`.
 
@@ -477,12 +463,12 @@ class FrozenBatchNorm(BatchNorm):
         ) -> None: ...
 
     @nn.compact
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x`.
 
@@ -601,6 +587,27 @@ def _variable(
     return None
 
 
+def _numbers(
+    layer: BatchNorm, use_running_average: bool | None, call: dict[str, Any]
+) -> tuple[dict[str, Any], nn.Variable | None]:
+    """The numbers of a call that may be schedules, and the step of these."""
+    settings = {k: getattr(layer, k) for k in _SCHEDULED if hasattr(layer, k)}
+    step = None
+    if any(map(callable, settings.values())):
+        step = _variable(layer, "step", lambda: jnp.zeros((), jnp.int32))
+
+    def number(name: str, setting: Any) -> Any:
+        if call.get(name) is not None:
+            return call[name]
+        if not callable(setting):
+            return setting
+        if use_running_average:
+            return 1.0  # Inference does not read it.
+        return setting(jnp.zeros((), jnp.int32) if step is None else step.value)
+
+    return {name: number(name, v) for name, v in settings.items()}, step
+
+
 def _thread(
     layer: BatchNorm,
     function: Callable[..., Any],
@@ -610,7 +617,6 @@ def _thread(
     stats_front: tuple[int, ...] = (),
     params_front: tuple[int, ...] | None = (),
     scale_init: Callable[..., Any] | None = None,
-    step: nn.Variable | None = None,
     **call: Any,
 ) -> jax.Array:
     """Creates and reads the variables of `layer`, calls `function`, writes them back.
@@ -658,7 +664,9 @@ def _thread(
             else None,
         )
     running = as_batch_stats({name: v.value for name, v in variables.items()})
-    given = {name: getattr(layer, name) for name in options_of(Settings)} | call
+    numbers, step = _numbers(layer, use_running_average, call)
+    given = {name: getattr(layer, name) for name in options_of(Settings)}
+    given |= call | numbers
     if given.get("update_stats") is None:
         given["update_stats"] = layer.update_stats
     if layer.is_initializing():

@@ -17,12 +17,13 @@ except ModuleNotFoundError as error:
 
 from jbn import axes
 from jbn.options import (
-    CallOptions,
+    LayerCallOptions,
     LayerOptions,
     Option,
     RowCallOptions,
     RowLayerOptions,
     RowSettings,
+    Schedule,
     Settings,
     completed,
     described,
@@ -40,8 +41,8 @@ from jbn.variants.graph import graph_norm
 from jbn.variants.renorm import batch_renorm, next_step
 
 
-# A number, or a function of the number of updates so far, as Optax's schedules.
-Schedule = float | Callable[[jax.Array], Any]
+# Numbers of a layer that may be schedules.
+_SCHEDULED = "tau", "r_max", "d_max"
 
 
 class _NNXOptions(LayerOptions, total=False):
@@ -152,13 +153,20 @@ class BatchNorm(nnx.Module):
         self.num_features = num_features
         for name, value in given.items():
             setattr(self, name, value)
+        self.step = nnx.data(None)
+        self._count(given["tau"])
 
-    @documented(CallOptions)
+    def _count(self, *numbers: Any) -> None:
+        """Counts training calls, if one of the numbers is a schedule."""
+        if any(map(callable, numbers)):
+            self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    @documented(LayerCallOptions)
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `mean` and `var` in place.
 
@@ -210,8 +218,8 @@ class BatchRenorm(BatchNorm):
     def __init__(
         self,
         num_features: int | tuple[int, ...],
-        r_max: Schedule = 3.0,
-        d_max: Schedule = 5.0,
+        r_max: float | Schedule = 3.0,
+        d_max: float | Schedule = 5.0,
         *,
         rngs: nnx.Rngs,
         **settings: Unpack[_NNXOptions],
@@ -220,11 +228,9 @@ class BatchRenorm(BatchNorm):
         self._make(num_features, rngs, settings)
         self.r_max = r_max
         self.d_max = d_max
-        self.step = nnx.data(None)
-        if callable(r_max) or callable(d_max):
-            self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self._count(r_max, d_max)
 
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
@@ -232,7 +238,7 @@ class BatchRenorm(BatchNorm):
         *,
         r_max: float | ArrayLike | None = None,
         d_max: float | ArrayLike | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `mean` and `var` in place.
 
@@ -246,20 +252,13 @@ class BatchRenorm(BatchNorm):
         Returns:
             The normalized array, of the shape of `x`.
         """
-
-        def limit(value, schedule):
-            if value is not None:
-                return value
-            step: Any = self.step
-            return schedule(step[...]) if callable(schedule) else schedule
-
         return _thread(
             self,
             batch_renorm,
             x,
             _mode(self, use_running_average),
-            r_max=limit(r_max, self.r_max),
-            d_max=limit(d_max, self.d_max),
+            r_max=r_max,
+            d_max=d_max,
             **call,
         )
 
@@ -293,12 +292,12 @@ class GhostBatchNorm(BatchNorm):
         self.num_groups = num_groups
         self.devices_per_group = devices_per_group
 
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `mean` and `var` in place.
 
@@ -352,14 +351,14 @@ class DomainBatchNorm(BatchNorm):
         self.num_domains = num_domains
         self.own_affine = own_affine
 
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
         *,
         domain: ArrayLike | int | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates the statistics of its domains.
 
@@ -415,7 +414,7 @@ class ConditionalBatchNorm(BatchNorm):
         self.num_classes = num_classes
         self.one_plus = one_plus
 
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
@@ -424,7 +423,7 @@ class ConditionalBatchNorm(BatchNorm):
         labels: ArrayLike | int | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x` and, in training, updates `mean` and `var` in place.
 
@@ -484,12 +483,12 @@ class FrozenBatchNorm(BatchNorm):
         self.freeze_stats = freeze_stats
         self.freeze_mode = freeze_mode
 
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> jax.Array:
         """Normalizes `x`.
 
@@ -669,6 +668,18 @@ def _write(layer: BatchNorm, batch_stats: BatchStats) -> None:
             variables[name].copy_from(variables[name].replace(value))
 
 
+def _numbers(layer: BatchNorm, call: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a call that may be schedules."""
+    found = {}
+    for name in _SCHEDULED:
+        setting, value = getattr(layer, name, None), call.get(name)
+        if value is None and callable(setting):
+            value = setting(layer.step[...])
+        if value is not None or setting is not None:
+            found[name] = setting if value is None else value
+    return found
+
+
 def _thread(
     layer: BatchNorm,
     function: Callable[..., Any],
@@ -685,7 +696,8 @@ def _thread(
             None if layer.scale is None else layer.scale[...],
             None if layer.bias is None else layer.bias[...],
         )
-    options = {name: getattr(layer, name) for name in options_of(Settings)} | call
+    options = {name: getattr(layer, name) for name in options_of(Settings)}
+    options |= call | _numbers(layer, call)
     if options.get("update_stats") is None:
         options["update_stats"] = layer.update_stats
     given = running
@@ -703,6 +715,6 @@ def _thread(
     # Statistics that come back as they were have not been updated.
     if batch_stats is not given:
         _write(layer, batch_stats)
-        if isinstance(layer, BatchRenorm) and layer.step is not None:
+        if layer.step is not None:
             layer.step[...] = next_step(layer.step[...])
     return y

@@ -33,6 +33,8 @@ from jbn.typing import (
 
 
 Number = float | int | ArrayLike
+# A number by the number of training calls so far, as Optax's schedules.
+Schedule = Callable[[jax.Array], Any]
 _F = TypeVar("_F", bound=Callable[..., Any])
 _C = TypeVar("_C", bound=type)
 
@@ -122,14 +124,17 @@ class Settings(RowSettings, total=False):
         ),
     ]
     tau: Annotated[
-        Number,
+        Number | Schedule,
         Option(
             0.0,
             "Shrinks the statistics that normalize in training towards the running"
             " ones, as `tau` more rows of these would: for batches, domains or groups"
             " so small that theirs are mostly noise. 0 is batch norm, infinity"
-            " normalizes by the running statistics. The running statistics are updated"
-            " by the batch as it is. See `jbn.shrink`.",
+            " normalizes by the running statistics. One number or one for each feature,"
+            " traced or not; differentiable. The running statistics are updated by the"
+            " batch as it is. In a layer also a schedule: a function of the number of"
+            " its training calls, which it counts in the statistic `step`. See"
+            " `jbn.shrink`.",
         ),
     ]
     min_weight: Annotated[
@@ -200,6 +205,14 @@ class CallOptions(RowCallOptions, total=False):
 
 class RowOptions(RowSettings, RowCallOptions, total=False):
     """All options of functions without running statistics."""
+
+
+class LayerCallOptions(CallOptions, total=False):
+    """Options of a call of a layer, some of them in place of its settings."""
+
+    tau: Annotated[
+        Number | None, Option(None, "In place of the layer's, for this call.")
+    ]
 
 
 class Options(Settings, CallOptions, total=False):

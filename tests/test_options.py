@@ -22,6 +22,7 @@ import jbn.linen
 import jbn.nnx
 from jbn.options import (
     CallOptions,
+    LayerCallOptions,
     LayerOptions,
     Options,
     RowCallOptions,
@@ -618,7 +619,7 @@ def assert_explained(v: Any, names: set[str]) -> None:
 
 @pytest.mark.parametrize("f", CALLS, ids=label)
 def test_a_call_shows_and_explains_every_option(f):
-    record = CallOptions if f.__name__ == "__call__" else Options
+    record = LayerCallOptions if f.__name__ == "__call__" else Options
     assert_shown(f, defaults(record))
     assert_explained(f, set(inspect.signature(f).parameters) - {"self"})
 

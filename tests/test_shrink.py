@@ -475,9 +475,9 @@ MISTAKES = {
         "got nan",
         "`tau` must be at least 0",
     ),
-    "a tau for each feature": (
-        lambda: jbn.shrink(jbn.moments(X), STATS, tau=np.ones(2)),
-        "shape (2,)",
+    "a tau of another shape": (
+        lambda: jbn.shrink(jbn.moments(X), STATS, tau=np.ones(7)),
+        "shape (7,)",
         "`tau` must be one number",
     ),
     "a negative min_weight": (

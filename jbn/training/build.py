@@ -71,7 +71,9 @@ def make_task(
         config, learning_rate=_DISCRIMINATOR_RATE * config.learning_rate
     )
     axis_name = None if executor is None else executor.axis_name
-    norm, local_norm = make_norm(config, executor), make_norm(config, None)
+    norm, local_norm = (
+        make_norm(config, e, steps_per_epoch=steps_per_epoch) for e in (executor, None)
+    )
     if config.model == "dcgan":
         optimizers = optimizer, make_optimizer(slower, steps_per_epoch)
         return _make_gan(config, dataset, optimizers, norm, local_norm, axis_name)
@@ -92,15 +94,18 @@ def make_task(
     )
 
 
-def make_norm(config: Config, executor: Executor | None) -> Callable[..., Any]:
+def make_norm(
+    config: Config, executor: Executor | None, *, steps_per_epoch: int = 1
+) -> Callable[..., Any]:
     """Makes what makes the norm layers, which share statistics as the flags say.
 
     Running statistics are those of all devices in any case, merged exactly in every
     step, so that there is nothing to merge before an evaluation or a checkpoint.
 
     Args:
-        config: With `momentum`, `bn_group_size` and `microbatches`.
+        config: With `momentum`, `tau`, `fix_after`, `bn_group_size` and `microbatches`.
         executor: What the layers run on; `None` for one device.
+        steps_per_epoch: For `fix_after`.
 
     Returns:
         A partial of a norm class.
@@ -108,7 +113,11 @@ def make_norm(config: Config, executor: Executor | None) -> Callable[..., Any]:
     Raises:
         UsageError: If the group size does not divide the number of devices.
     """
-    options: dict[str, Any] = {"momentum": config.momentum}
+    options: dict[str, Any] = {"momentum": config.momentum, "tau": config.tau}
+    if config.fix_after is not None:
+        calls = config.fix_after * steps_per_epoch * config.microbatches
+        schedule = lambda step: jnp.where(step < calls, config.tau, jnp.inf)
+        options["tau"] = schedule
     if config.microbatches > 1:
         options["accumulate"] = True
     if executor is None:

@@ -78,6 +78,10 @@ class Config:
             digits, 0.99 keeps 79 % of what they were an epoch ago, and the test
             accuracy of a short run trails far behind the training accuracy. With 0.9
             it is 9 %.
+        tau: Rows of the running statistics that each batch is normalized with, for
+            small or uneven batches. See `jbn.shrink`.
+        fix_after: Epochs after which training normalizes by the running statistics, as
+            evaluation does (FixBN). By default never.
         bn_group_size: How many devices share the statistics of a batch: 1 is per-device
             batch normalization. By default all. Running statistics are those of all.
         seed: Sets the initial parameters and the order of the examples. On one device,
@@ -134,6 +138,8 @@ class Config:
     ema_decay: _Number = None
     precision: Literal["f32", "bf16"] = "f32"
     momentum: float = 0.9
+    tau: float = 0.0
+    fix_after: _Count = None
     bn_group_size: _Count = None
     seed: int = 0
     parallel: Literal["pmap", "jit"] = "pmap"
@@ -158,9 +164,12 @@ class Config:
             1: (
                 *("epochs", "batch_size", "steps_per_dispatch", "num_devices"),
                 *("image_size", "microbatches", "bn_group_size", "save_every"),
-                *("num_processes", "peer_timeout"),
+                *("num_processes", "peer_timeout", "fix_after"),
             ),
-            0: ("shift", "warmup_epochs", "weight_decay", "max_skipped", "process_id"),
+            0: (
+                *("shift", "warmup_epochs", "weight_decay", "max_skipped"),
+                *("process_id", "tau"),
+            ),
         }
         for least, names in at_least.items():
             for name in names:

@@ -175,6 +175,7 @@ def _grouped(call: Call, axis: int, num_groups: int) -> Call:
         running=Moments(*map(among_groups, call.running)),
         scale=None if call.scale is None else among_groups(call.scale),
         bias=None if call.bias is None else among_groups(call.bias),
+        tau=among_groups(call.tau) if np.ndim(call.tau) else call.tau,
         residual=None if call.residual is None else split(call.residual),
     )
 

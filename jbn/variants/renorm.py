@@ -5,6 +5,7 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jbn import axes
@@ -86,7 +87,8 @@ def batch_renorm(
             "`batch_renorm` corrects towards the running statistics; got"
             " `batch_stats=None`. Make them with `init`."
         )
-    if axes.known(options.get("tau", 0)) != 0:
+    tau = axes.known(options.get("tau", 0))
+    if tau is None or np.any(tau != 0):
         raise ValueError(
             "`batch_renorm` does not take `tau`, which draws the statistics of the"
             " batch towards the running ones: r and d do so already. Drop `tau`, or use"
