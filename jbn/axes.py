@@ -357,6 +357,38 @@ def row_ids(ids: Any, name: str, lay: Layout) -> AtRank:
     return AtRank(ids, shape)
 
 
+def row_shares(shares: Any, name: str, lay: Layout, number: int) -> AtRank:
+    """Checks real numbers of which each row has so many, along one more axis."""
+    shape, rank = tuple(shares.shape), len(lay.shape)
+    if not shape or shape[-1] != number:
+        raise ValueError(
+            f"`{name}` of a floating dtype must have a share for each of the {number}"
+            f" of them along its last axis; got shape {shape}."
+        )
+    values = known(shares)
+    if values is not None and not np.all((values >= 0) & (values < np.inf)):
+        raise ValueError(
+            f"`{name}` of a floating dtype holds shares, which must be non-negative and"
+            f" finite; those given go from {values.min()} to {values.max()}."
+        )
+    front = shape[:-1]
+    at_rank = front if len(front) == rank else _leading(lay, front)
+    wanted = _row_shape(lay)
+    if len(front) == len(lay.rows):
+        fits = all(n in (1, m) for n, m in zip(front, lay.rows, strict=True))
+    elif len(front) == rank:
+        fits = all(n in (1, m) for n, m in zip(front, wanted, strict=True))
+    else:
+        fits = front == lay.rows[: len(front)]
+    if not fits:
+        raise ValueError(
+            f"`{name}` must have shares for each row of `x`, or for each entry of its"
+            f" leading axes: it has shape {shape}, and the rows of `x`, of shape"
+            f" {lay.shape}, have shape {lay.rows}."
+        )
+    return AtRank(shares, (*at_rank, number))
+
+
 def check_number(
     value: Any,
     name: str,

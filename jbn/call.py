@@ -87,6 +87,7 @@ class Call:
     running: Any = None
     scale: Any = None
     bias: Any = None
+    pooled: bool = dataclasses.field(default=False, metadata=_STATIC)
 
     def expanded(self) -> "Call":
         """The call with arrays at the rank of `x` (with segments: one more)."""
@@ -149,7 +150,7 @@ class Call:
         rows = [n for n in self.lay.rows if isinstance(n, int)]  # others are above 0
         return (
             self.weights is None
-            and self.segments is None
+            and self.num_segments is None
             and self.min_weight is None
             and 0 not in rows
         )
@@ -177,15 +178,21 @@ class Call:
         rows = self.rows if self.tau is None else None
         return self._apply(rows, self.settled(as_moments(batch)))
 
-    def settled(self, moments: Moments) -> Moments:
+    def settled(
+        self, moments: Moments, effective_weight: jax.Array | None = None
+    ) -> Moments:
         """The statistics to normalize by: the running ones where there is no weight."""
         if self.always_some and self.tau is None:
             return moments
         running = lax.stop_gradient(self.running)
         moments = self.enough(moments)
         if self.tau is not None:
-            n = self._effective_weight(moments.weight)
-            return shrunk(moments, running, self.tau, n)
+            n = effective_weight
+            if n is None:
+                n = self._effective_weight(moments.weight)
+            n = where(moments.weight > 0, n, 0)
+            prior = self._pooled(moments) if self.pooled else running
+            return shrunk(moments, prior, self.tau, n)
         some = moments.weight > 0
         return Moments(
             moments.weight,
@@ -226,6 +233,15 @@ class Call:
         )
         form = Form(rows, self.dtype, self.activation, guarded=self.tiny)
         return apply(form, operands)
+
+    def _pooled(self, moments: Moments) -> Moments:
+        """The moments of all segments together; the running ones where there are none.
+
+        They have one entry in front, for all segments.
+        """
+        weight = jnp.broadcast_to(moments.weight, moments.var.shape)
+        parts = Summary(weight, moments.mean, jnp.zeros_like(moments.mean), moments.var)
+        return jax.tree.map(lambda v: v[None], as_moments(summary.merge(parts)))
 
     def _effective_weight(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
         """`sum(w)**2 / sum(w**2)`: how many equal rows the weighted ones are worth."""
@@ -270,7 +286,9 @@ def prepare(
     lay = axes.layout(x, axis)
     front = ids = rule = None
     if num_domains is not None:
-        front, ids = ("domain", num_domains), _domain(domain, lay, num_domains)
+        front = "domain", num_domains
+        if domain is not None:
+            ids = _domain(domain, lay, num_domains)
     if num_segments is not None:
         front = "segment", num_segments
         ids = axes.row_ids(segment_ids, "segment_ids", lay)

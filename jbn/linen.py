@@ -1,7 +1,7 @@
 """Flax Linen modules. They create, read and write variables, and call one function."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -304,11 +304,15 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
     Attributes:
         num_domains: Number of domains.
         own_affine: Whether each domain has its own scale and bias, of that shape.
+        mix: How a floating `domain`, the shares of each row, mixes domains.
+        shrink_to: What `tau` draws to: each domain's running statistics, or the pool.
 
     All other attributes are those of `BatchNorm`.
     """
 
     own_affine: bool = False
+    mix: Literal["output", "stats"] = "output"
+    shrink_to: Literal["running", "pooled"] = "running"
 
     if TYPE_CHECKING:
 
@@ -318,6 +322,8 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
             use_running_average: bool | None = None,
             *,
             own_affine: bool = False,
+            mix: Literal["output", "stats"] = "output",
+            shrink_to: Literal["running", "pooled"] = "running",
             name: str | None = None,
             parent: Any = None,
             **settings: Unpack[_LinenOptions],
@@ -338,7 +344,8 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
         Args:
             x: As for `BatchNorm`.
             use_running_average: As for `BatchNorm`.
-            domain: Which domain each row, or image, or the whole batch belongs to.
+            domain: Which domain each row, or image, or the whole batch belongs to; or
+                its shares of all domains.
             **call: Replaced by one entry an option.
 
         Returns:
@@ -354,6 +361,8 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
             params_front=front if self.own_affine else (),
             domain=domain,
             num_domains=self.num_domains,
+            mix=self.mix,
+            shrink_to=self.shrink_to,
             **call,
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -329,6 +329,8 @@ class DomainBatchNorm(BatchNorm):
         num_features: As for `BatchNorm`.
         num_domains: Number of domains.
         own_affine: Whether each domain has its own scale and bias, of that shape.
+        mix: How a floating `domain`, the shares of each row, mixes domains.
+        shrink_to: What `tau` draws to: each domain's running statistics, or the pool.
         rngs: As for `BatchNorm`.
 
     All other arguments are those of `BatchNorm`.
@@ -341,6 +343,8 @@ class DomainBatchNorm(BatchNorm):
         num_domains: int,
         own_affine: bool = False,
         *,
+        mix: Literal["output", "stats"] = "output",
+        shrink_to: Literal["running", "pooled"] = "running",
         rngs: nnx.Rngs,
         **settings: Unpack[_NNXOptions],
     ):
@@ -350,6 +354,8 @@ class DomainBatchNorm(BatchNorm):
         self._make(num_features, rngs, settings, front, params_front)
         self.num_domains = num_domains
         self.own_affine = own_affine
+        self.mix = mix
+        self.shrink_to = shrink_to
 
     @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -365,7 +371,8 @@ class DomainBatchNorm(BatchNorm):
         Args:
             x: As for `BatchNorm`.
             use_running_average: As for `BatchNorm`.
-            domain: Which domain each row, or image, or the whole batch belongs to.
+            domain: Which domain each row, or image, or the whole batch belongs to; or
+                its shares of all domains.
             **call: Replaced by one entry an option.
 
         Returns:
@@ -378,6 +385,8 @@ class DomainBatchNorm(BatchNorm):
             _mode(self, use_running_average),
             domain=domain,
             num_domains=self.num_domains,
+            mix=self.mix,
+            shrink_to=self.shrink_to,
             **call,
         )
 

@@ -1,13 +1,16 @@
 """Domain-specific batch norm (Chang et al., 2019): statistics for each domain."""
 
-from typing import Unpack
+import dataclasses
+from typing import Literal, Unpack
 
 import jax
+import jax.numpy as jnp
 
 from jbn import axes
 from jbn.call import Stats, prepare, run, thread
 from jbn.options import Options, documented
 from jbn.typing import ArrayLike, BatchStats, Params
+from jbn.variants.soft import mixed
 
 
 @documented(Options)
@@ -19,6 +22,8 @@ def domain_batch_norm(
     use_running_average: bool,
     domain: ArrayLike | int,
     num_domains: int | None = None,
+    mix: Literal["output", "stats"] = "output",
+    shrink_to: Literal["running", "pooled"] = "running",
     **options: Unpack[Options],
 ) -> tuple[jax.Array, Stats]:
     """Normalizes the rows of each domain by the domain's own mean and variance.
@@ -34,6 +39,19 @@ def domain_batch_norm(
       number, for the whole batch;
     - instance norm on packed data: rows by sample, and `batch_stats=None`.
 
+    With a `domain` of a floating dtype a row belongs to several domains, each by a
+    share: the moments of domain k are those of all rows with weights `domain[..., k]`,
+    and `mix` says how a row is normalized by all of them, with p the shares over their
+    sum:
+
+    - `"output"`: `y = sum_k domain[..., k] * y_k`, with `y_k` the output normalized by
+      domain k, its scale and its bias (mode normalization, Deecke et al., 2019);
+    - `"stats"`: by the mixture's `mean = sum_k p_k * mean_k` and
+      `var = sum_k p_k * (var_k + abs(mean_k - mean)**2)` (as UnMix-TNS, Tomar et al.,
+      2024), with the scale and bias `sum_k p_k * scale_k` and `sum_k p_k * bias_k`.
+
+    Shares of 0 and 1 are the same as ids. Gradients reach the shares.
+
     Make the statistics by `init((num_domains, num_features))`. Parameters are shared
     (`init(num_features)`) or each domain's own, with the shape of the statistics.
 
@@ -48,8 +66,15 @@ def domain_batch_norm(
             traced. A row with a negative id is of no domain, as padding: it does not
             count, and is normalized by the last domain. So is a traced id of
             `num_domains` or more; a known one is an error.
+            Floating: the shares, non-negative, with one more axis of size num_domains
+            last; size 1 along an axis of the rows where they do not vary. A row whose
+            shares are all 0 does not count; its output is 0, or by all domains alike.
         num_domains: Needed where `batch_stats` are `None`.
-        **options: As for `jbn.batch_norm`. A domain that may be
+        mix: How shares mix domains.
+        shrink_to: What `tau` draws a domain's statistics to: its own running ones, or
+            those of all domains of the batch together. So a rare domain starts from
+            the pool, not from its own noise. One that is absent needs neither.
+        **options: As for `jbn.batch_norm`; `trim` only with ids. A domain that may be
             alone with one row needs `min_weight=1`, or its output is all bias; one of
             few rows gains by `tau`, and by `second_moment=True`.
 
@@ -57,9 +82,10 @@ def domain_batch_norm(
         The normalized array and the running statistics, as `jbn.batch_norm`.
 
     Raises:
-        TypeError: If `domain` is not of integers, or as `jbn.batch_norm` does.
+        TypeError: If `domain` is not of real numbers, or as `jbn.batch_norm` does.
         ValueError: If `domain` does not fit the rows, if `num_domains` is missing or
-            not that of `batch_stats`, or as `jbn.batch_norm` does.
+            not that of `batch_stats`, if `mix` or `shrink_to` is another word, or as
+            `jbn.batch_norm` does.
         NameError: As `jbn.batch_norm` does.
 
     Example:
@@ -87,6 +113,10 @@ def domain_batch_norm(
         https://arxiv.org/abs/1911.09665
         Antoniou, Edwards and Storkey, "How to train your MAML", 2019.
         https://arxiv.org/abs/1810.09502
+        Deecke, Murray and Bilen, "Mode Normalization", 2019, equations 5 and 6.
+        https://arxiv.org/abs/1810.05466
+        Tomar et al., "Un-Mixing Test-Time Normalization Statistics: Combatting Label
+        Temporal Correlation", 2024. https://arxiv.org/abs/2401.08328
     """
     if domain is None:
         raise TypeError(
@@ -102,14 +132,31 @@ def domain_batch_norm(
             "`num_domains` must be given where `batch_stats` do not tell it; got None."
         )
     num_domains = axes.size(num_domains, "num_domains")
+    for name, value, words in (
+        ("mix", mix, ("output", "stats")),
+        ("shrink_to", shrink_to, ("running", "pooled")),
+    ):
+        if value not in words:
+            raise ValueError(f"`{name}` must be one of {words}; got {value!r}.")
+    domain = axes.as_array(domain, "domain")
+    soft = jnp.issubdtype(domain.dtype, jnp.floating)
+    if soft and options.get("trim") is not None:
+        raise ValueError(
+            "`trim` judges a row by the statistics of its domain, and with a floating"
+            " `domain` it has several. Drop `trim`, or pass ids."
+        )
     call = prepare(
         "domain_batch_norm",
         x,
         params,
         batch_stats,
         use_running_average=use_running_average,
-        domain=domain,
+        domain=None if soft else domain,
         num_domains=num_domains,
         **options,
     )
+    call = dataclasses.replace(call, pooled=shrink_to == "pooled")
+    if soft:
+        shares = axes.row_shares(domain, "domain", call.lay, num_domains)
+        return run(mixed, call, shares, mix=mix)
     return run(thread, call)

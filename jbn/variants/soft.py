@@ -1,0 +1,217 @@
+"""Soft domains: rows that belong to several domains, each by a share."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbn import summary
+from jbn._moments import as_moments
+from jbn._normalize import gain_of
+from jbn.axes import AtRank, Rows, is_static
+from jbn.call import Call
+from jbn.ops import numeric, soft
+from jbn.typing import Moments
+
+
+# Means this far from a common shift, in standard deviations, leave variances that are
+# right to 1e-5 of themselves. Others are taken one by one.
+_FAR = 4
+# Rows that the shift is taken from, spread over all.
+_SAMPLE_ROWS = 256
+
+
+def mixed(call: Call, domain: AtRank, *, mix: str):
+    """The body of domain batch norm with shares of rows in place of ids."""
+    table = _Table(call)
+    shares = table.shares(domain.array())
+    weights = shares.sum(1, keepdims=True) > 0  # A row without shares is padding.
+    if call.weights is not None:
+        counted = table.rows_of(call.weights)
+        weights = jnp.where(weights, counted, jnp.zeros_like(counted))
+    x = table.rows_of(call.x)
+    shift = lax.stop_gradient(_shift(call, x, shares, weights))
+    stats = batch = call.running
+    if call.summarizes:
+        moments, effective = _moments(call, x, shares, weights, shift)
+        batch = jax.tree.map(table.stat, moments)
+        if not call.use_running_average:
+            stats = call.settled(batch, table.stat(effective))
+    gain = gain_of(stats.var, call.epsilon, call.scale)
+    flat = table.flat
+    bias = None if call.bias is None else flat(call.bias)
+    operands = flat(stats.mean), flat(stats.var), flat(gain), bias, shift
+    if mix == "stats":
+        scale = None if call.scale is None else flat(call.scale)
+        operands = *operands[:2], scale, bias, shift
+    normalize = functools.partial(_FORMULAS[mix], call)
+    y = soft.each_block(lambda *rows: normalize(*rows, *operands), x, shares, weights)
+    y = table.back(y)
+    if call.residual is not None:
+        residual = numeric.wide(call.residual).astype(y.dtype)
+        ignored = numeric.no_part(call.residual, call.weights)
+        y = y + (residual if ignored is None else jnp.where(ignored, 0, residual))
+    if call.activation is not None:
+        y = call.activation(y)
+    return y.astype(call.dtype), call.updated(batch)
+
+
+class _Table:
+    """The arrays of a call as matrices of rows and features."""
+
+    def __init__(self, call: Call):
+        lay = call.lay
+        self.order = (*lay.reduction_axes, *lay.feature_axes)
+        self.lay, self.num = lay, call.num_segments
+        self.rank = len(lay.reduction_axes)
+
+    def rows_of(self, v: jax.Array) -> jax.Array:
+        """An array that broadcasts to the input, as a matrix of rows."""
+        kept = [v.shape[a] for a in self.lay.feature_axes]
+        features = self.lay.features if any(n > 1 for n in kept) else [1] * len(kept)
+        v = jnp.transpose(v, self.order)
+        v = jnp.broadcast_to(v, (*self.lay.rows, *features))
+        columns = [n for n in v.shape[self.rank :]]
+        return v.reshape(_product(self.lay.rows), _product(columns))
+
+    def shares(self, v: jax.Array) -> jax.Array:
+        """Shares at the rank of the input and one more, the domains, as a matrix."""
+        v = lax.squeeze(v, self.lay.feature_axes)
+        v = jnp.broadcast_to(v, (*self.lay.rows, v.shape[-1]))
+        return numeric.wide(v).reshape(-1, v.shape[-1])
+
+    def back(self, y: jax.Array) -> jax.Array:
+        """From a matrix to the shape of the input."""
+        y = y.reshape(*self.lay.rows, *self.lay.features)
+        order = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return y.transpose(order)
+
+    def stat(self, v: jax.Array) -> jax.Array:
+        """A statistic of each domain, at the rank of the input and one more."""
+        v = jnp.broadcast_to(v, (v.shape[0], _product(self.lay.features)))
+        return self.lay.expand(v.reshape(-1, *self.lay.features))
+
+    def flat(self, v: jax.Array) -> jax.Array:
+        """The opposite of `stat`."""
+        v = jnp.broadcast_to(v, (self.num, *v.shape[1:]))
+        return v.reshape(self.num, -1)
+
+
+def _product(shape: Any) -> int:
+    number = 1
+    for n in shape:
+        number = number * n
+    return number
+
+
+def _by_output(call, x, shares, weights, mean, var, gain, bias, shift):
+    """The sum of each domain's output times the share in it.
+
+    sum_k w_k * (gain_k * (x - mean_k) + bias_k)
+    """
+    d = numeric.center(x, shift[None], weights)
+    moved = -gain * (mean - shift[None])
+    if bias is not None:
+        moved = moved + bias.astype(moved.dtype)
+    y = d * soft.product(shares, gain.astype(d.dtype))
+    y = y + soft.product(shares, moved.astype(d.dtype))
+    ignored = numeric.no_part(x, weights)
+    if call.weights is None:  # What is ignored has no shares.
+        return jnp.where(ignored, 0, y)
+    plain = jnp.zeros_like(moved) if bias is None else bias.astype(moved.dtype)
+    return jnp.where(ignored, soft.product(shares, plain), y)
+
+
+def _by_stats(call, x, shares, weights, mean, var, scale, bias, shift):
+    """By the mean and the variance of the mixture of domains.
+
+    mean = sum_k p_k * mean_k,   var = sum_k p_k * (var_k + abs(mean_k - mean)**2)
+    """
+    num = shares.shape[1]
+    total = shares.sum(1, keepdims=True)
+    some = total > 0
+    p = jnp.where(some, shares / jnp.where(some, total, 1), 1 / num)
+    # From a value near the mean, and each mean less the mixture's: nothing cancels.
+    center = soft.product(p, mean - shift[None])
+    var = soft.product(p, var)
+    for k in range(num):
+        gap = numeric.abs_square((mean[k] - shift)[None] - center)
+        var = var + p[:, k, None] * gap
+    gain = gain_of(var, call.epsilon.reshape(()), None)
+    d = numeric.center(x, shift[None], weights)
+    d = d - center
+    ignored = numeric.no_part(x, weights)
+    d = d if ignored is None else jnp.where(ignored, 0, d)
+    y = d * gain.astype(d.dtype)
+    if scale is not None:
+        y = y * soft.product(p, scale.astype(y.dtype))
+    return y if bias is None else y + soft.product(p, bias.astype(y.dtype))
+
+
+_FORMULAS = {"output": _by_output, "stats": _by_stats}
+
+
+def _shift(call: Call, x, shares, weights) -> jax.Array:
+    """A value near the mean of all rows, the same on all devices."""
+    step = max(1, x.shape[0] // _SAMPLE_ROWS) if is_static(x.shape) else 1
+    x, shares, weights = x[::step], shares[::step], weights[::step]
+    w = numeric.weigh(jnp.ones((x.shape[0], 1), shares.dtype), weights)
+    w = w * shares.sum(1, keepdims=True)
+    d = numeric.center(x, jnp.zeros((), numeric.wide_dtype(x.dtype)), weights)
+    d = jnp.broadcast_to(d, x.shape)
+    sums = [(w.astype(d.dtype) * d).sum(0), jnp.broadcast_to(w, x.shape).sum(0)]
+    if call.rows.axis_name is not None:
+        sums = summary.psum(sums, call.rows)
+    return numeric.coarse(sums[0] * numeric.reciprocal(sums[1]).astype(d.dtype))
+
+
+def _moments(call: Call, x, shares, weights, shift) -> tuple[Moments, jax.Array]:
+    """The moments of each domain, and how many equal rows each is worth."""
+    rows = Rows((0,), call.rows.axis_name, call.rows.axis_index_groups)
+    moments, squares = _accurate(rows, call.tiny, x, shares, weights, shift)
+    weight = moments.weight
+    effective = weight * weight * numeric.reciprocal(squares)
+    return moments, effective
+
+
+def _plain(rows: Rows, x, shares, weights, shift) -> tuple[Moments, jax.Array]:
+    """The moments about one shift."""
+    sums = soft.power_sums(x, shares, weights, shift)
+    if rows.axis_name is not None:
+        sums = summary.psum(sums, rows)
+    weight, first, second, squares = sums
+    per_weight = numeric.reciprocal(weight)
+    offset = first * per_weight.astype(first.dtype)
+    var = numeric.difference(second * per_weight, numeric.abs_square(offset))
+    mean = jnp.where(weight > 0, shift[None] + offset, 0)
+    return Moments(weight, mean, var), squares
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _accurate(rows: Rows, tiny: bool, x, shares, weights, shift):
+    """The same, also where the means are many standard deviations apart."""
+    moments, squares = _plain(rows, x, shares, weights, shift)
+    some = moments.weight > 0
+    off = numeric.abs_square(moments.mean - shift[None])
+    near = jnp.all((off <= _FAR**2 * moments.var) | ~some)
+
+    def one_by_one() -> tuple[jax.Array, jax.Array]:
+        def one(share):
+            shape = jnp.broadcast_shapes((len(share), 1), weights.shape)
+            w = numeric.weigh(jnp.broadcast_to(share[:, None], shape), weights)
+            return as_moments(summary.summarize(x, w, rows, None, None, tiny))
+
+        each = lax.map(one, shares.T)
+        return each.mean[:, 0], each.var[:, 0]
+
+    mean, var = lax.cond(near, lambda: (moments.mean, moments.var), one_by_one)
+    return moments._replace(mean=mean, var=var), squares
+
+
+@_accurate.defjvp
+def _accurate_jvp(rows, tiny, primals, tangents):
+    # Of the same function of the rows: only its rounding differs.
+    _, tangent = jax.jvp(functools.partial(_plain, rows), primals, tangents)
+    return _accurate(rows, tiny, *primals), tangent
