@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jbn
-from jbn.tools._recalibrate import State, population, with_moments
-from jbn.tools.layers import Where, nnx_norms, stats_nodes
+from jbn.tools._recalibrate import State, moments_by_layer, with_moments
+from jbn.tools.layers import Where
+from jbn.tools.norms import Also, Norms
 from jbn.typing import BatchStats, Moments
 
 
@@ -20,6 +21,7 @@ def adapt(
     *,
     prior: float | int,
     where: Where = None,
+    also: Also = None,
 ) -> State:
     """Mixes the statistics of new data into those of the source, without labels.
 
@@ -49,6 +51,7 @@ def adapt(
             with its own batch.
         prior: Weight of the source, in rows of a layer.
         where: Which layers; by default all.
+        also: Other people's batch norms, as for `convert`.
 
     Returns:
         New variables, or a copy of the model, to be used in inference mode.
@@ -79,12 +82,13 @@ def adapt(
     prior = float(prior)
     if not prior >= 0:
         raise ValueError(f"`prior` must not be negative; got {prior}.")
-    found = population(apply, variables, batches, where=where, tau=prior)
-    mixed = {
-        path: _mixed(moments, _running(variables, path), prior)
-        for path, moments in found.items()
-    }
-    return with_moments(variables, mixed)
+    norms = Norms(also)
+    found = moments_by_layer(
+        "adapt", apply, variables, batches, where, norms, {"tau": prior}
+    )
+    running = _running(variables, norms)
+    mixed = {path: _mixed(m, running[path], prior) for path, m in found.items()}
+    return with_moments(variables, mixed, norms)
 
 
 def _mixed(target: Moments, source: BatchStats, prior: float) -> Moments:
@@ -95,11 +99,15 @@ def _mixed(target: Moments, source: BatchStats, prior: float) -> Moments:
     return mixed._replace(weight=weight)
 
 
-def _running(variables: Any, path: str) -> BatchStats:
-    """The running statistics of the layer at `path`."""
+def _running(variables: Any, norms: Norms) -> dict[str, BatchStats]:
+    """The running statistics of each layer by its path."""
     if isinstance(variables, nnx.Module):
-        layer = nnx_norms(variables)[path]
-        return BatchStats(layer.mean[...], layer.var[...])
-    key = tuple(path.split("/")) if path else ()
-    node = stats_nodes(variables["batch_stats"])[key]
-    return BatchStats(jnp.asarray(node["mean"]), jnp.asarray(node["var"]))
+        found = {}
+        for path, (layer, norm) in norms.in_nnx(variables).items():
+            there = norm.variables(layer)
+            found[path] = BatchStats(there["mean"][...], there["var"][...])
+        return found
+    return {
+        "/".join(path): BatchStats(jnp.asarray(node["mean"]), jnp.asarray(node["var"]))
+        for path, node in norms.nodes(variables["batch_stats"]).items()
+    }

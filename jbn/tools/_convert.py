@@ -8,17 +8,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core.scope import Scope
 
 import jbn.linen
 import jbn.nnx
-from jbn.tools.layers import (
-    LINEN_NORMS,
-    Where,
-    arguments,
-    chosen,
-    is_linen,
-    nnx_norms,
+from jbn.tools.layers import Where, chosen, is_linen
+from jbn.tools.norms import (
+    OWN_STATISTICS,
+    Also,
+    Norm,
+    Norms,
     ours,
+    unrecognized,
+    warn_of_unknown,
 )
 
 
@@ -30,14 +32,16 @@ def convert(
     to: type | None = None,
     *,
     where: Where = None,
+    also: Also = None,
     **options: Any,
 ) -> Model:
     """Replaces batch norm layers inside a model by others, keeping their variables.
 
     Layers of Flax's `BatchNorm` and of ours become layers of the class `to`, with their
-    own arguments (momentum, epsilon, axis, ...) except those in `options`. The model's
-    code is not touched, and its variables keep their names, shapes and values, so that
-    its checkpoints load:
+    own arguments (momentum, epsilon, axis, ...) except those in `options`. So do copies
+    of Flax's, which are recognized by their variables and fields, and classes in
+    `also`. The model's code is not touched, and its variables keep their names, shapes
+    and values, so that its checkpoints load:
 
         model = convert(model)                                   # Flax's to ours
         model = convert(model, jbn.linen.FrozenBatchNorm, where="backbone/*")
@@ -51,6 +55,19 @@ def convert(
             lost), and the class they are of for layers of ours.
         where: Which layers: one or several patterns of paths such as `"encoder/*"`, or
             a function of the path. By default all.
+        also: Other people's batch norms that are not built like Flax's: classes, or a
+            dict from a class to what it calls our fields and variables. A field may
+            also be given by its value, or by a function of the layer:
+
+                also={TheirNorm: {
+                    "scale": "weight",
+                    "mean": "running_mean",
+                    "var": "running_var",
+                    "epsilon": "eps",
+                    "momentum": lambda layer: 1 - layer.momentum,
+                }}
+
+            (Layers of an NNX model that is converted have our names.)
         **options: Arguments of `to` in place of the layer's own.
 
     Returns:
@@ -59,8 +76,11 @@ def convert(
 
     Raises:
         TypeError: If `model` is not a Flax model, or `to` not a class for it.
-        ValueError: If an NNX model has no layer that is meant. (Linen's are only found
-            when it runs.)
+        ValueError: If the model has no layer that is meant, or one without a field
+            `epsilon` or `momentum`. (Linen's layers are only found when it runs.)
+
+    Warns:
+        UserWarning: If there are layers with statistics that are not recognized.
 
     Example:
         >>> import jax
@@ -76,9 +96,9 @@ def convert(
     """
     if is_linen(model):
         _check_class(to, jbn.linen.BatchNorm)
-        return Converted(lambda: model, to, where, options)  # pyright: ignore[reportReturnType, reportArgumentType]
+        return Converted(lambda: model, to, where, options, Norms(also))  # pyright: ignore[reportReturnType, reportArgumentType]
     _check_class(to, jbn.nnx.BatchNorm)
-    return _convert_nnx(nnx.clone(model), to, where, options)
+    return convert_nnx(model, to, where, Norms(also), options)
 
 
 class Converted(nn.Module):
@@ -90,23 +110,25 @@ class Converted(nn.Module):
         to: Class of the new layers.
         where: Which layers are replaced.
         options: Arguments of the new layers in place of the old ones'.
+        norms: Which layers are batch norms.
     """
 
     model: Callable[[], nn.Module]
     to: type | None
     where: Where
     options: Mapping[str, Any]
+    norms: Norms
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, whose variables are those of this module."""
         model: Any = self.model().clone(parent=self.scope)
-        with converting(self.to, where=self.where, **self.options):
+        with swapping("convert", self.to, self.where, self.norms, self.options):
             return model(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def converting(
-    to: type | None = None, *, where: Where = None, **options: Any
+    to: type | None = None, *, where: Where = None, also: Also = None, **options: Any
 ) -> Iterator[list[str]]:
     """Replaces the batch norms of any Linen model that is run within.
 
@@ -116,10 +138,18 @@ def converting(
     Args:
         to: Class of the new layers, as for `convert`.
         where: Which layers, as for `convert`.
+        also: Other people's batch norms, as for `convert`.
         **options: Arguments of the new layers in place of the old ones'.
 
     Yields:
         The paths of the layers replaced so far, in the order of their first calls.
+
+    Raises:
+        ValueError: If batch norms have run, and none of them was meant; or if modules
+            were initialized without one.
+
+    Warns:
+        UserWarning: As `convert` does.
 
     Example:
         >>> import jax
@@ -130,33 +160,117 @@ def converting(
         >>> sorted(variables["batch_stats"])
         ['mean', 'var']
     """
+    with swapping("converting", to, where, Norms(also), options) as paths:
+        yield paths
+
+
+@contextlib.contextmanager
+def swapping(
+    caller: str,
+    to: type | None,
+    where: Where,
+    norms: Norms,
+    options: Mapping[str, Any],
+    needed: tuple[str, ...] = ("epsilon", "momentum"),
+) -> Iterator[list[str]]:
+    """`converting`, for the function that is called `caller`.
+
+    `needed` are fields that a foreign layer must have, if `options` lack them.
+    """
     paths: list[str] = []
+    others: dict[str, str] = {}  # batch norms that are not replaced, and why
     busy: list[Any] = []
+    fresh = False
 
     def swap(next_call, args, kwargs, context):
+        nonlocal fresh
         layer = context.module
-        scope = layer.scope
-        if (
-            context.method_name != "__call__"
-            or not isinstance(layer, LINEN_NORMS)
-            or any(scope is other for other in busy)
-        ):
+        if context.method_name != "__call__" or busy:
             return next_call(*args, **kwargs)
+        scope = layer.scope
+        fresh |= layer.is_initializing()
         path = "/".join(scope.path)
-        if not chosen(path, where):
+        norm = norms.of_class(layer)
+        if norm is None and layer.is_initializing():
+            # Another's layer is known by its variables, which it makes first.
+            y = next_call(*args, **kwargs)
+            norm = norms.of(layer)
+            if not isinstance(norm, Norm) or not chosen(path, where):
+                _note(others, norm, path, layer)
+                return y
+            next_call = lambda *args, **kwargs: y
+        elif norm is None or (norm.is_foreign and not layer.is_initializing()):
+            norm = norms.of(layer)
+        if not isinstance(norm, Norm) or not chosen(path, where):
+            _note(others, norm, path, layer)
             return next_call(*args, **kwargs)
         cls = to or ours(layer)
         if path not in paths:
             paths.append(path)
-        new = cls(**{**arguments(layer, cls), **options}, parent=scope)
         busy.append(scope)
         try:
+            if norm.is_foreign:
+                frozen = issubclass(cls, jbn.linen.FrozenBatchNorm)
+                must = {"epsilon"} if frozen else set(needed)
+                return _stand_in(
+                    layer, norm, cls, options, must, next_call, args, kwargs
+                )
+            new = cls(**{**norm.arguments(layer, cls), **options}, parent=scope)
             return new(*args, **kwargs)
         finally:
             busy.pop()
 
     with nn.intercept_methods(swap):
         yield paths
+    # (A call may leave out all norms, and those of a folded model are gone.)
+    if not paths and (others or fresh):
+        raise ValueError(nothing_found(caller, where, others))
+    warn_of_unknown(caller, {k: v for k, v in others.items() if k not in paths}, where)
+
+
+def _note(others: dict[str, str], norm: Norm | str | None, path: str, layer: Any):
+    """Remembers a batch norm, or a layer that may be one, that is not replaced."""
+    if norm is not None:
+        others[path] = unrecognized(layer, norm) if isinstance(norm, str) else ""
+
+
+def _stand_in(layer, norm: Norm, cls, options, needed, next_call, args, kwargs) -> Any:
+    """Calls a layer of `cls` on the variables of a foreign one, in our names."""
+    scope, fresh = layer.scope, layer.is_initializing()
+    if fresh:
+        next_call(*args, **kwargs)  # makes the variables
+    variables = norm.variables(layer)
+    given = {**norm.arguments(layer, cls, needed - set(options)), **options}
+    x, mode, call = norm.call(layer, args, kwargs)
+    of = lambda names: {n: variables[n] for n in names if n in variables}
+    own = {k: scope.get_variable("batch_stats", k) for k in OWN_STATISTICS}
+    stats = of(("mean", "var")) | {k: v for k, v in own.items() if v is not None}
+    inner = Scope(
+        # (Statistics that are there count as trained.)
+        {"params": of(("scale", "bias")), "batch_stats": {} if fresh else stats},
+        scope.rngs,
+        scope.name,
+        mutable=scope.mutable,
+        path=scope.path,
+        flags=scope.flags,
+    )
+    y = cls(**given, parent=inner)(x, mode, **call)
+    if scope.is_mutable_collection("batch_stats"):
+        for name, value in inner.variables()["batch_stats"].items():
+            if not (fresh and name in variables):
+                scope.put_variable("batch_stats", norm.name(name), value)
+    return y
+
+
+def nothing_found(caller: str, where: Where, others: Mapping[str, str]) -> str:
+    """Says that there is no batch norm that is meant, and which there are."""
+    unknown = [text for path, text in others.items() if text and chosen(path, where)]
+    known = [path or "(the model itself)" for path, why in others.items() if not why]
+    text = (
+        f"`{caller}` found no batch norm layer that is meant; {where=}, and the model"
+        f" has {known or 'none'}."
+    )
+    return " ".join([text, *unknown])
 
 
 def _check_class(to: type | None, base: type) -> None:
@@ -167,18 +281,28 @@ def _check_class(to: type | None, base: type) -> None:
         )
 
 
-def _convert_nnx(model: Any, to: type | None, where: Where, options: Mapping) -> Any:
-    norms = nnx_norms(model)
+def convert_nnx(
+    model: Any,
+    to: type | None,
+    where: Where,
+    norms: Norms,
+    options: Mapping,
+    caller: str = "convert",
+    needed: tuple[str, ...] = ("epsilon", "momentum"),
+) -> Any:
+    """`convert` on a copy of an NNX model."""
+    model = nnx.clone(model)
+    found = norms.in_nnx(model)
     swapped = {
-        id(layer): _swapped(layer, to or ours(layer), options)
-        for path, layer in norms.items()
+        id(layer): _swapped(layer, norm, to or ours(layer), options, needed)
+        for path, (layer, norm) in found.items()
         if chosen(path, where)
     }
+    others = norms.unknown_in_nnx(model)
     if not swapped:
-        raise ValueError(
-            f"`convert` found no batch norm layer to replace; {where=}, and the model"
-            f" has {list(norms) or 'none'}."
-        )
+        others |= dict.fromkeys(found, "")
+        raise ValueError(nothing_found(caller, where, others))
+    warn_of_unknown(caller, others, where)
     if id(model) in swapped:
         return swapped[id(model)]
     for _, parent in list(nnx.iter_graph(model)):
@@ -186,10 +310,16 @@ def _convert_nnx(model: Any, to: type | None, where: Where, options: Mapping) ->
     return model
 
 
-def _swapped(layer: Any, cls: type, options: Mapping[str, Any]) -> Any:
+def _swapped(
+    layer: Any, norm: Norm, cls: type, options: Mapping[str, Any], needed: Any
+) -> Any:
     """A new NNX layer with the variables of `layer`."""
-    new = cls(**{**arguments(layer, cls), **options}, rngs=nnx.Rngs(0))
-    shape, wanted = layer.mean.shape, new.mean.shape
+    frozen = issubclass(cls, jbn.nnx.FrozenBatchNorm)
+    must = ({"epsilon"} if frozen else set(needed)) - set(options)
+    given = {**norm.arguments(layer, cls, must), **options}
+    new = cls(**given, rngs=nnx.Rngs(0))
+    variables = norm.variables(layer)
+    shape, wanted = variables["mean"].shape, new.mean.shape
     if shape[len(shape) - len(wanted) :] != wanted:
         raise ValueError(
             f"`{cls.__name__}` needs statistics of shape {wanted}, and the layer has"
@@ -200,11 +330,10 @@ def _swapped(layer: Any, cls: type, options: Mapping[str, Any]) -> Any:
     if front:
         stack = lambda v: jnp.broadcast_to(v, (*front, *v.shape))
         nnx.update(new, jax.tree.map(stack, nnx.state(new)))
-    for name in ("scale", "bias", "mean", "var", "weight", "pending", "step"):
-        old = getattr(layer, name, None)
-        if old is not None and getattr(new, name, None) is not None:
+    for name, old in variables.items():
+        if getattr(new, name, None) is not None:
             setattr(new, name, old)
-    if getattr(layer, "weight", None) is None and hasattr(new, "weight"):
+    if "weight" not in variables and hasattr(new, "weight"):
         # Trained statistics without a weight count as fully trained. How many rows they
         # have seen, which the cumulative rule has to know, is not known.
         seen = nnx.data(None)

@@ -29,7 +29,17 @@ from jbn.tools.fold_into import (
     rounded,
     wide_array,
 )
-from jbn.tools.layers import LINEN_NORMS, NNX_NORMS, Where, chosen, is_linen, nnx_norms
+from jbn.tools.layers import Where, chosen, is_linen
+from jbn.tools.norms import (
+    FLAX_NORMS,
+    LINEN_NORMS,
+    OWN_STATISTICS,
+    VARIABLES,
+    Also,
+    Norm,
+    Norms,
+    unrecognized,
+)
 from jbn.typing import Activation, ArrayLike
 
 
@@ -75,15 +85,17 @@ class Folded:
 
     def _intercept(self, next_call, args, kwargs, context):
         layer: Any = context.module
-        if context.method_name != "__call__" or not isinstance(context.module, _LAYERS):
+        if context.method_name != "__call__":
             return next_call(*args, **kwargs)
         scope = layer.scope
         path = "/".join(scope.path)
-        if isinstance(layer, LINEN_NORMS) and path in self.skips:
-            if scope.has_variable("batch_stats", "mean"):
+        skip: Any = self.skips.get(path)
+        if skip is not None and skip.is_for(layer):
+            if scope.has_variable("batch_stats", skip.norm.name("mean")):
                 raise _not_folded(path)
-            return self.skips[path](layer, args, kwargs)
-        if path in self.biased and not layer.use_bias:
+            return skip(layer, args, kwargs)
+        is_linear = issubclass(type(layer), _LINEAR)
+        if path in self.biased and is_linear and not layer.use_bias:
             if not scope.has_variable("params", "bias"):
                 raise _not_folded(path)
             # Called again from here, the layer has its bias and passes.
@@ -129,13 +141,21 @@ def fold(
     /,
     *inputs: Any,
     where: Where = None,
+    also: Also = None,
     **kwargs: Any,
 ) -> Folded: ...
 @overload
 def fold(
-    model: NNXModel, /, *inputs: Any, where: Where = None, **kwargs: Any
+    model: NNXModel,
+    /,
+    *inputs: Any,
+    where: Where = None,
+    also: Also = None,
+    **kwargs: Any,
 ) -> NNXModel: ...
-def fold(model: Any, /, *inputs: Any, where: Where = None, **kwargs: Any) -> Any:
+def fold(
+    model: Any, /, *inputs: Any, where: Where = None, also: Also = None, **kwargs: Any
+) -> Any:
     """Folds the batch norms of a model at inference into the linear layers beside them.
 
     At inference a batch norm multiplies and adds constants, which a dense layer or
@@ -175,6 +195,9 @@ def fold(model: Any, /, *inputs: Any, where: Where = None, **kwargs: Any) -> Any
             the model is called with. Arrays may be given as `jax.ShapeDtypeStruct`,
             except variables.
         where: Which batch norms, as for `convert`; by default all.
+        also: Other people's batch norms, as for `convert`. All that neither Flax nor we
+            wrote are tried first: one that is not `scale * (x - mean) / sqrt(var +
+            epsilon) + bias` at inference is kept.
         **kwargs: Further arguments of `model.apply` or of the call. Whatever makes the
             model normalize by its running statistics must be among them.
 
@@ -204,12 +227,7 @@ def fold(model: Any, /, *inputs: Any, where: Where = None, **kwargs: Any) -> Any
     References:
         As for `jbn.tools.fold_into_previous`.
     """
-    plan = _plan(model, inputs, kwargs, where)
-    if not plan.report:
-        raise ValueError(
-            f"`fold` found no batch norm that the model calls and that is meant;"
-            f" {where=}."
-        )
+    plan = _plan("fold", model, inputs, kwargs, where, Norms(also))
     if not plan.folded:
         reasons = "".join(f"\n  {path}: {text}" for path, text in plan.report.items())
         raise ValueError(f"`fold` cannot fold any batch norm of the model:{reasons}")
@@ -219,7 +237,12 @@ def fold(model: Any, /, *inputs: Any, where: Where = None, **kwargs: Any) -> Any
 
 
 def foldable(
-    model: nn.Module | nnx.Module, /, *inputs: Any, where: Where = None, **kwargs: Any
+    model: nn.Module | nnx.Module,
+    /,
+    *inputs: Any,
+    where: Where = None,
+    also: Also = None,
+    **kwargs: Any,
 ) -> dict[str, str]:
     """Says what `fold` would do with each batch norm of a model.
 
@@ -227,6 +250,7 @@ def foldable(
         model: As for `fold`, like the rest.
         *inputs: For Linen the variables, and what the model is called with.
         where: Which batch norms.
+        also: Other people's batch norms.
         **kwargs: Further arguments of the call.
 
     Returns:
@@ -234,7 +258,8 @@ def foldable(
 
     Raises:
         TypeError: As `fold` does.
-        ValueError: If a batch norm normalizes by the batch or updates its statistics.
+        ValueError: If a batch norm normalizes by the batch or updates its statistics,
+            or if there is none.
 
     Example:
         >>> norm = nn.BatchNorm(use_running_average=True)
@@ -243,7 +268,7 @@ def foldable(
         >>> print(foldable(model, model.init(jax.random.key(0), x), x)["layers_2"])
         kept: before it comes `max`; its output is the model's
     """
-    return _plan(model, inputs, kwargs, where).report
+    return _plan("foldable", model, inputs, kwargs, where, Norms(also)).report
 
 
 # What is known of layers.
@@ -253,12 +278,9 @@ _GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
 _CONV = (nn.Conv, nnx.Conv)
 _TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
 _LINEAR = (*_DENSE, *_GENERAL, *_CONV, *_TRANSPOSED)
-_LAYERS = (*_LINEAR, *LINEN_NORMS, *NNX_NORMS)
-_BATCH_NORMS = (*LINEN_NORMS, *NNX_NORMS)
-_FLAX_NORMS = (nn.BatchNorm, nnx.BatchNorm)
 # Those that all do the same at inference.
 _NORMS = (
-    *_FLAX_NORMS,
+    *FLAX_NORMS,
     *(
         getattr(skin, name)
         for skin in (jbn.linen, jbn.nnx)
@@ -275,17 +297,18 @@ _FUNCTIONS = {
 }
 
 
-def _names(layer: Any) -> Iterable[tuple[str, str]]:
-    """Collection and name of the variables that a layer reads."""
+def _names(layer: Any, norm: Norm | None) -> dict[str, tuple[str, str]] | None:
+    """Collection and name, by our name, of the variables that a layer reads."""
     if isinstance(layer, _LINEAR):
-        yield "params", "kernel"
-    else:
-        yield "batch_stats", "mean"
-        yield "batch_stats", "var"
-        if layer.use_scale:
-            yield "params", "scale"
-    if layer.use_bias:
-        yield "params", "bias"
+        names = {"kernel": ("params", "kernel"), "bias": ("params", "bias")}
+        return names if layer.use_bias else {"kernel": names["kernel"]}
+    if norm is None:
+        return None
+    names = {"mean": "batch_stats", "var": "batch_stats"}
+    for name in ("scale", "bias"):
+        if norm.is_foreign or getattr(layer, f"use_{name}"):
+            names[name] = "params"
+    return {name: (kind, norm.name(name)) for name, kind in names.items()}
 
 
 def _why_unknown(layer: Any) -> str | None:
@@ -302,36 +325,50 @@ def _why_unknown(layer: Any) -> str | None:
     return None
 
 
-def _mode(layer: Any, args: Sequence[Any], kwargs: Mapping) -> tuple[Any, bool]:
-    """Whether a batch norm normalizes by, and whether it updates, what is running."""
-    asked = args[0] if args else kwargs.get("use_running_average")
-    if asked is None:
-        asked = layer.use_running_average
+@dataclasses.dataclass(frozen=True)
+class _NormCall:
+    """The call of a batch norm: how it calls things, its mode, other arguments."""
+
+    norm: Norm
+    mode: bool | None  # whether it normalizes by the running statistics
+    updates: bool
+    rest: Mapping[str, Any]
+
+    @property
+    def is_masked(self) -> bool:
+        return any(self.rest.get(name) is not None for name in ("mask", "weights"))
+
+
+def _norm_call(
+    norm: Norm, layer: Any, args: Sequence[Any], kwargs: Mapping, cls: Any = None
+) -> _NormCall:
+    """Reads the call of a batch norm; `args` are without the input."""
+    if norm.is_foreign:
+        _, mode, rest = norm.call(layer, (None, *args), kwargs, cls)
+        return _NormCall(norm, mode, mode is False, rest)
+    mode = args[0] if args else kwargs.get("use_running_average")
+    if mode is None:
+        mode = layer.use_running_average
     update = kwargs.get("update_stats")
     if update is None:
         update = getattr(layer, "update_stats", None)
     if update is None:
-        update = asked is not None and not asked
+        update = mode is not None and not mode
     if getattr(layer, "freeze_mode", False):
-        asked = True
+        mode = True
     if getattr(layer, "freeze_stats", False):
         update = False
-    return asked, bool(update)
+    return _NormCall(norm, mode, bool(update), kwargs)
 
 
-def _check_mode(call: dataflow.Call) -> None:
-    mode, updates = _mode(call.layer, call.args, call.kwargs)
-    if updates or (mode is not None and not mode):
-        what = "updates its statistics" if mode else "normalizes by the batch"
+def _check_mode(path: str, call: _NormCall) -> None:
+    if call.updates or (call.mode is not None and not call.mode):
+        what = "updates its statistics" if call.mode else "normalizes by the batch"
         raise ValueError(
-            f"`fold` is for inference, and {call.path!r} {what}. Call the model as at"
+            f"`fold` is for inference, and {path!r} {what}. Call the model as at"
             " inference, with `use_running_average=True` (in many models `train=False`;"
             " `model.eval()` for NNX)."
         )
-
-
-def _masked(kwargs: Mapping) -> bool:
-    return any(kwargs.get(name) is not None for name in ("mask", "weights"))
 
 
 def _does_more(call: dataflow.Call) -> bool:
@@ -345,22 +382,36 @@ class _Skip:
     """What is left of the call of a folded batch norm."""
 
     path: str
+    norm: Norm
+    cls: type
+    classes: frozenset[str]  # names of those of which layers stood there
     dtype: Any  # of the output, if it was given
     promoting: tuple[Any, ...]  # otherwise: dtypes that the input is promoted with
     ignores_mask: bool
     is_frozen: bool  # it normalizes by the running statistics in any case
     activation: Activation | None
 
+    def is_for(self, layer: Any) -> bool:
+        """Whether a Linen layer at the same path is the one that was folded."""
+        # By name: `nn.remat` and others make a class of this name for each call.
+        return isinstance(layer, LINEN_NORMS) or type(layer).__name__ in self.classes
+
     def __call__(self, layer: Any, args: Sequence[Any], kwargs: Mapping) -> jax.Array:
-        x = axes.as_inexact(args[0] if args else kwargs["x"], None)
-        mode, _ = _mode(layer, args[1:], kwargs)
-        if not mode and not self.is_frozen:
+        kwargs = dict(kwargs)
+        x = (
+            args[0]
+            if args
+            else next(kwargs.pop(n) for n in ("x", "inputs") if n in kwargs)
+        )
+        x = axes.as_inexact(x, None)
+        call = _norm_call(self.norm, layer, args[1:], kwargs, self.cls)
+        if not call.mode and not self.is_frozen:
             raise ValueError(
                 f"{self.path!r} is folded, for inference: it cannot normalize by the"
                 " batch. Pass `use_running_average=True`, or train the model that was"
                 " given to `fold`."
             )
-        if _masked(kwargs) and not self.ignores_mask:
+        if call.is_masked and not self.ignores_mask:
             raise ValueError(
                 f"{self.path!r} is folded, for calls without `mask` or `weights`. Give"
                 " `fold` the arguments that the model is called with."
@@ -376,20 +427,23 @@ class _Skip:
         return y.astype(dtype)
 
 
-def _skip(layer: Any, path: str) -> _Skip:
-    promoting = []
+def _skip(call: dataflow.Call, norm: Norm, classes: Iterable[str]) -> _Skip:
+    layer, promoting = call.layer, []
     if isinstance(layer, nn.BatchNorm):
         promoting = [layer.param_dtype] * (layer.use_scale or layer.use_bias)
     elif isinstance(layer, nnx.BatchNorm):
         found = (layer.mean, layer.var, layer.scale, layer.bias)
         promoting = [v.dtype for v in found if v is not None]
     return _Skip(
-        path,
-        layer.dtype,
+        call.path,
+        norm,
+        type(layer),
+        frozenset(classes),
+        call.y_dtype if norm.is_foreign else layer.dtype,
         tuple(promoting),
-        isinstance(layer, _FLAX_NORMS),
+        isinstance(layer, FLAX_NORMS),
         getattr(layer, "freeze_mode", False),
-        getattr(layer, "activation", None),
+        None if norm.is_foreign else getattr(layer, "activation", None),
     )
 
 
@@ -441,7 +495,9 @@ def _flat(value: Any) -> list[Any]:
 # What can be folded.
 
 
-def _plan(model: Any, inputs: tuple, kwargs: Mapping, where: Where) -> "_Plan":
+def _plan(
+    caller: str, model: Any, inputs: tuple, kwargs: Mapping, where: Where, norms: Norms
+) -> "_Plan":
     linen = is_linen(model)
     if linen and not (
         inputs and isinstance(inputs[0], Mapping) and "params" in inputs[0]
@@ -452,14 +508,46 @@ def _plan(model: Any, inputs: tuple, kwargs: Mapping, where: Where) -> "_Plan":
         )
     for leaf in jax.tree.leaves(inputs[0] if linen else nnx.state(model)):
         check_known(leaf, "variables")
+    known: dict[str, _NormCall] = {}
+    unknown: dict[str, str] = {} if linen else norms.unknown_in_nnx(model)
+    classes: dict[str, set[str]] = {}
 
-    def check(call: dataflow.Call) -> None:
-        if isinstance(call.layer, _BATCH_NORMS) and chosen(call.path, where):
-            _check_mode(call)
+    def names(layer: Any) -> dict[str, tuple[str, str]] | None:
+        if isinstance(layer, _LINEAR):
+            return _names(layer, None)
+        norm = norms.of(layer)
+        if linen and norm is not None:
+            path = "/".join(layer.scope.path)
+            if isinstance(norm, str):
+                unknown[path] = unrecognized(layer, norm)
+            else:
+                classes.setdefault(path, set()).add(type(layer).__name__)
+        return _names(layer, norm if isinstance(norm, Norm) else None)
 
-    layers = dataflow.Layers(_LAYERS, _names, check)
-    flow = dataflow.trace(model, inputs, kwargs, layers)
-    return _Plan(flow, where, [] if linen else list(nnx_norms(model)))
+    def check(path: str, layer: Any, args: Sequence[Any], kwargs: Mapping) -> None:
+        norm = None if isinstance(layer, _LINEAR) else norms.of(layer)
+        if isinstance(norm, Norm):
+            known[path] = _norm_call(norm, layer, args, kwargs)
+            if chosen(path, where):
+                _check_mode(path, known[path])
+
+    flow = dataflow.trace(model, inputs, kwargs, dataflow.Layers(names, check))
+    report = {
+        path: f"kept: {why}" for path, why in unknown.items() if path not in known
+    }
+    if not linen:
+        called = {call.path for call in flow.calls.values()}
+        uncalled = [path for path in norms.in_nnx(model) if path not in called]
+        report |= dict.fromkeys(uncalled, "kept: it is not called")
+    report = {path: text for path, text in report.items() if chosen(path, where)}
+    variables = inputs[0] if linen else None
+    plan = _Plan(flow, where, known, classes, report, variables)
+    if not plan.report:
+        raise ValueError(
+            f"`{caller}` found no batch norm that the model calls and that is meant;"
+            f" {where=}, and the model has {list(known) or 'none'}."
+        )
+    return plan
 
 
 class _Plan:
@@ -471,20 +559,27 @@ class _Plan:
         changed: New kernel and bias, wide, of linear layers by path.
     """
 
-    def __init__(self, flow: dataflow.Flow, where: Where, known: Sequence[str]):
+    def __init__(
+        self,
+        flow: dataflow.Flow,
+        where: Where,
+        known: Mapping[str, _NormCall],
+        classes: Mapping[str, Iterable[str]],
+        report: Mapping[str, str],
+        variables: Mapping | None,
+    ):
         self.flow = flow
+        self.known = known
+        self.classes = classes
+        self.variables = variables
         self.folded: dict[str, int] = {}
         self.changed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         norms = {
             call.path: index
             for index, call in flow.calls.items()
-            if isinstance(call.layer, _BATCH_NORMS) and chosen(call.path, where)
+            if call.path in known and chosen(call.path, where)
         }
-        self.report = dict.fromkeys(norms, "")
-        called = {call.path for call in flow.calls.values()}
-        for path in known:
-            if path not in called and chosen(path, where):
-                self.report[path] = "kept: it is not called"
+        self.report = dict.fromkeys(norms, "") | dict(report)
         # Again, until nothing changes: a batch norm before or behind one that has been
         # folded is now next to a linear layer.
         before = -1
@@ -502,7 +597,10 @@ class _Plan:
     def skips(self) -> dict[str, _Skip]:
         """What is left to do of each batch norm that is folded."""
         calls = self.flow.calls
-        return {path: _skip(calls[i].layer, path) for path, i in self.folded.items()}
+        return {
+            path: _skip(calls[i], self.known[path].norm, self.classes.get(path, ()))
+            for path, i in self.folded.items()
+        }
 
     def _fold(self, index: int) -> str:
         call = self.flow.calls[index]
@@ -512,9 +610,16 @@ class _Plan:
         gain_and_shift = self._affine(call)
         if isinstance(gain_and_shift, str):
             return f"kept: {gain_and_shift}"
-        axis = call.layer.axis
+        norm = self.known[call.path].norm
+        axis = norm.field(call.layer, "axis")
+        axis = -1 if axis is None else axis
         axis = (axis,) if isinstance(axis, int) else tuple(axis)
         places = sorted(a % len(call.x_shape) for a in axis)
+        if norm.is_foreign and not self._is_as_said(call, *gain_and_shift, places):
+            return (
+                "kept: its output is not scale * (x - mean) / sqrt(var + epsilon) +"
+                " bias, by what it has of these (see `also`)"
+            )
         calls = self.flow.calls
         passing = {p for p, i in self.folded.items() if not _does_more(calls[i])}
         reasons = []
@@ -533,11 +638,38 @@ class _Plan:
 
     def _why_not(self, index: int) -> str | None:
         """Why a layer cannot be reasoned about."""
-        layer, kwargs = self.flow.calls[index].layer, self.flow.calls[index].kwargs
-        why = self.flow.obstacle(index) or _why_unknown(layer)
-        if not why and _masked(kwargs) and not isinstance(layer, _FLAX_NORMS):
-            return "is called with a mask or weights"
+        call = self.flow.calls[index]
+        norm_call = self.known.get(call.path)
+        why = self.flow.obstacle(index)
+        if norm_call is None or not norm_call.norm.is_foreign:
+            why = why or _why_unknown(call.layer)
+        if norm_call and norm_call.is_masked and not isinstance(call.layer, FLAX_NORMS):
+            return why or "is called with a mask or weights"
         return why
+
+    def _is_as_said(self, call: dataflow.Call, gain, shift, places) -> bool:
+        """Tries another's layer on numbers: whether it is `gain * x + shift`."""
+        mean, var = (self.array(call.path, name) for name in ("mean", "var"))
+        rank = len(call.x_shape)
+        noise = np.random.default_rng(0).normal(size=call.x_shape)
+        mean, sd = (at(np.asarray(v, float), places, rank) for v in (mean, var**0.5))
+        x = jnp.asarray(mean + 2 * sd * noise, jnp.float32)
+        if self.variables is None:
+            y = nnx.clone(call.layer)(x, *call.args, **call.kwargs)
+        else:
+            path = call.path.split("/") if call.path else []
+            own = {
+                collection: dataflow.get(tree, path)
+                for collection, tree in self.variables.items()
+            }
+            own = {k: v for k, v in own.items() if v is not None}
+            layer = call.layer.clone(parent=None, name=None)
+            y = layer.apply(own, x, *call.args, **call.kwargs)
+        gain, shift = (at(v, places, rank) for v in (gain, shift))
+        wanted = np.asarray(x, float) * gain + shift
+        size = np.abs(wanted).max() + np.abs(mean * gain).max()
+        unit = float(jnp.finfo(jnp.asarray(y).dtype).eps)
+        return bool(np.abs(np.asarray(y, float) - wanted).max() <= 100 * unit * size)
 
     def _affine(self, call: dataflow.Call) -> tuple[np.ndarray, np.ndarray] | str:
         names = ("scale", "bias", "mean", "var")
@@ -546,9 +678,13 @@ class _Plan:
             None if v is None else wide_array(v, "variables") for v in found
         )
         assert var is not None
-        epsilon = float(call.layer.epsilon)
+        norm = self.known[call.path].norm
+        epsilon = norm.field(call.layer, "epsilon")
+        if epsilon is None:
+            return "it has no field `epsilon` (see `also`)"
+        epsilon = float(epsilon)
         total = var + epsilon
-        flax = isinstance(call.layer, _FLAX_NORMS)
+        flax = isinstance(call.layer, FLAX_NORMS)
         if not np.all(total > 0 if flax else total >= 0):
             return "its variance is not positive"
         gain, shift = affine(scale, bias, mean, var, epsilon)
@@ -560,7 +696,7 @@ class _Plan:
         """The path of a linear layer with its new kernel and bias, or why not."""
         call = self.flow.calls[other]
         path, layer = call.path, call.layer
-        if isinstance(layer, _BATCH_NORMS):
+        if path in self.known:
             way = "behind" if forward else "before"
             return f"{way} it comes {path!r}, which is kept"
         why = self._why_not(other) or (_why_not_next(layer) if forward else None)
@@ -688,7 +824,8 @@ def _fold_nnx(model: Any, plan: _Plan) -> Any:
         layer = layers[path]
         layer.skip = skips[path]
         layer.use_running_average = True
-        for name in ("scale", "bias", "mean", "var", "weight", "step", "pending"):
+        names = [plan.known[path].norm.name(n) for n in VARIABLES]
+        for name in (*names, *OWN_STATISTICS):
             if hasattr(layer, name):
                 delattr(layer, name)
         # The layer itself turns: it may be in containers that cannot be changed.

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn.tools.layers import Where, chosen, key_name, nnx_norms, stats_nodes
+from jbn.tools.layers import Where, chosen, key_name
+from jbn.tools.norms import Also, Norms, warn_of_unknown
 
 
 def freeze(variables: Any, where: Where) -> Any:
@@ -47,7 +48,7 @@ def freeze(variables: Any, where: Where) -> Any:
     return labels
 
 
-def kinds(variables: Any) -> Any:
+def kinds(variables: Any, *, also: Also = None) -> Any:
     """Labels each parameter by what it is: `"norm"`, `"bias"` or `"weight"`.
 
     A parameter is a norm's if its layer has running statistics beside it, whatever its
@@ -57,9 +58,14 @@ def kinds(variables: Any) -> Any:
 
     Args:
         variables: Linen's variables with `params` and `batch_stats`; or an NNX model.
+        also: Other people's batch norms, as for `convert`. In Linen's variables they
+            are found by the names of their statistics.
 
     Returns:
         A tree like the parameters, for `optax.multi_transform`.
+
+    Warns:
+        UserWarning: If there are statistics of a mean and a variance by other names.
 
     Example:
         >>> variables = {
@@ -69,22 +75,10 @@ def kinds(variables: Any) -> Any:
         >>> kinds(variables)
         {'bn': {'bias': 'norm', 'scale': 'norm'}, 'fc': {'kernel': 'weight'}}
     """
-    if isinstance(variables, nnx.Module):
-        norms = set(nnx_norms(variables))
-    else:
-        stats = variables.get("batch_stats", {})
-        norms = {"/".join(path) for path in stats_nodes(stats)}
-
-    def kind(path: str) -> str:
-        layer, _, name = path.rpartition("/")
-        if layer in norms or name == "scale":
-            return "norm"
-        return "bias" if name == "bias" else "weight"
-
-    return _label(variables, kind)
+    return _kinds("kinds", variables, Norms(also))
 
 
-def decays(variables: Any) -> Any:
+def decays(variables: Any, *, also: Also = None) -> Any:
     """Says of each parameter whether weight decay is for it: all but norms and biases.
 
         optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=decays(variables))
@@ -94,11 +88,35 @@ def decays(variables: Any) -> Any:
 
     Args:
         variables: As for `kinds`.
+        also: As for `kinds`.
 
     Returns:
         A tree of booleans, like the parameters.
+
+    Warns:
+        UserWarning: As `kinds` does.
     """
-    return jax.tree.map(lambda kind: kind == "weight", kinds(variables))
+    found = _kinds("decays", variables, Norms(also))
+    return jax.tree.map(lambda kind: kind == "weight", found)
+
+
+def _kinds(caller: str, variables: Any, known: Norms) -> Any:
+    if isinstance(variables, nnx.Module):
+        norms = set(known.in_nnx(variables))
+        unknown = known.unknown_in_nnx(variables)
+    else:
+        stats = variables.get("batch_stats", {})
+        norms = {"/".join(path) for path in known.nodes(stats)}
+        unknown = known.unknown(stats)
+    warn_of_unknown(caller, unknown)
+
+    def kind(path: str) -> str:
+        layer, _, name = path.rpartition("/")
+        if layer in norms or name == "scale":
+            return "norm"
+        return "bias" if name == "bias" else "weight"
+
+    return _label(variables, kind)
 
 
 def _label(variables: Any, label: Callable[[str], Any]) -> Any:

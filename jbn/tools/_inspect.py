@@ -8,6 +8,7 @@ from flax import nnx
 from jbn.tools.findings import Severity, findings
 from jbn.tools.layers import Where
 from jbn.tools.measure import measure
+from jbn.tools.norms import Also, Norms
 from jbn.tools.report import Report
 
 
@@ -17,6 +18,7 @@ def inspect(
     batches: Iterable[Any],
     *,
     where: Where = None,
+    also: Also = None,
 ) -> Report:
     """Finds the gap between training and evaluation, layer by layer.
 
@@ -56,6 +58,7 @@ def inspect(
         variables: Linen's variables, or an NNX model; not changed.
         batches: The data; iterated once.
         where: Which layers, as for `convert`; by default all.
+        also: Other people's batch norms, as for `convert`.
 
     Returns:
         The report: `print` it, or draw its `figure`.
@@ -77,7 +80,7 @@ def inspect(
         >>> finding.kind, finding.features
         ('never_updated', (0, 1))
     """
-    layers, num_batches = measure(apply, variables, batches, where)
+    layers, num_batches = measure(apply, variables, batches, where, Norms(also))
     found = [finding for layer in layers for finding in findings(layer)]
     order: list[Severity] = ["error", "warning", "note"]
     found.sort(key=lambda finding: order.index(finding.severity))

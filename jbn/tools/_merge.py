@@ -11,7 +11,8 @@ import numpy as np
 import jbn
 from jbn import axes
 from jbn.ops import numeric
-from jbn.tools.layers import Where, chosen, key_name, stats_nodes, with_nodes
+from jbn.tools.layers import Where, chosen, key_name
+from jbn.tools.norms import Also, Norms, warn_of_unknown
 from jbn.typing import ArrayLike, Moments
 
 
@@ -19,6 +20,7 @@ def merge(
     batch_stats: Sequence[Mapping] | Mapping,
     *,
     weights: Sequence[float | int | ArrayLike] | ArrayLike | None = None,
+    also: Also = None,
 ) -> dict:
     """Merges several `batch_stats` into the statistics of all rows together.
 
@@ -38,6 +40,8 @@ def merge(
             arrays of the leading axes of its statistics (one for each domain, say). By
             default all alike. A part of weight 0 does not count; where none does the
             first is kept.
+        also: Other people's batch norms, as for `convert`: found by the names of their
+            statistics.
 
     Returns:
         One collection. `weight`, where layers keep it, is the sum of the parts', and
@@ -45,8 +49,12 @@ def merge(
 
     Raises:
         TypeError: If `batch_stats` are neither.
-        ValueError: If there are none, they are of different layers, or there are not as
-            many weights, or weights known to be negative.
+        ValueError: If there are none, they are of different layers or of no batch norm,
+            or there are not as many weights, or weights known to be negative.
+
+    Warns:
+        UserWarning: If there are statistics of a mean and a variance by other names,
+            which stay as the first part has them.
 
     Example:
         >>> parts = [{"norm": {"mean": jnp.array([m]), "var": jnp.array([1.0])}}
@@ -82,7 +90,14 @@ def merge(
             "`merge` takes `batch_stats` of the same layers; got trees that differ."
         )
     shares = _weights(weights, len(parts))
-    nodes = [stats_nodes(part) for part in parts]
+    norms = Norms(also)
+    nodes = [norms.nodes(part) for part in parts]
+    unknown = norms.unknown(parts[0])
+    if not nodes[0]:
+        raise ValueError(
+            " ".join(["`merge` found no batch norm layer.", *unknown.values()])
+        )
+    warn_of_unknown("merge", unknown)
     merged = {}
     for path, first in nodes[0].items():
         layers = [found[path] for found in nodes]
@@ -100,7 +115,7 @@ def merge(
         if "pending" in first:
             pending = jbn.merge(*(Moments(**node["pending"]) for node in layers))
             merged[path]["pending"] = pending._asdict()
-    return with_nodes(parts[0], merged)
+    return norms.with_nodes(parts[0], merged)
 
 
 def average(
@@ -148,7 +163,9 @@ def average(
     return jax.tree.map(mean, *trees)
 
 
-def fed_bn(merged: Mapping, own: Mapping, *, where: Where = None) -> dict:
+def fed_bn(
+    merged: Mapping, own: Mapping, *, where: Where = None, also: Also = None
+) -> dict:
     """A client's variables for the next round: everybody's, with its own batch norms.
 
     Clients whose data differ keep their own scale, bias and statistics (FedBN).
@@ -157,15 +174,31 @@ def fed_bn(merged: Mapping, own: Mapping, *, where: Where = None) -> dict:
         merged: Variables with `params` and `batch_stats` that clients share.
         own: The client's variables, of the same structure.
         where: Which batch norm layers stay the client's own; by default all.
+        also: Other people's batch norms, as for `merge`.
 
     Returns:
         Variables of the same structure.
+
+    Raises:
+        ValueError: If no batch norm layer is meant.
+
+    Warns:
+        UserWarning: If there are statistics of a mean and a variance by other names.
 
     References:
         Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch
         Normalization", 2021. https://arxiv.org/abs/2102.07623
     """
-    paths = {p for p in stats_nodes(own["batch_stats"]) if chosen("/".join(p), where)}
+    norms = Norms(also)
+    found = norms.nodes(own["batch_stats"])
+    unknown = norms.unknown(own["batch_stats"])
+    paths = {path for path in found if chosen("/".join(path), where)}
+    if not paths:
+        has = ["/".join(path) for path in found]
+        text = f"`fed_bn` found no batch norm layer that is meant; {where=}, and the"
+        text += f" variables have {has or 'none'}."
+        raise ValueError(" ".join([text, *unknown.values()]))
+    warn_of_unknown("fed_bn", unknown, where)
 
     def pick(key_path, shared, local):
         keys = tuple(map(key_name, key_path))

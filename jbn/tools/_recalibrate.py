@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from jbn.running import widened
-from jbn.tools._convert import convert, converting
-from jbn.tools.layers import Where, chosen, nnx_norms, stats_nodes, with_nodes
+from jbn.tools._convert import convert_nnx, swapping
+from jbn.tools.layers import Where, chosen
+from jbn.tools.norms import Also, Norms
 from jbn.typing import Moments
 
 
@@ -25,6 +26,7 @@ def recalibrate(
     batches: Iterable[Any],
     *,
     where: Where = None,
+    also: Also = None,
     passes: int | None = 1,
 ) -> State:
     """Replaces running statistics by those of the data, exactly ("precise BN").
@@ -52,6 +54,7 @@ def recalibrate(
         variables: Linen's variables, with `batch_stats`; or an NNX model.
         batches: The data; iterated `passes` times.
         where: Which layers, as for `convert`; by default all.
+        also: Other people's batch norms, as for `convert`.
         passes: How many passes over the data. `None`, with `apply` in inference mode:
             until the statistics stay as they are.
 
@@ -80,17 +83,23 @@ def recalibrate(
         Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
         https://arxiv.org/abs/2105.07576
     """
-    return recalibrator(apply, where=where, passes=passes)(variables, batches)
+    make = recalibrator(apply, where=where, also=also, passes=passes)
+    return make(variables, batches)
 
 
 def recalibrator(
-    apply: Callable[[Any, Any], Any], *, where: Where = None, passes: int | None = 1
+    apply: Callable[[Any, Any], Any],
+    *,
+    where: Where = None,
+    also: Also = None,
+    passes: int | None = 1,
 ) -> Callable[[State, Iterable[Any]], State]:
     """Makes `recalibrate` for several times, compiled once.
 
     Args:
         apply: As for `recalibrate`, like the rest.
         where: Which layers.
+        also: Other people's batch norms.
         passes: How many passes over the data.
 
     Returns:
@@ -103,6 +112,7 @@ def recalibrator(
     if passes is not None and passes < 1:
         raise ValueError(f"`passes` must be at least 1; got {passes}.")
     made: list[Any] = []
+    norms = Norms(also)
 
     def run(variables: State, batches: Iterable[Any]) -> State:
         if passes != 1 and isinstance(batches, Iterator):
@@ -111,11 +121,11 @@ def recalibrator(
                 " is then empty. Pass a list, or an object that makes a new iterator."
             )
         if not made:
-            made.append(_gatherer(apply, variables, where, {}))
+            made.append(_gatherer("recalibrate", apply, variables, where, norms, {}))
         (gather,) = made
         done = 0
         while passes is None or done < passes:
-            new = with_moments(variables, gather(variables, iter(batches)))
+            new = with_moments(variables, gather(variables, iter(batches)), norms)
             settled = passes is None and _same(new, variables)
             variables, done = new, done + 1
             if settled:
@@ -131,6 +141,7 @@ def population(
     batches: Iterable[Any],
     *,
     where: Where = None,
+    also: Also = None,
     **options: Any,
 ) -> dict[str, Moments]:
     """The moments of what each batch norm layer sees, merged over all batches.
@@ -140,6 +151,7 @@ def population(
         variables: Linen's variables, or an NNX model; not changed.
         batches: The data.
         where: Which layers.
+        also: Other people's batch norms.
         **options: Arguments of the layers in place of their own, such as `tau`.
 
     Returns:
@@ -149,29 +161,45 @@ def population(
         TypeError: As `recalibrate` does.
         ValueError: As `recalibrate` does.
     """
-    return _gatherer(apply, variables, where, options)(variables, iter(batches))
+    return moments_by_layer(
+        "population", apply, variables, batches, where, Norms(also), options
+    )
 
 
-def with_moments(variables: State, found: Mapping[str, Moments]) -> State:
+def moments_by_layer(
+    caller: str,
+    apply: Callable[[Any, Any], Any],
+    variables: Mapping | nnx.Module,
+    batches: Iterable[Any],
+    where: Where,
+    norms: Norms,
+    options: Mapping[str, Any],
+) -> dict[str, Moments]:
+    """`population`, for the function that is called `caller`."""
+    gather = _gatherer(caller, apply, variables, where, norms, options)
+    return gather(variables, iter(batches))
+
+
+def with_moments(variables: State, found: Mapping[str, Moments], norms: Norms) -> State:
     """Variables, or a copy of a model, with the statistics in `found`."""
     if isinstance(variables, nnx.Module):
         model = nnx.clone(variables)
-        layers = nnx_norms(model)
+        layers = norms.in_nnx(model)
         for path, moments in found.items():
-            layer = layers[path]
-            names = [n for n in Moments._fields if getattr(layer, n, None) is not None]
-            old = {name: getattr(layer, name)[...] for name in names}
+            layer, norm = layers[path]
+            there = norm.variables(layer)
+            old = {n: there[n][...] for n in Moments._fields if n in there}
             for name, value in _settled(old, moments).items():
                 # Not `variable[...] = value`, which keeps the dtype of the variable.
-                variable = getattr(layer, name)
-                variable.copy_from(variable.replace(value))
+                there[name].copy_from(there[name].replace(value))
         return model
-    nodes = stats_nodes(variables["batch_stats"])
+    stats = variables["batch_stats"]
+    nodes = norms.nodes(stats)
     new = {}
     for path, moments in found.items():
         key = tuple(path.split("/")) if path else ()
         new[key] = {**nodes[key], **_settled(nodes[key], moments)}
-    return {**variables, "batch_stats": with_nodes(variables["batch_stats"], new)}  # pyright: ignore[reportReturnType]
+    return {**variables, "batch_stats": norms.with_nodes(stats, new)}  # pyright: ignore[reportReturnType]
 
 
 def _settled(old: Mapping, moments: Moments) -> dict[str, jax.Array]:
@@ -202,7 +230,12 @@ def unjitted(apply: Any) -> Any:
 
 
 def _gatherer(
-    apply: Callable[[Any, Any], Any], variables: Any, where: Where, options: Mapping
+    caller: str,
+    apply: Callable[[Any, Any], Any],
+    variables: Any,
+    where: Where,
+    norms: Norms,
+    options: Mapping,
 ) -> Callable[[Any, Iterator[Any]], dict[str, Moments]]:
     """Makes a function of variables and batches that returns all layers' moments.
 
@@ -210,9 +243,9 @@ def _gatherer(
     """
     apply = unjitted(apply)
     if isinstance(variables, nnx.Module):
-        gather = _nnx_gatherer(apply, where, options)
+        gather = _nnx_gatherer(caller, apply, where, norms, options)
     elif isinstance(variables, Mapping):
-        gather = _linen_gatherer(apply, where, options)
+        gather = _linen_gatherer(caller, apply, where, norms, options)
     else:
         raise TypeError(
             "`variables` must be Linen's variables, a dict with `params` and"
@@ -223,7 +256,7 @@ def _gatherer(
         found = gather(variables, batches)
         if not found:
             raise ValueError(
-                "No batch norm layer was found that updates its statistics;"
+                f"`{caller}` found no batch norm layer that updates its statistics;"
                 f' {where=}. With Linen `apply` must pass `mutable=["batch_stats"]`'
                 " and return the result, and nothing in it may be jitted."
             )
@@ -232,9 +265,11 @@ def _gatherer(
     return gather_some
 
 
-def _linen_gatherer(apply, where, options):
+def _linen_gatherer(caller, apply, where, norms, options):
+    options = {"accumulate": True, "update_stats": True, **options}
+
     def run(variables, batch):
-        with converting(where=where, accumulate=True, update_stats=True, **options):
+        with swapping(caller, None, where, norms, options, ("epsilon",)):
             result = apply(variables, batch)
         if not (
             isinstance(result, tuple)
@@ -257,20 +292,20 @@ def _linen_gatherer(apply, where, options):
         # Nothing pending: neither of the model's own, nor a structure that changes.
         nodes = {
             path: {k: v for k, v in node.items() if k != "pending"}
-            for path, node in stats_nodes(variables["batch_stats"]).items()
+            for path, node in norms.nodes(variables["batch_stats"]).items()
         }
-        stats = with_nodes(variables["batch_stats"], nodes)
+        stats = norms.with_nodes(variables["batch_stats"], nodes)
         if not empty:
             # (A new function: what is traced must not come from a cache.)
             shapes = jax.eval_shape(
                 lambda *args: run(*args), {**variables, "batch_stats": stats}, first
             )
-            for path, node in stats_nodes(shapes).items():
+            for path, node in norms.nodes(shapes).items():
                 if "pending" in node:
                     zeros = lambda v: jnp.zeros(v.shape, v.dtype)
                     empty[path] = jax.tree.map(zeros, node["pending"])
         nodes = {path: {**nodes[path], "pending": empty[path]} for path in empty}
-        stats = with_nodes(stats, nodes)
+        stats = norms.with_nodes(stats, nodes)
         stats = reduce_batches(
             lambda stats, batch: step({**variables, "batch_stats": stats}, batch),
             stats,
@@ -278,24 +313,21 @@ def _linen_gatherer(apply, where, options):
         )
         return {
             "/".join(path): Moments(**node["pending"])
-            for path, node in stats_nodes(stats).items()
+            for path, node in norms.nodes(stats).items()
             if "pending" in node
         }
 
     return gather
 
 
-def _nnx_gatherer(apply, where, options):
+def _nnx_gatherer(caller, apply, where, norms, options):
+    options = {"accumulate": True, "update_stats": True, **options}
     step = nnx.jit(lambda model, batch: (apply(model, batch), None)[1])
 
     def gather(model, batches):
-        paths = [p for p in nnx_norms(model) if chosen(p, where)]
-        if not paths:
-            return {}
-        copy = convert(
-            model, where=where, accumulate=True, update_stats=True, **options
-        )
-        layers = nnx_norms(copy)
+        copy = convert_nnx(model, None, where, norms, options, caller, ("epsilon",))
+        paths = [path for path in norms.in_nnx(model) if chosen(path, where)]
+        layers = {path: layer for path, (layer, _) in Norms().in_nnx(copy).items()}
         for path in paths:
             for variable in layers[path].pending.values():
                 variable[...] = jnp.zeros_like(variable[...])

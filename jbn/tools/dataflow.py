@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
-import flax.core
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,16 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """What is to be marked: layers of these classes, of both of Flax's APIs.
+    """What is to be marked, of both of Flax's APIs.
 
     Attributes:
-        classes: The classes.
-        names: Gives collection and name of each variable that a layer reads.
-        check: Sees each call; may raise.
+        names: Gives the variables that a layer reads: by our name its collection and
+            name there. `None`: the layer is not marked.
+        check: Sees path, layer and arguments of each call; may raise.
     """
 
-    classes: tuple[type, ...]
-    names: Callable[[Any], Iterable[tuple[str, str]]]
-    check: Callable[["Call"], None]
+    names: Callable[[Any], Mapping[str, tuple[str, str]] | None]
+    check: Callable[[str, Any, tuple, Mapping], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +45,8 @@ class Call:
     kwargs: Mapping[str, Any]
     x_shape: tuple[int, ...]
     y_shape: tuple[int, ...]
-    shapes: Mapping[str, tuple[int, ...]]  # of the variables, by name
+    y_dtype: Any
+    shapes: Mapping[str, tuple[int, ...]]  # of the variables, by our names
 
 
 def trace(model: Any, inputs: tuple, kwargs: Mapping, layers: Layers) -> "Flow":
@@ -86,7 +86,7 @@ class Flow:
 
     Attributes:
         calls: The calls, in order, by index.
-        leaves: Values of the variables of the layers, by `(path, name)`.
+        leaves: Values of the variables of the layers, by `(path, our name)`.
     """
 
     def __init__(self, closed: ClosedJaxpr, calls: dict[int, Call], num_results: int):
@@ -318,13 +318,18 @@ class _Recorder:
         x = mark(jnp.asarray(given[0]), "in")
         for name, value in variables.items():
             mark(value, name)
-        y = function(x, *args[1:], **kwargs)
+        try:
+            y = function(x, *args[1:], **kwargs)
+        except flax.errors.ModifyScopeVariableError:
+            # A layer that updates its statistics at inference.
+            self.layers.check(path, layer, args[1:], kwargs)
+            raise
         if any(other.path == path for i, other in self.calls.items() if i > index):
             return y
         shapes = {name: value.shape for name, value in variables.items()}
-        call = Call(path, layer, args[1:], kwargs, x.shape, y.shape, shapes)
-        self.layers.check(call)
-        self.calls[index] = call
+        self.layers.check(path, layer, args[1:], kwargs)
+        shape = x.shape, y.shape, y.dtype
+        self.calls[index] = Call(path, layer, args[1:], kwargs, *shape, shapes)
         return mark(y, "out")
 
 
@@ -336,23 +341,28 @@ def _trace_linen(model, variables: Mapping, inputs, kwargs, recorder) -> Flow:
 
     def intercept(next_call, args, kwargs, context):
         layer: Any = context.module
-        if context.method_name != "__call__" or not isinstance(layer, layers.classes):
+        names = layers.names(layer) if context.method_name == "__call__" else None
+        if names is None:
             return next_call(*args, **kwargs)
         scope: Any = layer.scope
+        path = "/".join(scope.path)
+        words.setdefault(path, {}).update(names)
         seen = {
-            name: unboxed(scope.get_variable(collection, name))
-            for collection, name in layers.names(layer)
+            ours: unboxed(scope.get_variable(collection, name))
+            for ours, (collection, name) in names.items()
             if scope.has_variable(collection, name)
         }
-        return recorder.call("/".join(scope.path), layer, seen, next_call, args, kwargs)
+        return recorder.call(path, layer, seen, next_call, args, kwargs)
 
-    # Batch norms that are told to train shall come to be checked, and not fail before.
-    mutable = flax.core.scope.union_filters(kwargs.get("mutable", False), "batch_stats")
+    # As it is called: some models find their mode in what is mutable.
+    mutable = kwargs.get("mutable", False)
 
     def run(variables, inputs, kwargs):
         with nn.intercept_methods(intercept):
-            return model.apply(variables, *inputs, **(kwargs | {"mutable": mutable}))
+            found = model.apply(variables, *inputs, **(kwargs | {"mutable": mutable}))
+        return (found, ()) if mutable is False else found
 
+    words: dict[str, dict[str, tuple[str, str]]] = {}
     kwargs = {key: value for key, value in kwargs.items() if key != "mutable"}
     variables = dict(variables)
     flow = _traced(run, variables, inputs, kwargs, recorder)
@@ -360,21 +370,22 @@ def _trace_linen(model, variables: Mapping, inputs, kwargs, recorder) -> Flow:
     leaves = jax.tree.unflatten(structure, flow.inputs[: structure.num_leaves])
     for call in flow.calls.values():
         path = call.path.split("/") if call.path else []
-        for collection, name in layers.names(call.layer):
+        for ours, (collection, name) in words[call.path].items():
             leaf = get(leaves, (collection, *path, name))
             if leaf is not None:
-                flow.leaves[call.path, name] = unboxed(leaf)
+                flow.leaves[call.path, ours] = unboxed(leaf)
     return flow
 
 
 def _trace_nnx(model: nnx.Module, inputs, kwargs, recorder) -> Flow:
     layers = recorder.layers
     marked = nnx.clone(model)
-    for path, layer in nnx.iter_graph(marked):
-        if isinstance(layer, layers.classes):
+    for path, node in nnx.iter_graph(marked):
+        layer: Any = node
+        if isinstance(layer, nnx.Module) and layers.names(layer) is not None:
             # A static attribute, so that `nnx.jit` does not take one layer's trace for
             # that of another.
-            layer.dataflow_mark = _Mark(recorder, "/".join(map(str, path)))
+            layer._dataflow_mark = _Mark(recorder, "/".join(map(str, path)))
             object.__setattr__(layer, "__class__", _marking(type(layer)))
     graph, state = nnx.split(marked)
 
@@ -390,11 +401,11 @@ def _trace_nnx(model: nnx.Module, inputs, kwargs, recorder) -> Flow:
         # Instead of that of the trace, which holds tracers.
         layer = modules[call.path]
         flow.calls[index] = dataclasses.replace(call, layer=layer)
-        for _, name in layers.names(layer):
+        for ours, (_, name) in (layers.names(layer) or {}).items():
             variable = getattr(layer, name, None)
             leaf = values.get(first.get(id(variable)))
             if variable is not None and leaf is not None:
-                flow.leaves[call.path, name] = leaf
+                flow.leaves[call.path, ours] = leaf
     return flow
 
 
@@ -409,9 +420,9 @@ def _marking(cls: Any) -> type:
     """A class of NNX layers that call themselves by their recorder."""
 
     def call(self, *args, **kwargs):
-        mark, function = self.dataflow_mark, super(marking, self).__call__
-        names = [name for _, name in mark.recorder.layers.names(self)]
-        found = {name: getattr(self, name, None) for name in names}
+        mark, function = self._dataflow_mark, super(marking, self).__call__
+        names = mark.recorder.layers.names(self) or {}
+        found = {our: getattr(self, name, None) for our, (_, name) in names.items()}
         seen = {name: v[...] for name, v in found.items() if v is not None}
         return mark.recorder.call(mark.path, self, seen, function, args, kwargs)
 

@@ -15,8 +15,9 @@ from flax import nnx
 import jbn
 import jbn.linen
 import jbn.nnx
-from jbn.tools._recalibrate import population, reduce_batches, unjitted
-from jbn.tools.layers import LINEN_NORMS, Where, chosen, nnx_norms, stats_nodes
+from jbn.tools._recalibrate import moments_by_layer, reduce_batches, unjitted
+from jbn.tools.layers import Where, chosen
+from jbn.tools.norms import Norm, Norms
 from jbn.typing import Moments
 
 
@@ -135,7 +136,8 @@ def measure(
     apply: Callable[[Any, Any], Any],
     variables: Mapping | nnx.Module,
     batches: Iterable[Any],
-    where: Where = None,
+    where: Where,
+    norms: Norms,
 ) -> tuple[list[Measured], int]:
     """Runs the batches through the model; see `inspect`.
 
@@ -153,7 +155,8 @@ def measure(
         leaves, rebuild = variables, lambda leaves: leaves
 
     def moments_of(leaves, batch):
-        return population(apply, rebuild(leaves), [batch], where=where)
+        model = rebuild(leaves)
+        return moments_by_layer("inspect", apply, model, [batch], where, norms, {})
 
     @jax.jit
     def step(seen, leaves, batch):
@@ -172,7 +175,7 @@ def measure(
     seen, count = reduce_batches(take_up, (seen, 0), every)
     seen = jax.device_get(seen)
     layers = []
-    for layer in _layers(apply, variables, some[0], where):
+    for layer in _layers(apply, variables, some[0], where, norms):
         shape = layer.stats["var"].shape
         # Such as are frozen gather nothing.
         found = seen.get(layer.path) or _nothing(Moments(*[jnp.zeros(shape)] * 3))
@@ -234,41 +237,44 @@ class _Layer:
 _NAMES = ("mean", "var", "weight", "step", "scale", "bias")
 
 
-def _layers(apply: Any, variables: Any, batch: Any, where: Where) -> list[_Layer]:
+def _layers(
+    apply: Any, variables: Any, batch: Any, where: Where, norms: Norms
+) -> list[_Layer]:
     if isinstance(variables, nnx.Module):
         found = []
-        for path, layer in nnx_norms(variables).items():
-            values = {name: getattr(layer, name, None) for name in _NAMES}
+        for path, (layer, norm) in norms.in_nnx(variables).items():
             if chosen(path, where):
-                values = {
-                    name: np.asarray(v[...])
-                    for name, v in values.items()
-                    if v is not None
-                }
-                found.append(_Layer(path, layer, values, values))
+                there = norm.variables(layer)
+                values = {n: np.asarray(there[n][...]) for n in _NAMES if n in there}
+                found.append(_Layer(path, norm.equivalent(layer), values, values))
         return found
-    modules = {}
+    modules, words = {}, {}
 
     def record(next_call, args, kwargs, context):
         layer = context.module
-        if context.method_name == "__call__" and isinstance(layer, LINEN_NORMS):
+        norm = norms.of(layer) if context.method_name == "__call__" else None
+        if isinstance(norm, Norm):
             scope: Any = layer.scope
-            modules[tuple(scope.path)] = layer
+            path = tuple(scope.path)
+            modules[path], words[path] = norm.equivalent(layer), norm
         return next_call(*args, **kwargs)
 
     apply = unjitted(apply)
     with nn.intercept_methods(record):
         # A function of its own: JAX does not run again one that it has traced before.
         jax.eval_shape(lambda *args: apply(*args), variables, batch)
-    nodes = stats_nodes(variables.get("batch_stats", {}))
+    nodes = norms.nodes(variables.get("batch_stats", {}))
     found = []
     for path in [*modules, *(path for path in nodes if path not in modules)]:
         if path in nodes and chosen("/".join(path), where):
             params = variables.get("params", {})
             for name in path:
                 params = params.get(name, {})
+            norm = words.get(path, Norm())
+            there = {n: params.get(norm.name(n)) for n in ("scale", "bias")}
+            params = {n: value for n, value in there.items() if value is not None}
             # Boxes of metadata, such as axes for sharding, are of no matter here.
-            both = nn.meta.unbox((dict(nodes[path]), dict(params)))
+            both = nn.meta.unbox((nodes[path], params))
             stats, params = (
                 {k: np.asarray(v) for k, v in tree.items() if k in _NAMES}
                 for tree in both

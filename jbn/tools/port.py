@@ -4,6 +4,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,13 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jbn.tools.layers import Where, chosen, nnx_norms
+from jbn.tools.layers import Where, chosen
+from jbn.tools.norms import Norms
 from jbn.typing import BatchStats, Params
 
 
 # What a layer of ours, by its path, is called there. Paths that a dict lacks, and all
 # paths where there is none, are called there as here.
 Names = Mapping[str, str] | Callable[[str], str] | None
+
+# For each name of theirs the other names of the same array.
+Aliases = Mapping[str, Sequence[str]]
+_NO_ALIASES: Aliases = MappingProxyType({})
 
 # Our state that others have no array for.
 _OWN = ("weight", "step", "pending")
@@ -63,6 +69,7 @@ def fill(
     names: Names,
     skip: Where,
     weight: Callable[[str], float | int],
+    aliases: Aliases = _NO_ALIASES,
 ) -> Any:
     """`variables` with the values of `source`; `from_...` without its conventions.
 
@@ -73,6 +80,7 @@ def fill(
         names: What our layers are called there.
         skip: Which of our leaves stay as they are.
         weight: What a layer's `weight` becomes, by the layer's name there.
+        aliases: Names of theirs for one array.
 
     Returns:
         What `variables` are, anew.
@@ -82,7 +90,7 @@ def fill(
     """
     ours = leaves(variables)
     caller = f"from_{dialect.library}"
-    pairs = match(caller, dialect, ours, source, names, skip)
+    pairs = match(caller, dialect, ours, source, names, skip, aliases)
     new: dict[Leaf, Any] = {
         leaf: dialect.read(leaf, source[key], ours[leaf].shape)
         for leaf, key in pairs.items()
@@ -101,6 +109,7 @@ def spell(
     target: Mapping[str, np.ndarray],
     names: Names,
     skip: Where,
+    aliases: Aliases = _NO_ALIASES,
 ) -> dict[str, np.ndarray]:
     """`target` with the values of `variables`; `to_...` without its conventions.
 
@@ -110,6 +119,7 @@ def spell(
         target: Their arrays, by name.
         names: What our layers are called there.
         skip: Which of our leaves are left out.
+        aliases: Names of theirs for one array.
 
     Returns:
         Their arrays, anew; those of `target` where ours have no value for them.
@@ -118,13 +128,21 @@ def spell(
         ValueError: As `match` does.
     """
     ours = leaves(variables)
-    pairs = match(f"to_{dialect.library}", dialect, ours, target, names, skip)
-    new = dict(target)
+    caller = f"to_{dialect.library}"
+    pairs = match(caller, dialect, ours, target, names, skip, aliases)
+    new, written = dict(target), {}
     for leaf, key in pairs.items():
         value = np.asarray(ours[leaf])
         if value.dtype.kind == "V":  # bfloat16, which others' NumPy does not know
             value = value.astype(np.float32)
-        new[key] = dialect.write(leaf, value, target[key].shape)
+        value = dialect.write(leaf, value, target[key].shape)
+        for name in {key, *aliases.get(key, ())}:
+            if name in written and not np.array_equal(new[name], value, equal_nan=True):
+                raise ValueError(
+                    f"`{caller}`: {name!r} is one array under several names, and our"
+                    f" {str(written[name])!r} and {str(leaf)!r} differ. `skip` one."
+                )
+            new[name], written[name] = value, leaf
     return new
 
 
@@ -135,6 +153,7 @@ def match(
     theirs: Mapping[str, np.ndarray],
     names: Names,
     skip: Where,
+    aliases: Aliases = _NO_ALIASES,
 ) -> dict[Leaf, str]:
     """Finds for each of our leaves its name among theirs.
 
@@ -144,7 +163,8 @@ def match(
         ours: Our arrays, or their shapes.
         theirs: Their arrays.
         names: What our layers are called there.
-        skip: Which of our leaves to leave out.
+        skip: What to leave out, by our name or theirs.
+        aliases: Names of theirs for one array, by each of them.
 
     Returns:
         Names of theirs, one for each leaf that is not left out.
@@ -153,7 +173,7 @@ def match(
         ValueError: If one is not there, of another shape, used twice or not at all.
     """
     pairs: dict[Leaf, str] = {}
-    missing, shapes, twice, used = [], [], [], set()
+    missing, shapes, twice, used, other_names = [], [], [], set(), set()
     for leaf, value in ours.items():
         if leaf.is_stat and leaf.name in _OWN:
             continue
@@ -161,7 +181,7 @@ def match(
         prefix += dialect.separator if prefix else ""
         words = dialect.words.get(leaf.name, (leaf.name,))
         found = [prefix + w for w in words if prefix + w in theirs]
-        if chosen(str(leaf), skip):
+        if chosen(str(leaf), skip) or any(chosen(key, skip) for key in found):
             used.update(found)
             continue
         if not found:
@@ -174,6 +194,7 @@ def match(
             continue
         used.add(key)
         pairs[leaf] = key
+        other_names.update(aliases.get(key, ()))
         shape = tuple(dialect.read(leaf, theirs[key], value.shape).shape)
         if shape != tuple(value.shape):
             there = tuple(theirs[key].shape)
@@ -185,7 +206,9 @@ def match(
     unused = [
         repr(key)
         for key in theirs
-        if key not in used and not key.endswith(dialect.spare)
+        if key not in used | other_names
+        and not key.endswith(dialect.spare)
+        and not chosen(key, skip)
     ]
     problems = {
         "Not there": missing,
@@ -198,7 +221,7 @@ def match(
         raise ValueError(
             f"`{caller}` needs exactly one array of theirs for each of ours, of the"
             f" same shape. {text} `names` says what layers are called there; `skip`"
-            " names what is to be left as it is."
+            " names arrays, ours or theirs, that are to be left out."
         )
     return pairs
 
@@ -316,7 +339,8 @@ def compare(
     """
     if isinstance(variables, nnx.Module):
         there = functools.partial(their_name, names=names, separator=separator)
-        own = {there(path): rule(layer) for path, layer in nnx_norms(variables).items()}
+        norms = Norms().in_nnx(variables)
+        own = {there(p): rule(norm.equivalent(m)) for p, (m, norm) in norms.items()}
     elif norm is not None:
         own = dict.fromkeys(theirs, rule(norm))
     else:

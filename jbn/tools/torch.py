@@ -1,12 +1,15 @@
 """Weights from and to PyTorch, whose package is not needed here."""
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from jbn.tools import port
-from jbn.tools.layers import Where
+from jbn.tools.layers import Where, chosen
 
 
 def from_torch(
@@ -49,8 +52,9 @@ def from_torch(
             Linen's may be shapes alone, as of `jax.eval_shape`.
         names: What a layer of ours is called there: a dict, or a function, of paths
             such as `"encoder/norm"`. By default the path with dots, `"encoder.norm"`.
-        skip: Which of our arrays stay as they are, with their counterparts unused:
-            patterns of paths such as `"head/*"`, or a function of the path.
+        skip: What is left out, by our names or by theirs: patterns such as `"head/*"`
+            for arrays of ours that stay as they are, with their counterparts unused, or
+            `"unused.*"` for arrays of theirs; or a function of the name.
         norm: What our norm layers are made with (a class, a partial of one, a layer, or
             a dict of the options of `jbn.batch_norm`), to be compared with a module's.
             An NNX module's layers are compared in any case.
@@ -61,10 +65,13 @@ def from_torch(
     Raises:
         TypeError: If `source` or `variables` are none of these.
         ValueError: If an array of ours is not there or of another shape, or one of
-            theirs is not used, except `num_batches_tracked`. All are named.
+            theirs is not used, except `num_batches_tracked`. All are named. Or if a
+            `nnx.ConvTranspose` lacks `transpose_kernel=True`.
 
     Warns:
-        UserWarning: If norm layers are not made with the options of theirs.
+        UserWarning: If norm layers are not made with the options of theirs, or if a
+            transposed convolution has a kernel for Linen whose layout is not known by
+            its shape.
 
     Example:
         >>> import jbn
@@ -79,15 +86,18 @@ def from_torch(
         >>> print(params.scale, params.bias, batch_stats.mean, batch_stats.var)
         [2.] [1.] [3.] [4.]
     """
-    state = _arrays(_state_dict(source))
+    tensors = _state_dict(source)
+    state = _arrays(tensors)
     _compare("from_torch", source, variables, names, norm)
+    _check_transposed("from_torch", source, variables, skip)
 
     def weight(name: str) -> float | int:
         prefix = f"{name}." if name else ""
         return int(state.get(f"{prefix}num_batches_tracked", 1))
 
     dotted = _dotted(names)
-    return port.fill(_DIALECT, state, variables, dotted, skip, weight)
+    aliases = _aliases(tensors)
+    return port.fill(_DIALECT, state, variables, dotted, skip, weight, aliases)
 
 
 def to_torch(
@@ -109,7 +119,7 @@ def to_torch(
             `jbn.BatchStats`.
         target: A module, or a state dict, with a place for each array. Not changed.
         names: As for `from_torch`, like the rest.
-        skip: Which of our arrays are left out.
+        skip: What is left out, by our names or by theirs.
         norm: What our norm layers are made with.
 
     Returns:
@@ -119,7 +129,8 @@ def to_torch(
 
     Raises:
         TypeError: As `from_torch` does.
-        ValueError: As `from_torch` does.
+        ValueError: As `from_torch` does, or if two layers of ours that differ are one
+            there.
 
     Warns:
         UserWarning: As `from_torch` does.
@@ -138,7 +149,9 @@ def to_torch(
     state = _state_dict(target)
     arrays = _arrays(state)
     _compare("to_torch", target, variables, names, norm)
-    new = port.spell(_DIALECT, variables, arrays, _dotted(names), skip)
+    _check_transposed("to_torch", target, variables, skip)
+    dotted = _dotted(names)
+    new = port.spell(_DIALECT, variables, arrays, dotted, skip, _aliases(state))
     return {key: _like(value, new[key]) for key, value in state.items()}
 
 
@@ -214,6 +227,58 @@ def _compare(caller: str, module: Any, variables: Any, names: port.Names, norm: 
             name: torch_options(m) for name, m in module.named_modules() if _is_norm(m)
         }
         port.compare(caller, variables, norms, names, norm, ".")
+
+
+def _check_transposed(caller: str, module: Any, variables: Any, skip: Where) -> None:
+    """Refuses, or warns of, transposed convolutions in another layout than theirs."""
+    if isinstance(variables, nnx.Module):
+        for path, layer in nnx.iter_graph(variables):
+            name = "/".join(map(str, path))
+            if (
+                isinstance(layer, nnx.ConvTranspose)
+                and not layer.transpose_kernel
+                and not chosen(f"{name}/kernel", skip)
+            ):
+                raise ValueError(
+                    f"`{caller}` needs `transpose_kernel=True` in a `ConvTranspose`, as"
+                    f" PyTorch lays its kernel out; {name!r} has not."
+                )
+    elif hasattr(module, "named_modules"):
+        unsure = [
+            repr(name)
+            for name, layer in module.named_modules()
+            if getattr(layer, "transposed", False)
+            and layer.weight.shape[0] == layer.weight.shape[1]
+            and not chosen(f"{name}.weight", skip)
+        ]
+        if unsure:
+            warnings.warn(
+                f"`{caller}`: {', '.join(unsure)} must be a Linen `ConvTranspose` with"
+                " `transpose_kernel=True` here, which its shape does not tell.",
+                stacklevel=3,
+            )
+
+
+def _aliases(state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """For each name the other names of the same memory."""
+    groups: dict[Any, list[str]] = {}
+    for name, value in state.items():
+        if hasattr(value, "data_ptr"):
+            place = value.data_ptr()
+            layout = str(value.dtype), tuple(value.shape), tuple(value.stride())
+        elif isinstance(value, np.ndarray):
+            place = value.__array_interface__["data"][0]
+            layout = value.dtype.str, value.shape, value.strides
+        else:
+            place, layout = id(value), None
+        groups.setdefault((place, layout), []).append(name)
+    return {
+        name: [other for other in group if other != name]
+        for group in groups.values()
+        for name in group
+        # (Empty arrays all are at one place.)
+        if len(group) > 1 and math.prod(np.shape(state[name])) > 0
+    }
 
 
 def _is_norm(module: Any) -> bool:

@@ -394,5 +394,5 @@ def test_errors_are_those_of_recalibrate(source, target):
         adapt(run, None, [target], prior=1)  # pyright: ignore[reportArgumentType, reportCallIssue]
     with pytest.raises(ValueError, match="at least one batch"):
         adapt(run, source_of(source), [], prior=1)
-    with pytest.raises(ValueError, match="No batch norm layer was found"):
+    with pytest.raises(ValueError, match="`adapt` found no batch norm layer"):
         adapt(run, source_of(source), [target], prior=1, where="nothing")

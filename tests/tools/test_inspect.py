@@ -804,7 +804,7 @@ def test_errors(rng: np.random.Generator, untyped: None):
     variables: Any = model.init(jax.random.key(0), batches[0])
     with pytest.raises(ValueError, match="at least one batch"):
         inspect(applied(model), variables, [])
-    with pytest.raises(ValueError, match="No batch norm layer was found"):
+    with pytest.raises(ValueError, match="`inspect` found no batch norm layer"):
         inspect(applied(model), variables, batches, where="nowhere")
     with pytest.raises(ValueError, match="must return what Linen's"):
         inspect(lambda v, x: applied(model)(v, x)[0], variables, batches)

@@ -820,5 +820,5 @@ def test_no_layer_that_is_meant(x, rng):
     with pytest.raises(ValueError, match="where='encoder"):
         recalibrate(apply(Deep(train=True)), variables, [x], where="encoder/*")
     model = NnxDeep(nnx.Rngs(0))
-    with pytest.raises(ValueError, match="No batch norm layer was found"):
+    with pytest.raises(ValueError, match="`recalibrate` found no batch norm layer"):
         recalibrate(lambda m, x: m(x), model, [x], where="encoder/*")

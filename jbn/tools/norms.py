@@ -1,0 +1,476 @@
+"""Which layers are batch norms, and what their fields and variables are called."""
+
+import dataclasses
+import difflib
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+import jbn.linen
+import jbn.nnx
+from jbn.options import CallOptions, LayerOptions, options_of
+from jbn.tools.layers import Where, chosen
+
+
+LINEN_NORMS = (jbn.linen.BatchNorm, nn.BatchNorm)
+NNX_NORMS = (jbn.nnx.BatchNorm, nnx.BatchNorm)
+FLAX_NORMS = (nn.BatchNorm, nnx.BatchNorm)
+
+# Classes of batch norms that neither Flax nor we wrote; or, by class, what they call
+# what we call `mean`, `var`, `scale`, `bias`, `epsilon`, `momentum`, ...: a name; of a
+# field also its value, or a function of the layer.
+Also = type | Sequence[type] | Mapping[type, Mapping[str, Any]] | None
+
+VARIABLES = ("mean", "var", "scale", "bias")
+# Further statistics, which only our layers have.
+OWN_STATISTICS = ("weight", "step", "pending")
+# Fields that say the mode, and which of their values means inference.
+_MODES = {
+    "use_running_average": True,
+    "deterministic": True,
+    "inference": True,
+    "train": False,
+    "training": False,
+    "is_training": False,
+}
+_OTHERWISE = {"epsilon": ("epsilon", "eps")}
+# Fields of Flax's layers, which keep their meaning in copies of them.
+_OF_FLAX = {
+    *(field.name for field in dataclasses.fields(nn.BatchNorm)),
+    *inspect.signature(nnx.BatchNorm.__init__).parameters,
+}
+_HARMLESS = {*_OF_FLAX, *_MODES, "eps", "features"}
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """How a batch norm calls its fields and variables.
+
+    Attributes:
+        names: Theirs by ours, where these differ; see `Also`.
+        is_foreign: Whether neither Flax nor we wrote its class.
+    """
+
+    names: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_foreign: bool = False
+
+    def name(self, ours: str) -> str:
+        """What a variable is called there."""
+        return self.names.get(ours, ours)
+
+    def variables(self, layer: Any) -> dict[str, Any]:
+        """Scale, bias and statistics by our names, without those that are missing.
+
+        Of a Linen layer, which must be bound, the values; of an NNX layer the
+        variables.
+        """
+        if isinstance(layer, nn.Module):
+            params, stats = _linen_variables(layer)
+        else:
+            params = stats = vars(layer)
+        found = {}
+        for ours in (*VARIABLES, *OWN_STATISTICS):
+            # What another library calls `weight` is no weight of statistics.
+            if self.is_foreign and ours not in VARIABLES:
+                continue
+            tree = params if ours in ("scale", "bias") else stats
+            value = tree.get(self.name(ours))
+            if value is not None:
+                found[ours] = value
+        return found
+
+    def field(self, layer: Any, name: str) -> Any:
+        """The value of a field, or `None` for one that is not there."""
+        value = self._field(layer, name)
+        return None if value is _MISSING else value
+
+    def _field(self, layer: Any, name: str) -> Any:
+        if name in self.names:
+            given = self.names[name]
+            if isinstance(given, str):
+                return getattr(layer, given, _MISSING)
+            return given(layer) if callable(given) else given
+        for other in _OTHERWISE.get(name, (name,)):
+            if hasattr(layer, other):
+                return getattr(layer, other)
+        return _MISSING
+
+    def arguments(
+        self, layer: Any, cls: type, needed: Iterable[str] = ()
+    ) -> dict[str, Any]:
+        """What `cls` must be constructed with to be like `layer`, as far as it can.
+
+        Args:
+            layer: A layer; a foreign one of Linen must be bound.
+            cls: A class of ours.
+            needed: Arguments that must not be left to their defaults.
+
+        Returns:
+            Keyword arguments.
+
+        Raises:
+            ValueError: If a foreign layer has no field that is needed.
+        """
+        names = _arguments_of(cls)
+        if not self.is_foreign:
+            return {n: getattr(layer, n) for n in names if hasattr(layer, n)}
+        there = self.variables(layer)
+        found: dict[str, Any] = {f"use_{n}": n in there for n in ("scale", "bias")}
+        for name in (names & _OF_FLAX) | (names & set(self.names) - set(VARIABLES)):
+            value = self._field(layer, name)
+            if value is not _MISSING:
+                found.setdefault(name, value)
+        for name in needed:
+            if name not in found:
+                theirs = type(layer).__name__
+                raise ValueError(
+                    f"`{theirs}` has no field `{name}`. Pass `also={{{theirs}:"
+                    f' {{"{name}": ...}}}}` with the name of the field, its value, or'
+                    " a function of the layer."
+                )
+        if isinstance(layer, nnx.Module):
+            shape = there["mean"].shape
+            found["num_features"] = getattr(
+                layer, "num_features", shape[0] if len(shape) == 1 else shape
+            )
+            found |= {"use_running_average": self.mode(layer, {})}
+        else:
+            found.pop("use_running_average", None)
+        return {name: value for name, value in found.items() if name in names}
+
+    def mode(self, layer: Any, given: Mapping[str, Any]) -> bool | None:
+        """Whether a foreign layer normalizes by its running statistics.
+
+        Args:
+            layer: The layer.
+            given: Arguments of its call.
+
+        Returns:
+            What the call says, else the fields, else, in Linen, whether `batch_stats`
+            is immutable. `None`: nothing says it.
+        """
+        own = self.names.get("use_running_average")
+        if own is not None and not isinstance(own, str):
+            return bool(own(layer) if callable(own) else own)
+        flags = _MODES if own is None else {own: _MODES.get(own, True)}
+        for read in (given.get, lambda name: getattr(layer, name, None)):
+            for name, at_inference in flags.items():
+                value = read(name)
+                if value is not None:
+                    return bool(value) is at_inference
+        if isinstance(layer, nn.Module):
+            return not layer.is_mutable_collection("batch_stats")
+        return None
+
+    def call(
+        self,
+        layer: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        cls: type | None = None,
+    ) -> tuple[Any, bool | None, dict[str, Any]]:
+        """The call of a foreign layer as one of ours.
+
+        Args:
+            layer: The layer.
+            args: Its positional arguments, the input first.
+            kwargs: Its keyword arguments.
+            cls: Its class, if it is not that of `layer`.
+
+        Returns:
+            The input, the mode, and the other arguments.
+
+        Raises:
+            ValueError: If there are arguments that ours does not know.
+        """
+        signature = inspect.signature((cls or type(layer)).__call__)
+        bound = signature.bind(layer, *args, **kwargs)
+        bound.apply_defaults()
+        (_, *given) = bound.arguments.items()
+        ((_, x), *given) = given
+        rest = {}
+        for name, value in given:
+            absent = value is None or value is False
+            empty = isinstance(value, tuple | dict) and not value
+            if name in _MODES or name == self.names.get("use_running_average"):
+                continue
+            if name in options_of(CallOptions):
+                rest[name] = value
+            elif not (absent or empty):
+                raise ValueError(
+                    f"`{(cls or type(layer)).__name__}` is called with `{name}`, which"
+                    " our layers do not know. Leave the layer out with `where=`."
+                )
+        return x, self.mode(layer, dict(given)), rest
+
+    def equivalent(self, layer: Any) -> Any:
+        """A layer of ours with the fields of `layer`; itself unless it is foreign."""
+        if not self.is_foreign:
+            return layer
+        cls = ours(layer)
+        options = {"momentum": None, **self.arguments(layer, cls, ["epsilon"])}
+        if isinstance(layer, nn.Module):
+            return cls(**options, parent=None)
+        return cls(**options, rngs=nnx.Rngs(0))
+
+
+_KNOWN = Norm()
+
+
+class Norms:
+    """Finds the batch norms of models: ours, Flax's, and other people's.
+
+    Another's class is recognized if it is built like Flax's: statistics `mean` and
+    `var` and no others, parameters `scale` and `bias` and no others, of one shape, and
+    no fields but Flax's. Classes in `also` are batch norms in any case.
+    """
+
+    def __init__(self, also: Also = None):
+        if isinstance(also, type):
+            also = (also,)
+        if not isinstance(also, Mapping):
+            also = {cls: {} for cls in also or ()}
+        for cls, names in also.items():
+            _check_also(cls, names)
+        self._also = also
+
+    def of(self, layer: Any) -> Norm | str | None:
+        """How a layer calls things, if it is a batch norm.
+
+        Args:
+            layer: Any module; in Linen a bound one.
+
+        Returns:
+            Or why a layer that has running statistics is not recognized; or `None`.
+        """
+        for cls, names in self._also.items():
+            if isinstance(layer, cls):
+                norm = Norm(names, True)
+                lack = [norm.name(n) for n in ("mean", "var")]
+                lack = [n for n in lack if n not in _statistics(layer)]
+                return f"no {_listed(lack)} in them" if lack else norm
+        if isinstance(layer, (*LINEN_NORMS, *NNX_NORMS)):
+            return _KNOWN
+        if isinstance(layer, nnx.Dict | nnx.List):  # such as our pending moments
+            return None
+        why = _why_not(layer)
+        return why if why is None or why else Norm({}, True)
+
+    def of_class(self, layer: Any) -> Norm | None:
+        """The same by the class alone, of a layer that may have no variables yet."""
+        for cls, names in self._also.items():
+            if isinstance(layer, cls):
+                return Norm(names, True)
+        return _KNOWN if isinstance(layer, (*LINEN_NORMS, *NNX_NORMS)) else None
+
+    def in_nnx(self, model: nnx.Module) -> dict[str, tuple[Any, Norm]]:
+        """The batch norms of an NNX model by path; a shared one only once."""
+        found = {}
+        for path, layer in nnx.iter_graph(model):
+            if isinstance(layer, nnx.Module):
+                norm = self.of(layer)
+                if isinstance(norm, Norm):
+                    found["/".join(map(str, path))] = layer, norm
+        return found
+
+    def unknown_in_nnx(self, model: nnx.Module) -> dict[str, str]:
+        """Why layers of an NNX model with statistics are not recognized, by path."""
+        found = {}
+        for path, layer in nnx.iter_graph(model):
+            if isinstance(layer, nnx.Module):
+                why = self.of(layer)
+                if isinstance(why, str):
+                    found["/".join(map(str, path))] = unrecognized(layer, why)
+        return found
+
+    def nodes(self, batch_stats: Mapping) -> dict[tuple[str, ...], dict[str, Any]]:
+        """The parts of Linen's `batch_stats` of one layer each, in our names."""
+        found: dict[tuple[str, ...], dict[str, Any]] = {}
+
+        def walk(tree: Any, path: tuple[str, ...]) -> None:
+            if not isinstance(tree, Mapping):
+                return
+            for theirs in self._words():
+                if set(theirs) <= set(tree) and not any(
+                    isinstance(tree[name], Mapping) for name in theirs
+                ):
+                    found[path] = {theirs.get(k) or k: v for k, v in tree.items()}
+                    return
+            for name, value in tree.items():
+                walk(value, (*path, name))
+
+        walk(batch_stats, ())
+        return found
+
+    def with_nodes(
+        self, batch_stats: Mapping, nodes: Mapping[tuple[str, ...], Mapping]
+    ) -> dict:
+        """`batch_stats` with the given layers in place of those at their paths."""
+
+        def walk(tree: Any, path: tuple[str, ...]) -> Any:
+            if path in nodes:
+                for theirs in self._words():
+                    if set(theirs) <= set(tree):
+                        back = {ours: name for name, ours in theirs.items()}
+                        return {back.get(k, k): v for k, v in nodes[path].items()}
+            if not isinstance(tree, Mapping):
+                return tree
+            return {name: walk(value, (*path, name)) for name, value in tree.items()}
+
+        return walk(batch_stats, ())
+
+    def unknown(self, batch_stats: Mapping) -> dict[str, str]:
+        """Parts of `batch_stats` that look like a batch norm's in other words."""
+        known, found = self.nodes(batch_stats), {}
+
+        def walk(tree: Any, path: tuple[str, ...]) -> None:
+            if not isinstance(tree, Mapping) or path in known:
+                return
+            own = [k for k, v in tree.items() if not isinstance(v, Mapping)]
+            if _like_a_norm(own):
+                found["/".join(path)] = (
+                    f"{'/'.join(path)!r} has statistics {_listed(own)}: pass"
+                    ' `also={CLASS: {"mean": ..., "var": ...}}` with their names.'
+                )
+            for name, value in tree.items():
+                walk(value, (*path, name))
+
+        walk(batch_stats, ())
+        return found
+
+    def _words(self) -> list[dict[str, str]]:
+        """Pairs of their names of statistics, with ours."""
+        pairs = [{"mean": "mean", "var": "var"}]
+        for names in self._also.values():
+            pair = {names.get(n, n): n for n in ("mean", "var")}
+            if pair not in pairs:
+                pairs.append(pair)
+        return pairs
+
+
+def unrecognized(layer: Any, why: str) -> str:
+    """Says of a layer why it is not recognized, and what to do about it."""
+    if isinstance(layer, nn.Module):
+        scope: Any = layer.scope
+        name = "/".join(scope.path) or type(layer).__name__
+    else:
+        name = type(layer).__name__
+    cls = type(layer).__name__
+    return (
+        f"{name!r} has statistics, but {why}; pass `also={cls}`, or a dict from it to"
+        " its names."
+    )
+
+
+def warn_of_unknown(
+    caller: str, unknown: Mapping[str, str], where: Where = None
+) -> None:
+    """Warns of layers with statistics that are left out, and why, by path."""
+    for path, why in unknown.items():
+        if why and chosen(path, where):
+            warnings.warn(f"`{caller}` leaves out a layer: {why}", stacklevel=4)
+
+
+def ours(layer: Any) -> type:
+    """The class of ours that a layer is of, or that takes its place."""
+    if isinstance(layer, jbn.linen.BatchNorm | jbn.nnx.BatchNorm):
+        return type(layer)
+    return jbn.linen.BatchNorm if isinstance(layer, nn.Module) else jbn.nnx.BatchNorm
+
+
+def _arguments_of(cls: type) -> set[str]:
+    if issubclass(cls, nn.Module):
+        return {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
+    names: set[str] = set()
+    for base in cls.__mro__[:-1]:
+        if "__init__" in vars(base):
+            names |= set(inspect.signature(base.__init__).parameters)
+    return {n for n in names if n[0] != "_"} - {"self", "rngs", "options"}
+
+
+def _linen_variables(layer: nn.Module) -> tuple[Mapping, Mapping]:
+    found = layer.variables
+    return found.get("params", {}), found.get("batch_stats", {})
+
+
+def _statistics(layer: Any) -> dict[str, Any]:
+    """Statistics of a layer itself by their names."""
+    if isinstance(layer, nn.Module):
+        tree = _linen_variables(layer)[1]
+        return {k: v for k, v in tree.items() if not isinstance(v, Mapping)}
+    return {k: v for k, v in vars(layer).items() if isinstance(v, nnx.Variable)}
+
+
+def _why_not(layer: Any) -> str | None:
+    """Why a layer with statistics is not built like Flax's; empty if it is."""
+    if isinstance(layer, nn.Module):
+        params, stats = _linen_variables(layer)
+        params, stats = nn.meta.unbox((dict(params), dict(stats)))
+        stats = {k: v for k, v in stats.items() if not isinstance(v, Mapping)}
+        params = {k: v for k, v in params.items() if not isinstance(v, Mapping)}
+        fields = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}
+    else:
+        own = {k: v for k, v in vars(layer).items() if k[0] != "_"}
+        stats = {k: v for k, v in own.items() if isinstance(v, nnx.BatchStat)}
+        params = {k: v for k, v in own.items() if isinstance(v, nnx.Param)}
+        fields = {k: v for k, v in own.items() if not isinstance(v, nnx.Variable)}
+        fields = {k: v for k, v in fields.items() if not isinstance(v, nnx.Module)}
+    if not _like_a_norm(stats):
+        return None
+    if set(stats) - set(OWN_STATISTICS) != {"mean", "var"}:
+        return f"calls them {_listed(stats)}, not `mean` and `var`"
+    more = set(params) - {"scale", "bias"}
+    if more:
+        return f"has the parameters {_listed(more)} beside them"
+    stats = {name: stats[name] for name in ("mean", "var")}
+    shapes = {tuple(v.shape) for v in (*stats.values(), *params.values())}
+    if len(shapes) > 1:
+        return f"has variables of different shapes, {sorted(shapes)}"
+    more = {k for k, v in fields.items() if v is not None and v is not False}
+    more -= _HARMLESS
+    if more:
+        return f"has fields that Flax's has not, {_listed(more)}"
+    if not {"epsilon", "eps"} & set(fields):
+        return "no field `epsilon`"
+    return ""
+
+
+def _like_a_norm(statistics: Iterable[str]) -> bool:
+    found = " ".join(statistics)
+    return "mean" in found and any(word in found for word in ("var", "std"))
+
+
+def _check_also(cls: Any, names: Any) -> None:
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module | nnx.Module):
+        raise TypeError(
+            "`also` takes classes of Linen or NNX modules, or a dict from such classes"
+            f" to names; got {cls!r}."
+        )
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            f"`also` must map `{cls.__name__}` to a dict of names, such as"
+            f' {{"mean": "running_mean"}}; got {names!r}.'
+        )
+    known = {*VARIABLES, "use_running_average", *options_of(LayerOptions)}
+    for name, theirs in names.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"`also` maps our names to those of `{cls.__name__}`, and {name!r} is"
+                f" none of ours.{hint}"
+            )
+        if name in VARIABLES and not isinstance(theirs, str):
+            raise TypeError(
+                f"`also` must map {name!r} to the name of a variable of"
+                f" `{cls.__name__}`; got {theirs!r}."
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
