@@ -34,6 +34,7 @@ from jbn.weighting.trim import trimmed_weights as trimmed_weights
 
 if TYPE_CHECKING:
     from jbn import (
+        equinox as equinox,
         linen as linen,
         models as models,
         nnx as nnx,
@@ -72,7 +73,7 @@ _LATE = {
     ),
     **dict.fromkeys(("SparseOutput", "sparse_batch_norm"), "jbn.variants.sparse"),
 }
-_MODULES = "linen", "models", "nnx", "tools", "training"
+_MODULES = "equinox", "linen", "models", "nnx", "tools", "training"
 
 
 if not TYPE_CHECKING:  # With it, no misspelled name would be an error to pyright.

@@ -31,12 +31,18 @@ def test_importing_jbn_loads_jax_and_nothing_heavier():
         "jbn.batch_norm(jnp.ones((2, 3)), *jbn.init(3), use_running_average=False)"
     )
     assert "jax" in loaded
-    assert not loaded & set(HEAVY)
+    assert not loaded & {"equinox", *HEAVY}
 
 
 def test_the_skins_load_flax_so_the_test_above_can_fail():
     assert "flax" in loaded_by("import jbn; jbn.BatchNorm")
     assert "flax" in loaded_by("import jbn.nnx")
+
+
+def test_equinox_needs_no_flax():
+    loaded = loaded_by("import jbn.equinox")
+    assert "equinox" in loaded
+    assert "flax" not in loaded
 
 
 def test_unknown_names_are_attribute_errors():

@@ -14,12 +14,12 @@ import json, sys
 import jbn
 
 names = dir(jbn)
-early = [name for name in ("flax", "optax") if name in sys.modules]
+early = [name for name in ("equinox", "flax", "optax") if name in sys.modules]
 missing = [name for name in names if not hasattr(jbn, name)]
 modules = {name: getattr(jbn, name).__name__ for name in %r}
 print(json.dumps([names, early, missing, modules]))
 """
-MODULES = ["linen", "models", "nnx", "tools", "training"]
+MODULES = ["equinox", "linen", "models", "nnx", "tools", "training"]
 NAMES = """
     BatchNorm BatchRenorm BatchStats ConditionalBatchNorm DomainBatchNorm
     FrozenBatchNorm GhostBatchNorm Moments Params SparseOutput batch_norm batch_renorm

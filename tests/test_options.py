@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from flax import nnx
 from jax.experimental.sparse import BCOO
 
 import jbn
+import jbn.equinox
 import jbn.linen
 import jbn.nnx
 from jbn.options import (
@@ -256,6 +258,21 @@ def by_nnx(method: Method, p: Problem, **options: Any) -> Any:
     return y, state_of(layer)["batch_stats"]
 
 
+def by_equinox(method: Method, p: Problem, **options: Any) -> Any:
+    """Which has two options by Equinox's names, and other defaults of two."""
+    call = call_of(method, p, {"use_running_average": False} | options)
+    inference = call.pop("use_running_average")
+    renamed = {"epsilon": "eps", "dtype": "output_dtype"}
+    settings = {"axis": -1, "debias": False} | fields_of(method, options)
+    settings = {renamed.get(name, name): value for name, value in settings.items()}
+    layer, state = eqx.nn.make_with_state(jbn.equinox.BatchNorm)(3, **settings)
+    layer = eqx.tree_at(lambda v: (v.weight, v.bias), layer, tuple(p.params))
+    index = layer.batch_state_index
+    state = state.set(index, (p.stats.mean, p.stats.var))
+    y, state = layer(p.x, state, inference=inference, **call)
+    return y, dict(zip(("mean", "var"), state.get(index), strict=True))
+
+
 def made(method: Method, settings: Mapping[str, Any]) -> Any:
     """A new NNX layer, taken apart."""
     with jax.ensure_compile_time_eval():
@@ -274,8 +291,18 @@ WAYS: dict[str, Callable[..., Any]] = {
     "function": by_function,
     "linen": by_linen,
     "nnx": by_nnx,
+    "equinox": by_equinox,
 }
 Case = Callable[[Problem], Any]
+
+
+def ways_of(name: str) -> list[str]:
+    """How a method can be called."""
+    if METHODS[name].module is None:
+        return ["function"]
+    return [way for way in WAYS if way != "equinox" or name == "batch norm"]
+
+
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
@@ -345,11 +372,10 @@ def differ(got: Any, want: Any) -> bool:
 @every_method
 def test_an_option_changes_the_result_and_modules_take_it(name, subtests):
     method = METHODS[name]
-    ways = ["function"] if method.module is None else [*WAYS]
     cases = {
         (option, way): case(method, way, {option: value})
         for option, value in VALUES.items()
-        for way in ways
+        for way in ways_of(name)
     }
     errors = {o: ERRORS.get((None, o), ERRORS.get((name, o))) for o in VALUES}
     if name == "sparse":  # which is the same as that of a dense array
@@ -402,7 +428,7 @@ def test_every_option_of_its_own_is_given(function):
 @pytest.mark.parametrize("name", [n for n in MODULES if n != "batch norm"])
 def test_an_option_of_its_own_changes_the_result_and_modules_take_it(name, subtests):
     method = METHODS[name]
-    cases = {("", way): case(method, way, {}) for way in WAYS}
+    cases = {("", way): case(method, way, {}) for way in ways_of(name)}
     # What cannot be left out, nor be another, is in a test below.
     options = set(given_of(name)) - {"freeze_affine", *OWN_ERRORS}
     for option in options:
@@ -422,7 +448,7 @@ def test_an_option_of_its_own_changes_the_result_and_modules_take_it(name, subte
                 assert_close(found[where, way], want)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["function", "linen", "nnx"])
 @pytest.mark.parametrize("option", OWN_ERRORS)
 def test_an_option_of_its_own_is_checked(option, way):
     value, message = OWN_ERRORS[option]
@@ -448,15 +474,15 @@ def test_gradients_of_modules_are_those_of_the_function(name):
 
         return lambda p: jax.grad(loss)((p.x, p.params), p)
 
-    cases = {("", way): grads(way) for way in WAYS}
+    cases = {("", way): grads(way) for way in ways_of(name)}
     if name == "frozen":
         own = {k: v for k, v in METHODS[name].own.items() if k != "freeze_affine"}
         frozen = METHODS[name]._replace(own=own)
-        cases |= {("affine", way): grads(way, frozen) for way in WAYS}
+        cases |= {("affine", way): grads(way, frozen) for way in ways_of(name)}
     found = together(name, cases)
     want = found["", "function"]
     assert all(abs(v).max() > 0.1 for v in leaves_of(want)[0])
-    for way in WAYS:
+    for way in ways_of(name):
         assert_close(found["", way], want)
         if name == "frozen":
             no_params = jax.tree.map(jnp.zeros_like, want[1])
@@ -594,6 +620,7 @@ CLASSES = [
     for name in dict.fromkeys(str(METHODS[name].module) for name in MODULES)
 ]
 CALLS = [getattr(jbn, name) for name in FUNCTIONS] + [c.__call__ for c in CLASSES]
+CALLS += [jbn.equinox.BatchNorm.__call__]
 
 
 def label(v: Any) -> str:

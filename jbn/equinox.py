@@ -1,0 +1,146 @@
+"""An Equinox module. It creates, reads and writes its state, and calls one function."""
+
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_type_hints
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from jbn import axes
+from jbn.options import (
+    CallOptions,
+    LayerOptions,
+    Settings,
+    completed,
+    documented,
+    options_of,
+)
+from jbn.typing import ArrayLike, BatchStats, Params
+from jbn.variants.batch_norm import batch_norm, init
+
+
+# Arguments that Equinox's layer has as well, or that are otherwise by default.
+_NAMED = {"axis", "axis_name", "debias", "dtype", "epsilon", "momentum", "param_dtype"}
+
+if TYPE_CHECKING:
+    _Options = LayerOptions
+    _Fields = eqx.nn.StatefulLayer
+else:
+    hints = get_type_hints(LayerOptions, include_extras=True)
+    others = {name: hint for name, hint in hints.items() if name not in _NAMED}
+    _Options = TypedDict("_Options", others, total=False)
+    fields = {name: eqx.field(static=True) for name in hints}
+    body = {"__annotations__": dict.fromkeys(fields, Any), "__module__": __name__}
+    _Fields = type(eqx.Module)("_Fields", (eqx.nn.StatefulLayer,), body | fields)
+
+
+class BatchNorm(_Fields):
+    """Normalizes each feature by the batch: `jbn.batch_norm` as an Equinox module.
+
+    Takes the place of `equinox.nn.BatchNorm(..., mode="batch")`: the same arguments in
+    the same order, `weight` and `bias`, an `equinox.nn.State` that is passed through,
+    `equinox.nn.inference_mode`. The differences: the output has the dtype of `x`,
+    evaluation is right from the first update on, and `axis_name` may be left out where
+    the layer sees the whole batch. All options of `jbn.batch_norm` are there.
+    """
+
+    weight: jax.Array | None
+    bias: jax.Array | None
+    batch_state_index: eqx.nn.StateIndex
+    more_state_index: eqx.nn.StateIndex
+    inference: bool
+    input_size: int | tuple[int, ...] = eqx.field(static=True)
+
+    @documented(_Options)
+    def __init__(
+        self,
+        input_size: int | tuple[int, ...],
+        axis_name: Any = None,
+        eps: float = 1e-5,
+        channelwise_affine: bool = True,
+        momentum: float | None = 0.99,
+        inference: bool = False,
+        dtype: Any = None,
+        mode: str = "batch",
+        *,
+        axis: int | tuple[int, ...] = 0,
+        debias: bool = True,
+        output_dtype: Any = None,
+        **settings: Unpack[_Options],  # pyright: ignore[reportGeneralTypeIssues]
+    ):
+        """Makes the parameters and the initial state.
+
+        Args:
+            input_size: How many features; for several feature axes their sizes.
+            axis_name: Mapped axes to take the statistics over, besides those of `x`.
+            eps: Added to the variance, inside the square root.
+            channelwise_affine: Whether to learn `weight` and `bias`.
+            momentum: Weight of the *old* running statistic; `None`: cumulative.
+            inference: Whether to normalize by the running statistics.
+            dtype: Dtype of `weight` and `bias`. Statistics are float32 or wider.
+            mode: `"batch"`; training by running statistics (`"ema"`) is not offered.
+            axis: Feature axis or axes of `x`, without the axes of `vmap`.
+            debias: Whether running statistics do not lean towards initial values.
+            output_dtype: Dtype of the output; that of `x` by default.
+            **settings: Replaced by one entry an option.
+        """
+        if mode != "batch":
+            raise ValueError(f'`BatchNorm` takes `mode="batch"` alone; got {mode!r}.')
+        given = completed(_Options, settings, "BatchNorm")
+        given |= {"axis": axis, "debias": debias, "epsilon": eps, "momentum": momentum}
+        given |= {"axis_name": axis_name, "dtype": output_dtype}
+        given["param_dtype"] = jnp.float32 if dtype is None else dtype
+        for name, value in given.items():
+            setattr(self, name, _hashable(value))
+        track = debias or momentum is None
+        _, fresh = init(input_size, track_weight=track, accumulate=self.accumulate)
+        make = (jax.random.key(0), fresh.mean.shape, self.param_dtype)
+        scaled, moved = (
+            channelwise_affine and v for v in (self.use_scale, self.use_bias)
+        )
+        self.weight = self.scale_init(*make) if scaled else None
+        self.bias = self.bias_init(*make) if moved else None
+        self.batch_state_index = eqx.nn.StateIndex((fresh.mean, fresh.var))
+        self.more_state_index = eqx.nn.StateIndex((fresh.weight, fresh.pending))
+        self.inference = inference
+        self.input_size = input_size
+
+    @documented(CallOptions)
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: ArrayLike,
+        state: eqx.nn.State,
+        *,
+        key: Any = None,
+        inference: bool | None = None,
+        **call: Unpack[CallOptions],
+    ) -> tuple[jax.Array, eqx.nn.State]:
+        """Normalizes `x` and, in training, updates the running statistics.
+
+        Args:
+            x: Input of shape (features, ...), or as `axis` says.
+            state: Holds the running statistics.
+            key: Not used; Equinox's containers pass it.
+            inference: Whether to normalize by the running statistics.
+            **call: Replaced by one entry an option.
+
+        Returns:
+            The normalized array, of the shape of `x`, and the new state.
+        """
+        indices = self.batch_state_index, self.more_state_index
+        running = BatchStats(*state.get(indices[0]), *state.get(indices[1]))
+        options = {name: getattr(self, name) for name in options_of(Settings)} | call
+        if options.get("update_stats") is None:
+            options["update_stats"] = self.update_stats
+        mode = self.inference if inference is None else inference
+        x = axes.as_inexact(x, self.dtype)
+        params = Params(self.weight, self.bias)
+        y, new = batch_norm(x, params, running, use_running_average=mode, **options)
+        if new is not running:
+            state = state.set(indices[0], new[:2]).set(indices[1], new[2:])
+        return y, state
+
+
+def _hashable(value: Any) -> Any:
+    """Lists, of axes or groups, as tuples: Equinox compares what is static."""
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
