@@ -22,14 +22,16 @@ from jbn.variants.batch_norm import batch_norm, init
 # Arguments that Equinox's layer has as well, or that are otherwise by default.
 _NAMED = {"axis", "axis_name", "debias", "dtype", "epsilon", "momentum", "param_dtype"}
 
+_hints = get_type_hints(LayerOptions, include_extras=True)
+_others: dict[str, Any] = {k: hint for k, hint in _hints.items() if k not in _NAMED}
+_Options: Any = TypedDict("_Options", _others, total=False)  # pyright: ignore[reportArgumentType]
+
 if TYPE_CHECKING:
-    _Options = LayerOptions
-    _Fields = eqx.nn.StatefulLayer
+
+    class _Fields(eqx.nn.StatefulLayer):
+        def __getattr__(self, name: str) -> Any: ...
 else:
-    hints = get_type_hints(LayerOptions, include_extras=True)
-    others = {name: hint for name, hint in hints.items() if name not in _NAMED}
-    _Options = TypedDict("_Options", others, total=False)
-    fields = {name: eqx.field(static=True) for name in hints}
+    fields = {name: eqx.field(static=True) for name in _hints}
     body = {"__annotations__": dict.fromkeys(fields, Any), "__module__": __name__}
     _Fields = type(eqx.Module)("_Fields", (eqx.nn.StatefulLayer,), body | fields)
 
@@ -66,7 +68,7 @@ class BatchNorm(_Fields):
         axis: int | tuple[int, ...] = 0,
         debias: bool = True,
         output_dtype: Any = None,
-        **settings: Unpack[_Options],  # pyright: ignore[reportGeneralTypeIssues]
+        **settings: Any,
     ):
         """Makes the parameters and the initial state.
 
@@ -129,7 +131,8 @@ class BatchNorm(_Fields):
         """
         indices = self.batch_state_index, self.more_state_index
         running = BatchStats(*state.get(indices[0]), *state.get(indices[1]))
-        options = {name: getattr(self, name) for name in options_of(Settings)} | call
+        options: dict[str, Any] = {k: getattr(self, k) for k in options_of(Settings)}
+        options |= call
         if options.get("update_stats") is None:
             options["update_stats"] = self.update_stats
         mode = self.inference if inference is None else inference

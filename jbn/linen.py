@@ -181,9 +181,14 @@ class BatchRenorm(BatchNorm, _RenormFields):
             `optax.linear_schedule(1.0, 3.0, 35_000, 5_000)`. A schedule adds this
             number as `batch_stats/step`. (With `accumulate` it counts microbatches.)
         d_max: Limit of the distance of the means, at least 0, or a schedule.
+        warmup_steps: How many training calls are batch norm, counted in `step`: short
+            for the schedules `lambda step: jnp.where(step < warmup_steps, 1.0, r_max)`
+            and `lambda step: jnp.where(step < warmup_steps, 0.0, d_max)`.
 
     All other attributes are those of `BatchNorm`.
     """
+
+    warmup_steps: int = 0
 
     if TYPE_CHECKING:
 
@@ -193,6 +198,7 @@ class BatchRenorm(BatchNorm, _RenormFields):
             d_max: float | Schedule = 5.0,
             use_running_average: bool | None = None,
             *,
+            warmup_steps: int = 0,
             name: str | None = None,
             parent: Any = None,
             **settings: Unpack[_LinenOptions],
@@ -601,9 +607,11 @@ def _numbers(
 ) -> tuple[dict[str, Any], nn.Variable | None]:
     """The numbers of a call that may be schedules, and the step of these."""
     settings = {k: getattr(layer, k) for k in _SCHEDULED if hasattr(layer, k)}
+    warmup_steps = getattr(layer, "warmup_steps", 0)
     step = None
-    if any(map(callable, settings.values())):
+    if warmup_steps or any(map(callable, settings.values())):
         step = _variable(layer, "step", lambda: jnp.zeros((), jnp.int32))
+    count = jnp.zeros((), jnp.int32) if step is None else step.value
 
     def number(name: str, setting: Any) -> Any:
         if call.get(name) is not None:
@@ -612,9 +620,12 @@ def _numbers(
             return setting
         if use_running_average:
             return 1.0  # Inference does not read it.
-        return setting(jnp.zeros((), jnp.int32) if step is None else step.value)
+        return setting(count)
 
-    return {name: number(name, v) for name, v in settings.items()}, step
+    numbers = {name: number(name, v) for name, v in settings.items()}
+    if warmup_steps:
+        numbers |= {"warmup_steps": warmup_steps, "step": count}
+    return numbers, step
 
 
 def _thread(

@@ -209,6 +209,9 @@ class BatchRenorm(BatchNorm):
             number as the `nnx.BatchStat` `step`. (With `accumulate` it counts
             microbatches.)
         d_max: Limit of the distance of the means, at least 0, or a schedule.
+        warmup_steps: How many training calls are batch norm, counted in `step`: short
+            for the schedules `lambda step: jnp.where(step < warmup_steps, 1.0, r_max)`
+            and `lambda step: jnp.where(step < warmup_steps, 0.0, d_max)`.
         rngs: As for `BatchNorm`.
 
     All other arguments are those of `BatchNorm`.
@@ -221,6 +224,7 @@ class BatchRenorm(BatchNorm):
         r_max: float | Schedule = 3.0,
         d_max: float | Schedule = 5.0,
         *,
+        warmup_steps: int = 0,
         rngs: nnx.Rngs,
         **settings: Unpack[_NNXOptions],
     ):
@@ -228,7 +232,10 @@ class BatchRenorm(BatchNorm):
         self._make(num_features, rngs, settings)
         self.r_max = r_max
         self.d_max = d_max
+        self.warmup_steps = warmup_steps
         self._count(r_max, d_max)
+        if warmup_steps:
+            self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -686,6 +693,8 @@ def _numbers(layer: BatchNorm, call: dict[str, Any]) -> dict[str, Any]:
             value = setting(layer.step[...])
         if value is not None or setting is not None:
             found[name] = setting if value is None else value
+    if warmup_steps := getattr(layer, "warmup_steps", 0):
+        found |= {"warmup_steps": warmup_steps, "step": layer.step[...]}
     return found
 
 

@@ -3,6 +3,8 @@
 Which options reach the function is for `test_options.py`.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
 import inspect
 from typing import Any
 
@@ -151,7 +153,7 @@ def test_refusals(x):
     with pytest.raises(ValueError, match='`mode="batch"` alone'):
         BatchNorm(3, "batch", mode="ema")
     with pytest.raises(TypeError, match="`BatchNorm` has no option `epsilno`"):
-        BatchNorm(3, "batch", epsilno=1)  # pyright: ignore[reportCallIssue]
+        BatchNorm(3, "batch", epsilno=1)
     layer, state = made(BatchNorm, 4, "batch")
     with pytest.raises(NameError, match="batch"):
         layer(x[0], state)

@@ -27,6 +27,7 @@ from jbn.tools.keras import (
     keras_options as keras_options,
     to_keras as to_keras,
 )
+from jbn.tools.sbx import from_sbx as from_sbx, to_sbx as to_sbx
 from jbn.tools.torch import (
     from_torch as from_torch,
     to_torch as to_torch,

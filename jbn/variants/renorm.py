@@ -27,6 +27,8 @@ def batch_renorm(
     use_running_average: bool,
     r_max: float | int | ArrayLike = 3.0,
     d_max: float | int | ArrayLike = 5.0,
+    warmup_steps: int | ArrayLike = 0,
+    step: int | ArrayLike | None = None,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, Stats]:
     """Normalizes by the batch, corrected towards the running statistics.
@@ -50,6 +52,11 @@ def batch_renorm(
     up: Ioffe goes to `r_max=3` between steps 5,000 and 40,000, and to `d_max=5` between
     5,000 and 25,000. Pass schedules' values as arrays; these do not recompile.
 
+    `warmup_steps=n` is short for limits that open at once, from batch norm:
+
+        r_max = 1 if step < n else r_max
+        d_max = 0 if step < n else d_max
+
     Args:
         x: Input of shape (..., features, ...) and any floating or complex dtype.
         params: Scale and bias, one entry per feature; `None` leaves them out.
@@ -57,6 +64,9 @@ def batch_renorm(
         use_running_average: `False` in training, `True` at inference.
         r_max: Limit of the ratio of standard deviations, at least 1; may be traced.
         d_max: Limit of the distance of the means, at least 0; may be traced.
+        warmup_steps: Number of training calls that are batch norm; needs `step`.
+        step: Number of training calls before this one; may be traced. Inference does
+            not read it.
         **options: As for `jbn.batch_norm`, except `tau`.
 
     Returns:
@@ -64,7 +74,8 @@ def batch_renorm(
 
     Raises:
         ValueError: If `r_max` or `d_max` is known to be out of range, if there are no
-            `batch_stats`, if `tau` is given, or as `jbn.batch_norm` does.
+            `batch_stats`, if `tau` is given, if training has `warmup_steps` and no
+            `step`, or as `jbn.batch_norm` does.
         TypeError: As `jbn.batch_norm` does.
         NameError: As `jbn.batch_norm` does.
 
@@ -104,8 +115,17 @@ def batch_renorm(
     )
     r_max = axes.check_number(r_max, "r_max", 1, "1 leaves the batch's deviation.")
     d_max = axes.check_number(d_max, "d_max", 0, "0 leaves the batch's mean.")
+    warmup_steps = axes.check_number(warmup_steps, "warmup_steps", 0, "0 is without.")
     if call.use_running_average:
         return run(thread, call)
+    if step is not None:
+        warm = jnp.asarray(step) >= warmup_steps
+        r_max, d_max = jnp.where(warm, r_max, 1), jnp.where(warm, d_max, 0)
+    elif axes.known(warmup_steps) != 0:
+        raise ValueError(
+            "`batch_renorm` with `warmup_steps` needs `step`, the number of training"
+            " calls so far."
+        )
     return run(_renormalized, call, r_max, d_max)
 
 

@@ -771,3 +771,70 @@ class TestCrossQ:
         want = true_values()[batch["s"][:, :2].argmax(1), batch["a"].argmax(1)]
         assert np.std(want) > 0.7
         assert np.sqrt(np.square(q - want).mean()) < 0.12
+
+
+# --- a warm-up that opens at once ----------------------------------------------------
+
+
+def test_warmup_steps_are_batch_norm_and_then_the_limits(rng):
+    """In the function and in both modules, which count their training calls."""
+    params, stats = make(rng)
+    xs = [2 * rng.normal(size=(6, 3)).astype(np.float32) + 4 for _ in range(4)]
+    options: Any = {"r_max": 1.2, "d_max": 0.4, "momentum": 0.5}
+    linen = jbn.BatchRenorm(use_running_average=False, warmup_steps=2, **options)
+    layer = jbn.nnx.BatchRenorm(3, warmup_steps=2, rngs=nnx.Rngs(0), **options)
+    variables = {"params": params._asdict(), "batch_stats": linen_stats(stats)}
+    nnx.update(layer, nnx.State({**params._asdict(), **linen_stats(stats)}))
+    for step, x in enumerate(xs):
+        limits = (1.0, 0.0) if step < 2 else (1.2, 0.4)
+        want, _, _ = algorithm(x, stats.mean, stats.var, *limits, *params)
+        y, stats = jbn.batch_renorm(
+            x,
+            params,
+            stats,
+            use_running_average=False,
+            warmup_steps=2,
+            step=step,
+            **options,
+        )
+        np.testing.assert_allclose(y, want, rtol=2e-5, atol=2e-5)
+        y, updated = linen.apply(variables, x, mutable=["batch_stats"])
+        variables = {**variables, **updated}
+        np.testing.assert_allclose(y, want, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(layer(x), want, rtol=2e-5, atol=2e-5)
+    assert int(variables["batch_stats"]["step"]) == int(layer.step[...]) == 4
+
+
+def linen_stats(stats):
+    return {"mean": stats.mean, "var": stats.var}
+
+
+def test_warmup_steps_are_the_two_schedules(rng):
+    params, stats = make(rng)
+    x = rng.normal(size=(6, 3)).astype(np.float32)
+    short = jbn.BatchRenorm(1.5, 0.3, False, warmup_steps=1)
+    long = jbn.BatchRenorm(
+        lambda step: jnp.where(step < 1, 1.0, 1.5),
+        lambda step: jnp.where(step < 1, 0.0, 0.3),
+        use_running_average=False,
+    )
+    runs = []
+    for layer in (short, long):
+        variables = {"params": params._asdict(), "batch_stats": linen_stats(stats)}
+        for _ in range(2):
+            y, updated = layer.apply(variables, x, mutable=["batch_stats"])
+            variables = {**variables, **updated}
+        runs.append((y, variables))
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+
+
+def test_inference_and_warmup_need_no_step(rng):
+    params, stats = make(rng)
+    x = rng.normal(size=(6, 3)).astype(np.float32)
+    layer = jbn.BatchRenorm(use_running_average=True, warmup_steps=5)
+    variables = {"params": params._asdict(), "batch_stats": linen_stats(stats)}
+    y: Any = layer.apply(variables, x)
+    want = oracle.normalize(x, stats.mean, stats.var, *params, -1, 1e-5)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="`warmup_steps` needs `step`"):
+        jbn.batch_renorm(x, params, stats, use_running_average=False, warmup_steps=5)
