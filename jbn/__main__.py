@@ -1,21 +1,22 @@
-"""Tools for trained networks: `python -m jbn --help`."""
+"""The program `jbn`: `python -m jbn --help`."""
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+from jbn.training import cli
 
-def main() -> int:
-    """Runs the command line; returns the exit status."""
-    try:
-        from jbn.training.commands import main
-    except ModuleNotFoundError as error:
-        text = f'python -m jbn needs {error.name}: pip install "jbn[train]"'
-        print(f"error: {text}", file=sys.stderr)
-        return 2
 
+def main(
+    args: Sequence[str] | None = None,
+    *,
+    prog: str = "jbn",
+    default: str | None = None,
+) -> int:
+    """Runs the command line; see `jbn.training.cli.main`."""
     quiet_reads()
-    return main()
+    return cli.main(args, prog=prog, default=default)
 
 
 def quiet_reads() -> None:

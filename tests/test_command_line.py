@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from jbn.models import torchvision_name
+from jbn.training import cli
 from jbn.training.build import make_task, open_dataset
 from jbn.training.checkpoint import Checkpoints
-from jbn.training.commands import COMMANDS, main
+from jbn.training.commands import COMMANDS
 from jbn.training.config import claim_workdir, parse_config
 from jbn.training.metrics import MetricsFile
 from jbn.training.run import open_run
@@ -88,7 +89,7 @@ def command(
 
     def run(*args: object) -> tuple[int, str, str]:
         try:
-            status = main([str(arg) for arg in args])
+            status = cli.main([str(arg) for arg in args])
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr()  # pyright: ignore[reportReturnType]
@@ -388,9 +389,9 @@ def test_recalibrate_of_an_average_and_in_the_middle_of_an_epoch(
 def test_without_what_it_needs(home: Path):
     """One line says what to install."""
     code = "import sys; sys.modules['tyro'] = None; import jbn.__main__ as m;"
-    out, err = python("-c", f"{code} sys.exit(m.main())", cwd=home, rc=2)
+    out, err = python("-c", f"{code} sys.exit(m.main(['eval']))", cwd=home, rc=2)
     assert out == ""
-    assert err == 'error: python -m jbn needs tyro: pip install "jbn[train]"\n'
+    assert err == 'error: jbn eval needs tyro: pip install "jbn[train]"\n'
 
 
 # ---- What cannot be done -------------------------------------------------------------
@@ -582,14 +583,24 @@ asyncio.run(main())
 # ---- Help ----------------------------------------------------------------------------
 
 
-def test_help(command: Any):
-    status, out, _ = command("--help")
-    assert status == 0
-    words = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
-    for name, function in COMMANDS.items():
-        assert name in words
-        summary = (function.__doc__ or "").partition("\n")[0]
-        assert summary in words
+@pytest.mark.parametrize("program", [["-m", "jbn"], [str(ROOT / "train.py")]])
+def test_help(program: list[str], tmp_path: Path):
+    """Lists all commands, with a sentence each."""
+    out, err = python(*program, "--help", cwd=tmp_path)
+    assert err == ""
+    for name, sentence in cli.COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(sentence)}$", out, re.MULTILINE)
+    # Without a command, train.py trains.
+    assert ("--learning-rate" in out) == ("-m" not in program)
+
+
+def test_a_command_that_is_not_there(command: Any):
+    status, out, err = command("inspct", "run")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: There is no command inspct. Did you mean inspect? ")
+    status, out, _ = command()
+    assert status == 2
+    assert out.startswith("usage: jbn COMMAND")
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jbn.training import setup
 from jbn.training.guard import Guard
 from jbn.training.metrics import MetricsFile
 from jbn.training.run import OpenRun, open_run
@@ -415,8 +416,8 @@ class Spoiled(Supervised):
 
 
 @pytest.fixture
-def spoil(module: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    make_task = module.make_task
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    make_task = setup.make_task
 
     def spoil(steps: range, what: str) -> None:
         def make_spoiled(*args: Any, **kwargs: Any) -> Any:
@@ -427,7 +428,7 @@ def spoil(module: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             object.__setattr__(spoiled, "what", what)
             return spoiled
 
-        monkeypatch.setattr(module, "make_task", make_spoiled)
+        monkeypatch.setattr(setup, "make_task", make_spoiled)
 
     return spoil
 
@@ -474,7 +475,6 @@ def test_steps_that_are_not_finite_are_skipped(
 def test_too_many_that_are_not_finite(
     train: Train,
     spoil: Callable[..., None],
-    module: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     unbroken: np.ndarray,
@@ -485,7 +485,7 @@ def test_too_many_that_are_not_finite(
 ):
     """The run ends with a reason, and what was saved before can be resumed."""
     args = ("--epochs=2", "--workdir=run", "--max-skipped=3")
-    healthy = module.make_task
+    healthy = setup.make_task
     spoil(bad, what)
     status, _, err = train(*args, "--steps-per-dispatch=5")
     assert status == 1
@@ -497,7 +497,7 @@ def test_too_many_that_are_not_finite(
     )
     assert where in err
     assert "Traceback" not in err
-    monkeypatch.setattr(module, "make_task", healthy)
+    monkeypatch.setattr(setup, "make_task", healthy)
     status, out, _ = train(*args, "--resume")
     assert status == 0
     assert "(epoch 2)" in out

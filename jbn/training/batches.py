@@ -27,9 +27,9 @@ class Plan:
         """How many rows a batch has."""
         return self.indices.shape[1]
 
-    def after(self, steps: int) -> "Plan":
-        """What is left of it."""
-        return Plan(self.indices[steps:], self.weights[steps:])
+    def part(self, start: int, stop: int) -> "Plan":
+        """Some of the steps."""
+        return Plan(self.indices[start:stop], self.weights[start:stop])
 
     def columns(self, which: slice) -> "Plan":
         """Some of the rows of each batch."""

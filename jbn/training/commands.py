@@ -1,11 +1,9 @@
-"""The commands of `python -m jbn`: tools of `jbn.tools`, on the folder of a run."""
+"""The commands that apply `jbn.tools` to the folder of a run."""
 
 import dataclasses
 import json
-import os
-import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,27 +208,6 @@ COMMANDS = {
     "fold": fold_run,
     "port": port_run,
 }
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line, or `args` in its place; returns the exit status."""
-    try:
-        return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="python -m jbn",
-            description="Tools for trained networks with batch normalization. Each"
-            " takes the folder of a run of train.py, and leaves it as it is.",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # As of `| head`. Nothing is left for the flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _open(run: Path, checkpoint: str, batches: int | None = None) -> OpenRun:

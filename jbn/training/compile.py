@@ -1,4 +1,4 @@
-"""`train.py compile`: the training step, compiled for devices that are not here."""
+"""The command `compile`: the training step, compiled for devices that are not here."""
 
 import dataclasses
 import json
@@ -60,11 +60,11 @@ class Compile:
     json: _File = None
 
 
-def main(args: Sequence[str]) -> int:
+def main(args: Sequence[str], prog: str = "jbn compile") -> int:
     """Runs the command; returns the exit status."""
     default = Compile(config=preset(model_in(args)))
     annotated = Annotated[Compile, tyro.conf.FlagCreatePairsOff]
-    command = tyro.cli(annotated, args=args, default=default, prog="train.py compile")
+    command = tyro.cli(annotated, args=args, default=default, prog=prog)
     config, topology = command.config, command.topology
     if topology is None:
         devices = select_devices(config.accelerator, config.num_devices)

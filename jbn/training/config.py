@@ -271,11 +271,14 @@ _FIXED = (
 )
 
 
-def parse_config(args: Sequence[str] | None = None) -> Config:
+def parse_config(
+    args: Sequence[str] | None = None, *, prog: str | None = None
+) -> Config:
     """Reads the command line, and what suits the model, or a saved run, beneath it.
 
     Args:
         args: Instead of the command line.
+        prog: The name of the program, for help.
 
     Returns:
         The configuration, in which `workdir` may still be `None`.
@@ -285,7 +288,7 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
             or nothing to resume, or something fixed would change on resuming.
     """
     args = list(sys.argv[1:] if args is None else args)
-    config = _parse(args, preset(model_in(args)))
+    config = _parse(args, preset(model_in(args)), prog)
     if config.workdir is None:
         return config
     path = config.workdir / "config.json"
@@ -293,7 +296,8 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
         if not path.exists():
             raise UsageError(f"--resume: there is no run in {config.workdir}.")
         saved = load_config(path)
-        config = _parse(args, dataclasses.replace(saved, workdir=config.workdir))
+        saved_here = dataclasses.replace(saved, workdir=config.workdir)
+        config = _parse(args, saved_here, prog)
         # A schedule over all epochs is another one with more of them.
         fixed = _FIXED if saved.schedule == "constant" else (*_FIXED, "epochs")
         for name in fixed:
@@ -375,9 +379,9 @@ def model_in(args: Sequence[str]) -> str:
     return "mlp"
 
 
-def _parse(args: Sequence[str] | None, default: Config) -> Config:
+def _parse(args: Sequence[str], default: Config, prog: str | None) -> Config:
     annotated = Annotated[Config, tyro.conf.FlagCreatePairsOff]
-    return tyro.cli(annotated, args=args, default=default)
+    return tyro.cli(annotated, args=args, default=default, prog=prog)
 
 
 def _new_workdir(config: Config) -> Path:

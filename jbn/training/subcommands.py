@@ -1,4 +1,4 @@
-"""What `train.py` does beside training: `eval`, `predict` and `compile`."""
+"""The commands `eval` and `predict`, on a checkpoint of a run."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tyro
 
-from jbn.training import compile, pictures
+from jbn.training import pictures
 from jbn.training.data import read_images
 from jbn.training.errors import UsageError
 from jbn.training.run import OpenRun, open_run
@@ -156,16 +156,4 @@ def _save_masks(
         print(f"{file}  {text}  {folder / name}-mask.png")
 
 
-COMMANDS = ("eval", "predict", "compile")
-
-
-def run_command(name: str, args: Sequence[str]) -> int:
-    """Runs one of the commands; returns the exit status."""
-    if name == "compile":
-        return compile.main(args)
-    return tyro.cli(
-        evaluate if name == "eval" else predict,
-        args=args,
-        prog=f"train.py {name}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+COMMANDS = {"eval": evaluate, "predict": predict}

@@ -51,11 +51,11 @@ def test_chunk_length_is_the_shortest_for_the_fewest_chunks(
 def test_parts_of_a_plan():
     plan = plan_epoch(np.arange(1, 23), 8, multiple=4)  # 8, 8 and 6 rows.
     assert (plan.num_steps, plan.num_rows) == (3, 8)
-    rest = plan.after(1)
+    rest = plan.part(1, 9)
     assert rest.num_steps == 2
     np.testing.assert_array_equal(rest.indices, plan.indices[1:])
     np.testing.assert_array_equal(rest.weights, plan.weights[1:])
-    assert plan.after(3).num_steps == 0
+    assert plan.part(3, 9).num_steps == 0
     right = plan.columns(slice(4, 8))
     assert right.num_rows == 4
     np.testing.assert_array_equal(
