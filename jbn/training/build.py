@@ -13,13 +13,15 @@ from jbn import models
 from jbn.linen import BatchNorm, DomainBatchNorm, GhostBatchNorm
 from jbn.tools import decays
 from jbn.training.config import Config
-from jbn.training.data import Dataset, Target, load_dataset
+from jbn.training.data import Dataset, Description, load_dataset
 from jbn.training.errors import UsageError
 from jbn.training.executor import Executor
+from jbn.training.source import Target
 from jbn.training.tasks import GAN, Supervised, Task
 
 
 _LATENT_SIZE = 64
+_LARGE = 96  # Height and width from which a ResNet has the stem for large images.
 # Of the generator's: two time scales, as of Heusel et al., 2017.
 _DISCRIMINATOR_RATE = 0.2
 
@@ -31,7 +33,7 @@ def target_of(config: Config) -> Target | None:
     return "segmentation_mask" if config.model == "unet" else "label"
 
 
-def open_dataset(config: Config) -> Dataset:
+def open_dataset(config: Config, like: Description | None = None) -> Dataset:
     """Finds the data of a configuration, as `load_dataset` does."""
     return load_dataset(
         config.dataset,
@@ -42,6 +44,8 @@ def open_dataset(config: Config) -> Dataset:
         loader=config.loader,
         crop=config.crop,
         seed=config.seed,
+        test_fraction=config.test_fraction,
+        like=like,
     )
 
 
@@ -78,10 +82,11 @@ def make_task(
         optimizers = optimizer, make_optimizer(slower, steps_per_epoch)
         return _make_gan(config, dataset, optimizers, norm, local_norm, axis_name)
     classes = len(dataset.classes)
+    make = functools.partial(_make_model, config, classes, dataset.image_shape)
     return Supervised(
         kind="segmentation" if config.model == "unet" else "classification",
-        model=_make_model(config, classes, norm),
-        local_model=_make_model(config, classes, local_norm),
+        model=make(norm),
+        local_model=make(local_norm),
         image_shape=tuple(dataset.image_shape),
         num_classes=classes,
         optimizer=optimizer,
@@ -174,7 +179,9 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> Any:
     return optax.chain(*parts, optax.scale_by_learning_rate(rate))
 
 
-def _make_model(config: Config, num_classes: int, norm: Any) -> nn.Module:
+def _make_model(
+    config: Config, num_classes: int, image_shape: tuple[int, ...], norm: Any
+) -> nn.Module:
     options: dict[str, Any] = {"num_classes": num_classes, "norm": norm}
     if config.precision == "bf16":
         options["dtype"] = jnp.bfloat16
@@ -182,7 +189,7 @@ def _make_model(config: Config, num_classes: int, norm: Any) -> nn.Module:
         return models.MLP(**options)
     if config.model == "unet":
         return models.UNet(**options)
-    if config.model != "resnet8" and (config.image_size or 0) < 96:
+    if config.model != "resnet8" and min(image_shape[:2]) < _LARGE:
         options["stem"] = "small"
     return getattr(models, config.model)(**options)
 

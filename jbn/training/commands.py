@@ -21,6 +21,8 @@ from jbn.training.run import OpenRun, open_run, refuse_existing, save_run
 _Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 _Which = Annotated[str, tyro.conf.arg(metavar="best|last|STEP")]
+_Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+_Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 _Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 
 
@@ -33,6 +35,8 @@ def inspect_run(
     figure: _File = None,
     json: _File = None,
     strict: bool = False,
+    dataset: _Text = None,
+    data_dir: _Folder = None,
 ) -> int:
     """Says where evaluation differs from training, layer by layer, and what to do.
 
@@ -47,13 +51,16 @@ def inspect_run(
         figure: Draw the layers to this new file, a .png or .pdf for example.
         json: Write the numbers to this new file.
         strict: Exit with 1 if there is more than notes.
+        dataset: Another data set with classes of the same names. By default that of the
+            run.
+        data_dir: Folder of prepared data sets. By default that of the run.
     """
     for path in (figure, json):
         if path is not None:
             refuse_existing(path)
     if figure is not None:
         _check_figure(figure)
-    opened = _open(run, checkpoint, batches)
+    opened = _open(run, checkpoint, dataset, data_dir, batches)
     report = inspect(
         opened.supervised.apply,
         opened.variables,
@@ -74,6 +81,8 @@ def recalibrate_run(
     out: Annotated[Path, tyro.conf.arg(metavar="NEWRUN")],
     checkpoint: _Which = "last",
     batches: _Count = None,
+    dataset: _Text = None,
+    data_dir: _Folder = None,
 ) -> int:
     """Replaces running averages by the statistics of the training data ("precise BN").
 
@@ -85,9 +94,12 @@ def recalibrate_run(
         out: Folder of the new run; must not be there yet.
         checkpoint: The best on the test set, the last, or by its number of steps.
         batches: How many batches to take the statistics of. By default all.
+        dataset: Another data set with classes of the same names. By default that of the
+            run.
+        data_dir: Folder of prepared data sets. By default that of the run.
     """
     refuse_existing(out)
-    opened = _open(run, checkpoint, batches)
+    opened = _open(run, checkpoint, dataset, data_dir, batches)
     before = opened.evaluate(opened.variables)
     variables = tools.recalibrate(
         opened.task.apply, opened.variables, opened.batches(most=batches)
@@ -105,6 +117,8 @@ def fold_run(
     /,
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")],
     checkpoint: _Which = "last",
+    dataset: _Text = None,
+    data_dir: _Folder = None,
 ) -> int:
     """Folds batch norms into the linear layers beside them, for inference.
 
@@ -115,11 +129,14 @@ def fold_run(
         run: Folder of a run, as train.py writes it.
         out: A new .npz, or a .msgpack as of flax.serialization.
         checkpoint: The best on the test set, the last, or by its number of steps.
+        dataset: Another data set with classes of the same names. By default that of the
+            run.
+        data_dir: Folder of prepared data sets. By default that of the run.
     """
     if out.suffix not in (".npz", ".msgpack"):
         raise UsageError(f"--out={out} must end in .npz or .msgpack.")
     refuse_existing(out)
-    opened = _open(run, checkpoint)
+    opened = _open(run, checkpoint, dataset, data_dir)
     model = opened.supervised.model
     images = opened.dataset.test.rows(np.zeros(1, np.int64))["image"]
     folded = fold(model, opened.variables, images, train=False)
@@ -151,6 +168,8 @@ def port_run(
         tuple[str, ...],
         tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint=""),
     ] = (),
+    dataset: _Text = None,
+    data_dir: _Folder = None,
 ) -> int:
     """Fills the model of a run with the weights and statistics of a PyTorch model.
 
@@ -166,13 +185,16 @@ def port_run(
         out: Folder of the new run; must not be there yet.
         names: What layers are called there: Dense_0=0 BatchNorm_0=2.
         skip: What stays as it is in the run: 'head/*' for a head of other classes.
+        dataset: Another data set with classes of the same names. By default that of the
+            run.
+        data_dir: Folder of prepared data sets. By default that of the run.
     """
     pairs = [name.partition("=") for name in names]
     if not all(ours and theirs for ours, _, theirs in pairs):
         raise UsageError(f"--names must be OURS=THEIRS each; got {' '.join(names)}.")
     refuse_existing(out)
     state_dict = _read_state_dict(file)
-    opened = _open(to, "last")
+    opened = _open(to, "last", dataset, data_dir)
     model = opened.supervised.model
     renamed = {ours: theirs for ours, _, theirs in pairs}
     is_torchvision = isinstance(model, models.ResNet) and "conv1.weight" in state_dict
@@ -210,10 +232,16 @@ COMMANDS = {
 }
 
 
-def _open(run: Path, checkpoint: str, batches: int | None = None) -> OpenRun:
+def _open(
+    run: Path,
+    checkpoint: str,
+    dataset: str | None,
+    data_dir: Path | None,
+    batches: int | None = None,
+) -> OpenRun:
     if batches is not None and batches < 1:
         raise UsageError(f"--batches={batches} is out of range: at least 1.")
-    return open_run(run, checkpoint)
+    return open_run(run, checkpoint, dataset=dataset, data_dir=data_dir)
 
 
 def _dotted(path: str) -> str:

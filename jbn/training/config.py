@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jbn.training import folders
 from jbn.training.devices import Accelerator
 from jbn.training.errors import UsageError
 
@@ -35,21 +37,26 @@ class Config:
     Attributes:
         model: `mlp`, `resnet8`, `resnet18` and `resnet50` classify images; `unet` their
             pixels; `dcgan` learns to make such images.
-        dataset: The data: `digits` or `digit_trimaps`, which come with the package, or
-            the TensorFlow Datasets name of a set of images with labels (`mnist`,
-            `cifar10`, `imagenet2012`, ...), for `unet` with a segmentation mask
-            (`oxford_iiit_pet`), for `dcgan` of any images.
+        dataset: The data: `digits` or `digit_trimaps`, which come with the package; the
+            TensorFlow Datasets name of a set of images with labels (`mnist`, `cifar10`,
+            `imagenet2012`, ...), for `unet` with a segmentation mask
+            (`oxford_iiit_pet`), for `dcgan` of any images; the path of a folder with
+            one folder of images for each class, for `unet` with the folders `images`
+            and `masks`, each inside `train` and `test` or not; or an .npz file with
+            `train_images`, `train_labels`, `test_images` and `test_labels`.
         data_dir: Folder of prepared data sets. By default that of TensorFlow Datasets,
             which is $TFDS_DATA_DIR or ~/tensorflow_datasets.
         manual_dir: Folder with the original files of the set, downloaded by hand.
             Needed once, to prepare a set without a network.
+        test_fraction: The part of the images to test on, where a set has no test split.
         image_size: Height and width to resize the images to. Needed where they differ
             in size.
         loader: `memory` reads the set into memory, `grain` reads images from disk when
             they are needed. By default grain for sets of more than 4 GiB of pixels.
         shift: Move training images by up to so many pixels, at random.
         flip: Mirror training images, at random.
-        crop: Cut out random parts of training images, as for ImageNet (grain alone).
+        crop: Cut out random parts of training images, as for ImageNet, and the middle
+            part of others (grain alone).
         workdir: Where configuration, metrics, curves and checkpoints go. By default a
             new folder in runs/, named after the data, the seed and the time. A folder
             with anything in it is refused, unless to resume the run in it.
@@ -114,6 +121,7 @@ class Config:
     dataset: str = "digits"
     data_dir: _Folder = None
     manual_dir: _Folder = None
+    test_fraction: float = 0.2
     image_size: _Count = None
     loader: Annotated[
         Literal["memory", "grain"] | None,
@@ -181,6 +189,8 @@ class Config:
         for name in ("beta1", "label_smoothing", "ema_decay"):
             value = getattr(self, name)
             _check(self, name, value is None or 0 <= value < 1, "from 0 to below 1")
+        fraction = self.test_fraction
+        _check(self, "test_fraction", 0 < fraction < 1, "above 0 and below 1")
         clip = self.clip_norm
         _check(self, "clip_norm", clip is None or clip > 0, "above 0")
         _check(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1")
@@ -249,6 +259,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 _FIXED = (
     "model",
     "dataset",
+    "test_fraction",
     "image_size",
     "shift",
     "flip",
@@ -381,11 +392,25 @@ def model_in(args: Sequence[str]) -> str:
 
 def _parse(args: Sequence[str], default: Config, prog: str | None) -> Config:
     annotated = Annotated[Config, tyro.conf.FlagCreatePairsOff]
-    return tyro.cli(annotated, args=args, default=default, prog=prog)
+    return _absolute(tyro.cli(annotated, args=args, default=default, prog=prog))
+
+
+def _absolute(config: Config) -> Config:
+    """With absolute paths to the data, as a run may be used from any folder."""
+    paths: dict[str, Any] = {
+        name: getattr(config, name).expanduser().absolute()
+        for name in ("data_dir", "manual_dir")
+        if getattr(config, name) is not None
+    }
+    name = config.dataset
+    if name.startswith(("~", ".")) or (Path(name).exists() and folders.find(name)):
+        paths["dataset"] = str(Path(name).expanduser().absolute())
+    return dataclasses.replace(config, **paths)
 
 
 def _new_workdir(config: Config) -> Path:
-    name = config.dataset.replace("/", "-").replace(":", "-")
+    name = config.dataset
+    name = Path(name).stem if Path(name).is_absolute() else re.sub("[/:]", "-", name)
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     first = Path("runs") / f"{name}-{config.model}-seed{config.seed}-{now}"
     first.parent.mkdir(exist_ok=True)

@@ -1,21 +1,36 @@
-"""Data sets of images by their TFDS name, read without TensorFlow."""
+"""Data sets of images: from a folder, a file of arrays, or TFDS; in memory or not."""
 
+import contextlib
 import dataclasses
-import re
-from collections.abc import Sequence
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import UInt8
 
+from jbn.training import folders
 from jbn.training.decoded import keep
 from jbn.training.errors import UsageError
+from jbn.training.images import (
+    Part,
+    Preparation,
+    as_uint8,
+    decode,
+    decode_labels,
+    random_box,
+    resize,
+)
+from jbn.training.source import Examples, Source, Target
 
 
-Target = Literal["label", "segmentation_mask"]
+Loader = Literal["memory", "grain"]
 
-_READ_AT_ONCE = 1024  # Twice as fast as one by one.
+_READ_AT_ONCE = 1024
 _MOST_IN_MEMORY = 4 * 2**30  # Bytes of pixels, of both splits.
+_VOID = 255  # Of pixels without a label, as in Pascal VOC.
 
 
 @runtime_checkable
@@ -52,25 +67,22 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class OnDisk:
-    """Examples that are read, decoded and cut out one by one, when they are needed.
+    """Examples that are read and decoded one by one, when they are needed.
 
     Attributes:
-        source: Of TFDS: examples by their number.
-        image_key: What the image is called there.
-        label_key: What the label is called there; `None` for a set without.
-        size: Height and width to make images.
-        crop: Whether to cut out a random part, of 8 to 100 % of the area, as for
-            training on ImageNet (Szegedy et al., 2015); otherwise the middle part of
-            87.5 % of the shorter side.
+        source: Examples by their number, with encoded images.
+        preparation: Of each image.
+        crop: Whether to take a random part of each image instead, of 8 to 100 % of the
+            area.
         seed: Of the parts, with the number of the example and the `epoch`.
+        name: What to call the split in messages.
     """
 
-    source: Any
-    image_key: str
-    label_key: str | None
-    size: int
+    source: Examples
+    preparation: Preparation
     crop: bool = False
     seed: int = 0
+    name: str = "the data set"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -78,19 +90,15 @@ class OnDisk:
     def row(self, index: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """One example."""
         example = self.source[index]
-        image = example[self.image_key]
-        height, width = image.shape[:2]
+        image, name = example["image"], _name(example["image"], index, self.name)
         if self.crop:
+            pixels = decode(image, self.preparation.shape[-1], name)
             rng = np.random.default_rng([self.seed, epoch, index])
-            box = _random_box(rng, height, width)
+            box = random_box(rng, *pixels.shape[:2])
+            image = resize(pixels, self.preparation.shape[:2], box)
         else:
-            side = max(1, round(0.875 * min(height, width)))
-            box = _middle_box(height, width, side)
-        label = 0 if self.label_key is None else int(example[self.label_key])
-        return {
-            "image": _resize(image, self.size, box),
-            "label": np.asarray(label, np.int32),
-        }
+            image = self.preparation(image, name)
+        return {"image": image, "label": np.asarray(example["label"], np.int32)}
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The examples of these numbers."""
@@ -98,23 +106,124 @@ class OnDisk:
         return {name: np.stack([row[name] for row in found]) for name in found[0]}
 
 
-@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A training and a test split.
 
-    Attributes:
-        name: Its name in TFDS.
+    Args:
+        name: What it is called.
         classes: The names of the classes.
         image_shape: Shape of one image.
-        train: The split to train on.
-        test: The split to test on.
+        train: The split to train on, or a function that opens it.
+        test: The split to test on, or a function that opens it.
+        part: Of each image, in evaluation (see `Preparation`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: Sequence[str],
+        image_shape: tuple[int, ...],
+        train: Split | Callable[[], Split],
+        test: Split | Callable[[], Split],
+        part: Part = "whole",
+    ):
+        self.name, self.classes = name, classes
+        self.part: Part = part
+        self.image_shape = tuple(image_shape)
+        self._train, self._test = train, test
+
+    @functools.cached_property
+    def train(self) -> Split:
+        """The split to train on."""
+        return self._train if isinstance(self._train, Split) else self._train()
+
+    @functools.cached_property
+    def test(self) -> Split:
+        """The split to test on."""
+        return self._test if isinstance(self._test, Split) else self._test()
+
+    def describe(self) -> "Description":
+        """All that a model needs to know of it to be used elsewhere."""
+        return Description(
+            name=self.name,
+            classes=tuple(self.classes),
+            image_shape=self.image_shape,
+            part=self.part,
+            num_train=len(self.train),
+            num_test=len(self.test),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a run keeps of its data set, to be evaluated and applied elsewhere.
+
+    Attributes:
+        name: Of the data set.
+        classes: The names of the classes, in the order of their numbers.
+        image_shape: Shape of one image, as the model takes it.
+        part: Of each image (see `Preparation`).
+        num_train: Number of training examples.
+        num_test: Number of test examples.
     """
 
     name: str
-    classes: Sequence[str]
+    classes: tuple[str, ...]
     image_shape: tuple[int, ...]
-    train: Split
-    test: Split
+    part: Part
+    num_train: int
+    num_test: int
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Description":
+        """Reads what `save` wrote.
+
+        Raises:
+            UsageError: If the file is not of that kind.
+        """
+        try:
+            values = json.loads(path.read_text())
+            found = cls(
+                name=str(values["name"]),
+                classes=tuple(map(str, values["classes"])),
+                image_shape=tuple(map(int, values["image_shape"])),
+                part=values["part"],
+                num_train=int(values["num_train"]),
+                num_test=int(values["num_test"]),
+            )
+            if len(found.image_shape) != 3 or found.part not in ("whole", "middle"):
+                raise ValueError("a shape of three sizes and a part are needed")
+            if min(*found.image_shape, found.num_train) < 1:
+                raise ValueError("sizes must be at least 1")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"{path} does not describe the data set of a run "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        return found
+
+    def dataset(self, find: Callable[[], Dataset]) -> Dataset:
+        """The data set, which is only searched for when its examples are needed.
+
+        Args:
+            find: Finds it.
+
+        Returns:
+            The data set of this description.
+        """
+        found = functools.cache(find)
+        return Dataset(
+            self.name,
+            self.classes,
+            self.image_shape,
+            lambda: found().train,
+            lambda: found().test,
+            self.part,
+        )
 
 
 def load_dataset(
@@ -124,26 +233,35 @@ def load_dataset(
     data_dir: Path | None = None,
     manual_dir: Path | None = None,
     image_size: int | None = None,
-    loader: Literal["memory", "grain"] | None = None,
+    loader: Loader | None = None,
     crop: bool = False,
     seed: int = 0,
+    test_fraction: float = 0.2,
+    like: Description | None = None,
 ) -> Dataset:
     """Finds a data set, which is first prepared if it is not yet.
 
-    The test split is the one called `test`, or else `validation`, or else the last
-    fifth of `train`, which is then left out of the training split.
+    The test split is the one called `test`, or else `validation`, or else a part of
+    `train`, which is then left out of the training split.
 
     Args:
-        name: Its name in TFDS, or `digits`, or `digit_trimaps`.
+        name: Its name in TFDS, or `digits`, or `digit_trimaps`; or the path of a folder
+            of images (see `folders.open_folder`) or of an `.npz` file of arrays (see
+            `folders.read_npz`).
         target: What to learn: the `label` of an image, or a `segmentation_mask` with
             one of its pixels; `None` for images alone.
         data_dir: Folder of prepared data sets; `None` for TFDS's own default.
         manual_dir: Folder with the original files, for a set that cannot be downloaded.
         image_size: Height and width to resize the images to.
-        loader: `memory` reads everything now; `grain` what is needed, when it is.
-            `None` for memory unless that would take more than 4 GiB.
-        crop: Whether to cut out random parts of training images (grain alone).
+        loader: `memory` reads a split when it is first needed; `grain` each example.
+            `None` for memory unless that would take more than 4 GiB. The images are the
+            same.
+        crop: Whether to cut out random parts of training images, and to test on middle
+            parts (grain alone).
         seed: Of these.
+        test_fraction: The part of `train` to test on if there is no other split.
+        like: The data set of a run: images get its shape and labels its numbers. Splits
+            are then opened when they are first needed, and one may be missing.
 
     Returns:
         Both splits, in the order in which they lie on disk.
@@ -152,250 +270,344 @@ def load_dataset(
         UsageError: If the set is not there and not to be had, or has no such target, or
             images of different sizes and `image_size` is `None`.
     """
+    with _quiet():
+        size = None if image_size is None else (image_size, image_size)
+        if like is not None:
+            size = like.image_shape[0], like.image_shape[1]
+        path = folders.find(name)
+        if path is not None and path.suffix == ".npz":
+            if loader == "grain" or crop:
+                raise UsageError(
+                    f"--dataset={path} is read into memory: leave --loader=grain and "
+                    "--crop out."
+                )
+            return _from_npz(path, target, size, test_fraction, like)
+        if path is not None:
+            classes = None if like is None else like.classes
+            source = folders.open_folder(
+                path, target, test_fraction=test_fraction, classes=classes
+            )
+        else:
+            from jbn.training.tfds_source import open_prepared
+
+            source = open_prepared(
+                name,
+                target,
+                data_dir=data_dir,
+                manual_dir=manual_dir,
+                test_fraction=test_fraction,
+            )
+        dataset = _from_source(source, target, size, loader, crop, seed, like)
+        if like is None:
+            _ = dataset.train, dataset.test
+        return dataset
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from reporting each step, and that Pillow is in use; not errors."""
     import absl.logging
 
-    # TFDS reports each step, and that Pillow is in use; errors still come through.
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:
-        from jbn.training.prepare import is_prepared, make_builder, prepare
-
-        builder = make_builder(name, data_dir)
-        if not is_prepared(builder):
-            prepare(builder, manual_dir)
-        image_key, label_key, classes = _keys(builder, target)
-        names = _split_names(builder)
-        if loader is None:
-            size = _bytes_in_memory(builder, image_key, image_size)
-            loader = "grain" if size > _MOST_IN_MEMORY else "memory"
-        if loader == "grain":
-            train, test = (
-                _on_disk(builder, split, image_key, label_key, image_size, target)
-                for split in names
-            )
-            train = dataclasses.replace(train, crop=crop, seed=seed)
-            shape = train.row(0)["image"].shape
-        else:
-            if crop:
-                raise UsageError(
-                    "--crop is for sets that are read with --loader=grain."
-                )
-            train, test = (
-                _in_memory(builder, split, image_key, label_key, image_size)
-                for split in names
-            )
-            shape = train.image.shape[1:]
-            if target == "segmentation_mask":
-                train, test, classes = _from_zero(train, test)
-        return Dataset(name, classes, shape, train, test)
+        yield
     finally:
         absl.logging.set_verbosity(verbosity)
 
 
-def _keys(builder: Any, target: Target | None) -> tuple[str, str | None, Sequence[str]]:
-    """The names of the image and of the target, and of the classes."""
-    import tensorflow_datasets as tfds
-
-    features: dict[str, Any] = dict(builder.info.features.items())
-    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
-    image, label, *_ = builder.info.supervised_keys or ("image", "label")
-    if image not in images:
-        image = "image"
-    if image in images:
-        if target is None:
-            return image, None, ()
-        if target == "segmentation_mask" and target in images:
-            return image, target, ()
-        if isinstance(features.get(label), tfds.features.ClassLabel):
-            if target == "label":
-                return image, label, features[label].names
-    needed = {
-        "label": ("an image classification set", "an image and a class label are"),
-        "segmentation_mask": (
-            "a segmentation set",
-            "an `image` and a `segmentation_mask` are",
-        ),
-        None: ("a set of images", "an `image` is"),
-    }[target]
-    raise UsageError(
-        f"`{builder.name}` is not {needed[0]}: it has the features "
-        f"{', '.join(features)}, and {needed[1]} needed."
-    )
-
-
-def _split_names(builder: Any) -> tuple[str, str]:
-    """The names of the split to train on and of the one to test on."""
-    splits = builder.info.splits
-    if "train" not in splits:
-        raise UsageError(
-            f"`{builder.name}` has no split called `train`, only {', '.join(splits)}."
-        )
-    for test in ("test", "validation"):
-        if test in splits:
-            return "train", test
-    return "train[:80%]", "train[80%:]"
-
-
-def _source(builder: Any, split: str) -> Any:
-    try:
-        return builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise UsageError(
-            f"{builder.data_dir} is prepared in a format that only TensorFlow reads. "
-            "Pass another --data-dir: it will be prepared there as array_record."
-        ) from error
-
-
-def _bytes_in_memory(builder: Any, image_key: str, size: int | None) -> int:
-    """How much the pixels of all splits would take; 0 where their sizes are unknown."""
-    shape = builder.info.features[image_key].shape
-    sides = shape[:2] if size is None else (size, size)
-    if None in sides or shape[-1] is None:
-        return 0
-    count = sum(split.num_examples for split in builder.info.splits.values())
-    return count * sides[0] * sides[1] * shape[-1]
-
-
-def _on_disk(
-    builder: Any,
-    split: str,
-    image_key: str,
-    label_key: str | None,
-    size: int | None,
+def _from_source(
+    source: Source,
     target: Target | None,
-) -> OnDisk:
-    if size is None:
+    size: tuple[int, int] | None,
+    loader: Loader | None,
+    crop: bool,
+    seed: int,
+    like: Description | None,
+) -> Dataset:
+    if like is None:
+        for split in _SPLITS:
+            _refuse_missing(source, split)
+    channels = source.channels if like is None else like.image_shape[-1]
+    opened = {name: functools.cache(open_) for name, open_ in source.splits.items()}
+    known = size or source.size
+    if loader is None:
+        examples = [open_() for open_ in opened.values()]
+        large = _bytes_in_memory(examples, known, channels) > _MOST_IN_MEMORY
+        loader = "grain" if large else "memory"
+    if loader == "memory" and crop:
+        raise UsageError("--crop is for sets that are read with --loader=grain.")
+    if loader == "grain" and known is None:
         raise UsageError(
-            f"`{builder.name}` is read from disk, image by image: pass --image-size, "
+            f"`{source.name}` is read from disk, image by image: pass --image-size, "
             "the height and width to make them."
         )
-    if target == "segmentation_mask":
+    if loader == "grain" and target == "segmentation_mask":
         raise UsageError(
-            f"`{builder.name}` has labels of pixels, and such sets are read into "
+            f"`{source.name}` has labels of pixels, and such sets are read into "
             "memory: pass --loader=memory, and an --image-size with which it fits."
         )
-    return OnDisk(_source(builder, split), image_key, label_key, size)
+    numbers = _numbers(source, like) if target == "label" else None
+    part: Part = "middle" if crop else "whole"
+
+    @functools.cache
+    def open_split(split: str) -> Split:
+        _refuse_missing(source, split)
+        name = f"the split `{split}` of `{source.name}`"
+        with _quiet():
+            examples = opened[split]()
+            if numbers is not None:
+                examples = _Renumbered(examples, numbers)
+            if loader == "grain":
+                assert known is not None
+                preparation = Preparation((*known, channels), part)
+                random = crop and split == "train"
+                return OnDisk(examples, preparation, random, seed, name)
+            make = lambda: _decode(examples, channels, size, target, name)
+            if numbers is not None or split not in source.decoded:
+                return InMemory(**make())
+            file = source.decoded[split]
+            what = "-".join(map(str, (target, *(size or ("whole",)), channels)))
+            return InMemory(**keep(file.with_name(f"{file.name}-{what}.npz"), make))
+
+    train, test = (functools.partial(open_split, split) for split in _SPLITS)
+    if like is not None:
+        shape = like.image_shape
+    elif known is not None:
+        shape = (*known, channels)
+    else:
+        shape = train().rows(np.zeros(1, np.int64))["image"].shape[1:]
+    if target == "segmentation_mask":
+        return _segmentation(source.name, shape, train, test, like)
+    classes = source.classes if like is None else like.classes
+    return Dataset(source.name, classes, shape, train, test, part)
 
 
-def _in_memory(
-    builder: Any, split: str, image_key: str, label_key: str | None, size: int | None
-) -> InMemory:
-    # In the folder of the prepared set, and so gone when that is prepared anew.
-    what = "-".join(map(str, (split, image_key, label_key, size or "whole")))
-    path = Path(builder.data_dir) / f"decoded-{re.sub('[^-0-9A-Za-z_]', '_', what)}.npz"
-    return InMemory(
-        **keep(path, lambda: _decode(builder, split, image_key, label_key, size))
+def _refuse_missing(source: Source, split: str) -> None:
+    if split not in source.splits:
+        raise UsageError(f"--dataset={source.name} has no folder `{split}`.")
+
+
+def _segmentation(
+    name: str,
+    shape: tuple[int, ...],
+    train: Callable[[], Split],
+    test: Callable[[], Split],
+    like: Description | None,
+) -> Dataset:
+    """A data set with the labels of pixels counted from 0."""
+    classes = like.classes if like else _class_values(train().label, test().label)  # type: ignore[attr-defined]
+    values = np.array([int(value) for value in classes])
+    return Dataset(
+        name,
+        [str(value) for value in values],
+        shape,
+        lambda: _from_zero(train(), values),
+        lambda: _from_zero(test(), values),
     )
+
+
+_SPLITS = ("train", "test")
+
+
+class _Renumbered:
+    """Examples with the numbers that the classes have in a run."""
+
+    def __init__(self, examples: Examples, numbers: np.ndarray):
+        self._examples, self._numbers = examples, numbers
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        example = self._examples[index]
+        return {**example, "label": self._numbers[example["label"]]}
+
+
+def _numbers(source: Source, like: Description | None) -> np.ndarray | None:
+    """The numbers in a run of the classes of a set; `None` if they are the same."""
+    if like is None or tuple(source.classes) == tuple(like.classes):
+        return None
+    unknown = [name for name in source.classes if name not in like.classes]
+    if unknown:
+        raise UsageError(
+            f"`{source.name}` has the class {unknown[0]}, which the run does not know: "
+            f"its classes are {', '.join(like.classes)}."
+        )
+    return np.array([like.classes.index(name) for name in source.classes])
+
+
+def _bytes_in_memory(
+    examples: Sequence[Examples], size: tuple[int, int] | None, channels: int
+) -> int:
+    """How much the pixels of all splits would take, if all are as the first image."""
+    if size is None:
+        image = examples[0][0]["image"]
+        first = decode(image, channels, _name(image, 0, "the data set"))
+        size = first.shape[0], first.shape[1]
+    return sum(map(len, examples)) * size[0] * size[1] * channels
 
 
 def _decode(
-    builder: Any, split: str, image_key: str, label_key: str | None, size: int | None
+    examples: Examples,
+    channels: int,
+    size: tuple[int, int] | None,
+    target: Target | None,
+    name: str,
 ) -> dict[str, np.ndarray]:
-    source = _source(builder, split)
-    images, labels = [], []
-    for start in range(0, len(source), _READ_AT_ONCE):
-        rows = range(start, min(start + _READ_AT_ONCE, len(source)))
-        for example in source.__getitems__(list(rows)):
-            image = example[image_key]
-            label: Any = 0 if label_key is None else example[label_key]
-            if size is not None:
-                image = _resize(image, size)
-                if np.ndim(label):
-                    label = _resize(label, size, nearest=True)
-            images.append(image)
-            labels.append(label[..., 0] if np.ndim(label) else label)
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise UsageError(
-            f"The images of `{builder.name}` differ in size (such as "
-            f"{' and '.join(map(str, sorted(shapes)[:2]))}); pass --image-size to "
-            "resize them."
-        )
-    label = np.asarray(labels).astype(np.int32)
+    """All images and labels of a split, in arrays."""
+    image: Any = None
+    label: Any = None
+    for i, example in enumerate(_in_order(examples)):
+        where = _name(example["image"], i, name)
+        pixels = decode(example["image"], channels, where)
+        found: Any = example["label"]
+        if target == "segmentation_mask":
+            found = decode_labels(found, _name(found, i, f"the masks of {name}"))
+            if found.shape != pixels.shape[:2]:
+                raise UsageError(
+                    f"{where} is {_size(pixels)} and its mask {_size(found)}: they "
+                    "must have one size."
+                )
+        if size is not None:
+            pixels = resize(pixels, size)
+            if np.ndim(found):
+                found = resize(found, size, nearest=True)
+        if image is None:
+            image = np.empty((len(examples), *pixels.shape), np.uint8)
+            label = np.empty((len(examples), *np.shape(found)), np.int32)
+        if pixels.shape != image.shape[1:]:
+            raise UsageError(
+                f"The images of {name} differ in size ({where} is {_size(pixels)}, the "
+                f"first {_size(image[0])}): pass --image-size to resize them."
+            )
+        image[i], label[i] = pixels, found
+    if image is None:
+        raise UsageError(f"{name[0].upper()}{name[1:]} has no examples.")
     if label.min() < 0:
-        raise UsageError(f"The split `{split}` of `{builder.name}` has no labels.")
-    return {"image": np.stack(images), "label": label}
+        raise UsageError(f"{name[0].upper()}{name[1:]} has no labels.")
+    return {"image": image, "label": label}
 
 
-_VOID = 255  # Of pixels without a label, as in Pascal VOC.
+def _resized_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.stack([resize(np.asarray(x), size, nearest=True) for x in labels])
 
 
-def _from_zero(
-    train: InMemory, test: InMemory
-) -> tuple[InMemory, InMemory, Sequence[str]]:
+def _in_order(examples: Examples) -> Iterator[Mapping[str, Any]]:
+    read = getattr(examples, "__getitems__", None)
+    if read is None:
+        yield from (examples[i] for i in range(len(examples)))
+        return
+    for start in range(0, len(examples), _READ_AT_ONCE):
+        stop = min(start + _READ_AT_ONCE, len(examples))
+        yield from read(list(range(start, stop)))
+
+
+def _name(image: Any, index: int, split: str) -> str:
+    return str(image) if isinstance(image, Path) else f"image {index} of {split}"
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[0]}x{image.shape[1]}"
+
+
+def _class_values(*labels: np.ndarray) -> Sequence[int]:
+    """The values of pixels that are classes, in rising order."""
+    values = np.unique(np.concatenate([np.unique(x) for x in labels]))
+    # Beside one other value alone, 255 is the foreground, and not void.
+    if len(values) > 2 or _VOID not in values:
+        values = values[values != _VOID]
+    if len(values) < 2:
+        raise UsageError(
+            f"The masks have no other values than {', '.join(map(str, values))}: at "
+            "least two classes are needed."
+        )
+    return [int(value) for value in values]
+
+
+def _from_zero(split: Split, values: np.ndarray) -> InMemory:
     """Labels of pixels counted from 0 (trimaps count from 1), or -1 for void ones."""
-    labels = np.unique(train.label)
-    labels = labels[labels != _VOID]
-    first, last = labels[0], labels[-1]
-
-    def shifted(split: InMemory) -> InMemory:
-        known = (split.label >= first) & (split.label <= last)
-        return InMemory(split.image, np.where(known, split.label - first, -1))
-
-    names = [str(label) for label in range(first, last + 1)]
-    return shifted(train), shifted(test), names
+    assert isinstance(split, InMemory)
+    found = np.searchsorted(values, split.label).clip(max=len(values) - 1)
+    known = values[found] == split.label
+    return InMemory(split.image, np.where(known, found, -1).astype(np.int32))
 
 
-def _random_box(
-    rng: np.random.Generator, height: int, width: int
-) -> tuple[int, int, int, int]:
-    """A part of 8 to 100 % of the area, of an aspect ratio from 3/4 to 4/3."""
-    for _ in range(10):
-        area = height * width * rng.uniform(0.08, 1.0)
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
-            return int(left), int(top), int(left + w), int(top + h)
-    return _middle_box(height, width, min(height, width))
+def _from_npz(
+    path: Path,
+    target: Target | None,
+    size: tuple[int, int] | None,
+    test_fraction: float,
+    like: Description | None,
+) -> Dataset:
+    found = folders.read_npz(path, test_fraction)
+    name = f"--dataset={path}"
+    rank = {None: None, "label": 1, "segmentation_mask": 3}[target]
+
+    @functools.cache
+    def open_split(split: str) -> InMemory:
+        if split not in found:
+            raise UsageError(f"{name} has no {split} images.")
+        image, label = found[split]
+        image = as_uint8(image, name)
+        if rank is None:
+            label = np.zeros(len(image), np.int32)
+        elif label is None or label.ndim != rank:
+            what = "images" if rank == 1 else "pixels"
+            raise UsageError(f"{name} has no labels of {what} for its {split} images.")
+        if size is not None and image.shape[1:3] != size:
+            image = np.stack([resize(x, size) for x in image])
+            if rank == 3:
+                label = _resized_labels(label, size)
+        if like is not None and image.shape[1:] != like.image_shape:
+            raise UsageError(
+                f"{name} has images of shape {image.shape[1:]}; the run has "
+                f"{like.image_shape}."
+            )
+        return InMemory(image, label)
+
+    train, test = (functools.partial(open_split, split) for split in _SPLITS)
+    if like is None and train().image.shape[1:] != test().image.shape[1:]:
+        raise UsageError(
+            f"The training and test images of {name} differ in shape: "
+            f"{train().image.shape[1:]} and {test().image.shape[1:]}."
+        )
+    shape = like.image_shape if like else train().image.shape[1:]
+    if target == "segmentation_mask":
+        return _segmentation(str(path), shape, train, test, like)
+    classes: Sequence[str] = ()
+    if target == "label":
+        present = [open_split(s).label for s in _SPLITS if s in found]
+        labels = np.unique(np.concatenate(present))
+        classes = found.get("classes") or [str(i) for i in range(labels[-1] + 1)]
+        if like is not None:
+            classes = like.classes
+        if labels[0] < 0 or labels[-1] >= len(classes):
+            raise UsageError(
+                f"{name} has labels from {labels[0]} to {labels[-1]} and "
+                f"{len(classes)} classes: labels count from 0."
+            )
+    return Dataset(str(path), classes, shape, train, test)
 
 
-def _middle_box(height: int, width: int, side: int) -> tuple[int, int, int, int]:
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
-
-
-def _resize(
-    image: np.ndarray,
-    size: int,
-    box: tuple[int, int, int, int] | None = None,
-    *,
-    nearest: bool = False,
-) -> np.ndarray:
-    from PIL import Image
-
-    how = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
-    resized = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    resized = resized.resize((size, size), how, box)
-    return np.asarray(resized).reshape(size, size, image.shape[-1])
-
-
-def read_images(paths: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
-    """Reads image files as the trainer's models take them.
+def read_images(
+    paths: Sequence[Path],
+    shape: tuple[int, ...],
+    part: Part = "whole",
+) -> UInt8[np.ndarray, "n height width channels"]:
+    """Reads image files as evaluation reads those of a data set.
 
     Args:
         paths: The files, of any format that Pillow reads.
-        shape: Height, width and channels (1 or 3) to make them.
+        shape: Height, width and channels (1, 3 or 4) of each result.
+        part: Of `Preparation`.
 
     Returns:
-        uint8 of shape (n, height, width, channels).
+        The images.
 
     Raises:
-        UsageError: If a file is not an image.
+        UsageError: If a file is not an image that can be read (see `decode`).
     """
-    from PIL import Image
-
     height, width, channels = shape
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("L" if channels == 1 else "RGB")
-        except OSError as error:
-            raise UsageError(
-                f"{path} is not an image that can be read: {error}"
-            ) from error
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        images.append(np.asarray(image).reshape(shape))
-    return np.stack(images)
+    prepare = Preparation((height, width, channels), part)
+    return np.stack([prepare(path, str(path)) for path in paths])

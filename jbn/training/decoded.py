@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def keep(path: Path, make: Callable[[], Arrays]) -> Arrays:
         The arrays, by name.
     """
     # (What is wrong with a broken file depends on where it is broken off.)
-    with contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile):
+    with contextlib.suppress(
+        OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error
+    ):
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return dict(archive)
     arrays = make()

@@ -49,6 +49,8 @@ def train(config: Config) -> int:
     setup = prepare(config)
     first = hosts.is_first()
     workdir = Path(hosts.from_first(str(claim_workdir(config)) if first else ""))
+    if first:
+        setup.dataset.describe().save(workdir / "dataset.json")
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(

@@ -1,12 +1,15 @@
 """Prepares a TFDS data set on disk, or says within seconds what to do by hand."""
 
 import contextlib
+import difflib
 import importlib.util
 import io
+import re
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,13 @@ def _by_hand(
     return "\n".join(lines)
 
 
+def known_names() -> Sequence[str]:
+    """The names of all data sets, ours and those of TFDS."""
+    with contextlib.redirect_stderr(io.StringIO()):  # A banner about TensorFlow.
+        theirs = tfds.list_builders(with_community_datasets=False)
+    return ["digits", "digit_trimaps", *theirs]
+
+
 def make_builder(name: str, data_dir: Path | None) -> Any:
     """Makes the TFDS builder of the data set called `name`.
 
@@ -177,7 +187,12 @@ def make_builder(name: str, data_dir: Path | None) -> Any:
         with contextlib.redirect_stderr(io.StringIO()):  # A banner about TensorFlow.
             return tfds.builder(name, data_dir=folder)
     except DatasetNotFoundError as error:
-        raise UsageError(f"TFDS knows no data set called `{name}`.") from error
+        close = difflib.get_close_matches(re.split("[/:]", name)[0], known_names(), 1)
+        hint = f" Did you mean `{close[0]}`?" if close else ""
+        raise UsageError(
+            f"TFDS knows no data set called `{name}`, and there is no such folder."
+            + hint
+        ) from error
     except ImportError as error:
         raise UsageError(
             f"TFDS cannot make the builder of `{name}` with what is installed: {error}"

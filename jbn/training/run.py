@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,7 @@ from jbn.training.batches import permutation, plan_epoch
 from jbn.training.build import make_task, open_dataset
 from jbn.training.checkpoint import Checkpoints
 from jbn.training.config import Config, Model, claim_workdir, load_config
-from jbn.training.data import Dataset
+from jbn.training.data import Dataset, Description
 from jbn.training.devices import select_devices
 from jbn.training.errors import UsageError
 from jbn.training.evaluation import Evaluation
@@ -129,12 +130,22 @@ class OpenRun:
         return evaluation(variables)
 
 
-def open_run(path: Path, checkpoint: str = "last") -> OpenRun:
+def open_run(
+    path: Path,
+    checkpoint: str = "last",
+    *,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+) -> OpenRun:
     """Opens a run. Nothing is written there.
+
+    Its data set is not searched for before one of its examples is needed.
 
     Args:
         path: The folder that `train.py` wrote, or one of its `checkpoints`.
         checkpoint: `last`, `best`, or the number of steps of one that is kept.
+        dataset: In place of the run's data set, one of the same classes.
+        data_dir: In place of the run's folder of prepared data sets.
 
     Returns:
         The run.
@@ -154,9 +165,9 @@ def open_run(path: Path, checkpoint: str = "last") -> OpenRun:
         folder = path / "checkpoints"
         if not folder.is_dir():
             raise UsageError(f"{path} has no checkpoints yet.")
-        dataset = open_dataset(config)
-        count = -(-len(dataset.train) // config.batch_size)
-        task = make_task(config, dataset, steps_per_epoch=count)
+        data, num_train = _data(path, config, dataset, data_dir)
+        count = -(-num_train // config.batch_size)
+        task = make_task(config, data, steps_per_epoch=count)
         better = task.metric.higher_is_better
         with Checkpoints(folder, higher_is_better=better, read_only=True) as found:
             step = _find(found, path, checkpoint)
@@ -165,7 +176,23 @@ def open_run(path: Path, checkpoint: str = "last") -> OpenRun:
             state, progress = found.restore(step, jax.eval_shape(make))
     finally:
         absl.logging.set_verbosity(verbosity)
-    return OpenRun(path, config, step, count, dataset, task, state, progress)
+    return OpenRun(path, config, step, count, data, task, state, progress)
+
+
+def _data(
+    folder: Path, config: Config, dataset: str | None, data_dir: Path | None
+) -> tuple[Dataset, int]:
+    """The data set of a run, and how many examples it was trained on."""
+    where: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir}
+    elsewhere = {name: value for name, value in where.items() if value is not None}
+    config = dataclasses.replace(config, **elsewhere)
+    path = folder / "dataset.json"
+    if not path.exists():  # As of runs of version 0.2 and before.
+        opened = open_dataset(config)
+        return opened, len(opened.train)
+    described = Description.load(path)
+    find = lambda: open_dataset(config, like=described)
+    return described.dataset(find), described.num_train
 
 
 def read_config(folder: Path) -> Config:
@@ -220,6 +247,8 @@ def save_run(
     """
     refuse_existing(folder)
     claim_workdir(dataclasses.replace(run.config, workdir=folder, resume=False))
+    if (run.folder / "dataset.json").exists():
+        shutil.copy(run.folder / "dataset.json", folder / "dataset.json")
     history = MetricsFile(run.folder / "metrics.jsonl").read()
     file = MetricsFile(folder / "metrics.jsonl")
     for line in history:

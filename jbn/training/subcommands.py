@@ -21,6 +21,7 @@ _Run = Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]
 _Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")]
 _Which = Annotated[str, tyro.conf.arg(metavar="best|last|STEP")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+_Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 
 _AT_ONCE = 64  # Images; a model of pixels needs the memory.
 
@@ -30,6 +31,8 @@ def evaluate(
     /,
     checkpoint: _Which = "last",
     pictures: _Folder = None,
+    dataset: _Text = None,
+    data_dir: _Folder = None,
 ) -> int:
     """Evaluates a checkpoint on the test split. Prints metrics as JSON.
 
@@ -37,8 +40,11 @@ def evaluate(
         run: Folder of a run, or of one of its checkpoints.
         checkpoint: The best on the test set, the last, or by its number of steps.
         pictures: Draw the confusion matrix, overlays or samples in this folder.
+        dataset: Another data set with classes of the same names, such as the same
+            folder at another place. By default that of the run.
+        data_dir: Folder of prepared data sets. By default that of the run.
     """
-    opened = open_run(run, checkpoint)
+    opened = open_run(run, checkpoint, dataset=dataset, data_dir=data_dir)
     if pictures is not None:
         _make_folder(pictures)
     sums = opened.test_sums(opened.variables)
@@ -61,6 +67,7 @@ def predict(
     checkpoint: _Which = "last",
     samples: int = 64,
     seed: int = 0,
+    data_dir: _Folder = None,
 ) -> int:
     """Applies a checkpoint to image files, or lets it make images.
 
@@ -77,8 +84,10 @@ def predict(
         checkpoint: The best on the test set, the last, or by its number of steps.
         samples: How many images to make.
         seed: Of these.
+        data_dir: Folder of prepared data sets, which only runs of version 0.2 and
+            before need here.
     """
-    opened = open_run(run, checkpoint)
+    opened = open_run(run, checkpoint, data_dir=data_dir)
     folder = Path() if out is None else out
     if isinstance(opened.task, GAN):
         if files:
@@ -93,7 +102,8 @@ def predict(
     task = opened.supervised
     if not files:
         raise UsageError("Name the image files to predict, after the checkpoint.")
-    images = read_images(files, opened.dataset.image_shape)
+    data = opened.dataset
+    images = read_images(files, data.image_shape, data.part)
     if task.kind == "segmentation":
         _make_folder(folder)
     model: Any = task.model

@@ -13,6 +13,7 @@ from jbn.training import loader
 from jbn.training.batches import Plan, chunks, plan_epoch
 from jbn.training.data import InMemory, OnDisk
 from jbn.training.executor import Executor
+from jbn.training.images import Preparation
 from jbn.training.loader import ahead, empty_chunk, load
 
 
@@ -28,8 +29,8 @@ def split(request: pytest.FixtureRequest) -> Any:
     if request.param == "memory":
         return InMemory(image, label)
     pytest.importorskip("grain")
-    source = [{"x": i, "y": int(n)} for i, n in zip(image, label, strict=True)]
-    return OnDisk(source, "x", "y", 4)
+    source = [{"image": i, "label": int(n)} for i, n in zip(image, label, strict=True)]
+    return OnDisk(source, Preparation((4, 4, 1)))
 
 
 @pytest.fixture
@@ -88,10 +89,10 @@ def test_threads_change_nothing(plan: Plan):
     pytest.importorskip("grain")
     rng = np.random.default_rng(0)
     source = [
-        {"x": rng.integers(0, 256, (9 + i % 3, 11, 3), np.uint8), "y": i}
+        {"image": rng.integers(0, 256, (9 + i % 3, 11, 3), np.uint8), "label": i}
         for i in range(NUM_ROWS)
     ]
-    split = OnDisk(source, "x", "y", 5, crop=True, seed=2)
+    split = OnDisk(source, Preparation((5, 5, 3)), crop=True, seed=2)
     expected = list(load(split, plan, 2, epoch=3, threads=1))
     for threads in (2, 7):
         for (count, batches), (n, wanted) in zip(
@@ -183,7 +184,7 @@ def test_grain_is_asked_for(monkeypatch: pytest.MonkeyPatch, plan: Plan):
     import sys
 
     monkeypatch.setitem(sys.modules, "grain", None)
-    source = [{"x": np.zeros((4, 4, 1), np.uint8), "y": 0}] * NUM_ROWS
-    split = OnDisk(source, "x", "y", 4)
+    source = [{"image": np.zeros((4, 4, 1), np.uint8), "label": 0}] * NUM_ROWS
+    split = OnDisk(source, Preparation((4, 4, 1)))
     with pytest.raises(loader.UsageError, match=r'pip install "jbn\[grain\]"'):
         next(load(split, plan, 2))
