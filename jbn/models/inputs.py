@@ -32,3 +32,30 @@ def without_masked(
         return y, None
     rows = jnp.expand_dims(jnp.asarray(mask), range(1, y.ndim))
     return jnp.where(rows, y, jnp.zeros((), y.dtype)), rows
+
+
+def dropped(y: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Puts zeros in place of a part of the units, in training.
+
+    Which ones depends on the key of each row alone, so that devices may share rows out
+    in any way.
+
+    Args:
+        y: Of shape `(batch, ...)`.
+        rate: The part; what is left is scaled up by `1 / (1 - rate)`.
+        keys: One for each row; `None` drops nothing.
+
+    Returns:
+        The new array.
+    """
+    if keys is None or not rate:
+        return y
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, y.shape[1:]))(keys)
+    return jnp.where(keep, y / (1 - rate), jnp.zeros((), y.dtype))
+
+
+def key_of_layer(keys: jax.Array | None, layer: int) -> jax.Array | None:
+    """The keys of one of several layers."""
+    if keys is None:
+        return None
+    return jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys)

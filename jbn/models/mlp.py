@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from jbn.linen import BatchNorm
-from jbn.models.inputs import as_unit, without_masked
+from jbn.models.inputs import as_unit, dropped, key_of_layer, without_masked
 from jbn.ops import numeric
 from jbn.typing import ArrayLike, DType
 
@@ -26,6 +26,8 @@ class MLP(nn.Module):
         num_classes: Width of the last layer.
         norm: Makes a norm layer, which is called with `use_running_average` and `mask`:
             a norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`).
+        dropout: Part of the units that are set to zero after each norm,
+            in training, if the call gives `keys`.
         dtype: Dtype to compute in, such as `jnp.bfloat16`; by default that of
             parameters and images, float32. Parameters, statistics and logits are
             float32 in any case.
@@ -43,10 +45,16 @@ class MLP(nn.Module):
     num_classes: int = 10
     norm: Callable[..., Any] = BatchNorm
     dtype: DType | None = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
-        self, x: ArrayLike, *, train: bool, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        *,
+        train: bool,
+        mask: ArrayLike | None = None,
+        keys: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the logits of a batch of images.
 
@@ -57,6 +65,8 @@ class MLP(nn.Module):
             mask: Of shape `(batch,)`; images that are `False` take no part: not in the
                 statistics of the batch, and, whatever their pixels, not in gradients of
                 the others' logits. Their own logits are those of a black image.
+            keys: A key for each image, of shape `(batch,)`, for dropout in training;
+                `None` for none.
 
         Returns:
             Logits, of shape `(batch, num_classes)`.
@@ -68,4 +78,5 @@ class MLP(nn.Module):
             # Not named after its class: any norm then fits the same variables.
             norm = self.norm(name=f"BatchNorm_{i}")
             y = norm(y, use_running_average=not train, mask=rows)
+            y = dropped(y, self.dropout, key_of_layer(keys, i))
         return nn.Dense(self.num_classes)(numeric.wide(y))

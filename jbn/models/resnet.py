@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from jbn.linen import BatchNorm
-from jbn.models.inputs import as_unit, without_masked
+from jbn.models.inputs import as_unit, dropped, without_masked
 from jbn.models.norms import activated
 from jbn.ops import numeric
 from jbn.typing import ArrayLike, DType
@@ -128,6 +128,8 @@ class ResNet(nn.Module):
             `"small"`, for images of some 32x32, a 3x3 convolution of stride 1.
         norm: Makes a norm layer, which is called with `use_running_average` and `mask`:
             a norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`).
+        dropout: Part of the units that are set to zero before the last layer,
+            in training, if the call gives `keys`.
         dtype: Dtype to compute in, such as `jnp.bfloat16`; by default that of
             parameters and images, float32. Parameters, statistics, the mean over pixels
             and what follows are float32 in any case.
@@ -161,10 +163,16 @@ class ResNet(nn.Module):
     stem: Literal["imagenet", "small"] = "imagenet"
     norm: Callable[..., Any] = BatchNorm
     dtype: DType | None = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
-        self, x: ArrayLike, *, train: bool, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        *,
+        train: bool,
+        mask: ArrayLike | None = None,
+        keys: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the logits of a batch of images.
 
@@ -175,6 +183,8 @@ class ResNet(nn.Module):
             mask: Of shape `(batch,)`; images that are `False` take no part: not in the
                 statistics of the batch, and, whatever their pixels, not in gradients of
                 the others' logits. Their own logits are those of a black image.
+            keys: A key for each image, of shape `(batch,)`, for dropout in training;
+                `None` for none.
 
         Returns:
             Logits, of shape `(batch, num_classes)`.
@@ -215,7 +225,7 @@ class ResNet(nn.Module):
                     name=f"stage{i}_block{j}",
                 )(y, **call)
 
-        y = numeric.wide(y).mean((1, 2))
+        y = dropped(numeric.wide(y).mean((1, 2)), self.dropout, keys)
         head = nn.Dense(
             self.num_classes, kernel_init=nn.initializers.normal(0.01), name="head"
         )

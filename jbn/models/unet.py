@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn.linen import BatchNorm
-from jbn.models.inputs import as_unit, without_masked
+from jbn.models.inputs import as_unit, dropped, without_masked
 from jbn.models.norms import activated
 from jbn.ops import numeric
 from jbn.typing import ArrayLike, DType
@@ -43,6 +43,8 @@ class UNet(nn.Module):
         num_classes: Width of the last layer; the three of a trimap by default.
         norm: Makes a norm layer, which is called with `use_running_average` and `mask`:
             a norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`).
+        dropout: Part of the units that are set to zero at the smallest size,
+            in training, if the call gives `keys`.
         dtype: Dtype to compute in, such as `jnp.bfloat16`; by default that of
             parameters and images, float32. Parameters, statistics and logits are
             float32 in any case.
@@ -67,10 +69,16 @@ class UNet(nn.Module):
     num_classes: int = 3
     norm: Callable[..., Any] = BatchNorm
     dtype: DType | None = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
-        self, x: ArrayLike, *, train: bool, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        *,
+        train: bool,
+        mask: ArrayLike | None = None,
+        keys: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the logits of each pixel of a batch of images.
 
@@ -81,6 +89,8 @@ class UNet(nn.Module):
             mask: Of shape `(batch,)`; images that are `False` take no part: not in the
                 statistics of the batch, and, whatever their pixels, not in gradients of
                 the others' logits. Their own logits are those of a black image.
+            keys: A key for each image, of shape `(batch,)`, for dropout in training;
+                `None` for none.
 
         Returns:
             Logits, of shape `(batch, height, width, num_classes)`.
@@ -103,6 +113,7 @@ class UNet(nn.Module):
             # "SAME" rounds up, and pads with what is never the maximum.
             y = nn.max_pool(y, (2, 2), strides=(2, 2), padding="SAME")
         y = level(self.widths[-1], f"encoder{len(self.widths)}")(y)
+        y = dropped(y, self.dropout, keys)
         for i, skip in reversed(list(enumerate(skips, start=1))):
             width = self.widths[i - 1]
             y = nn.ConvTranspose(

@@ -2,26 +2,26 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
 from jbn import models
-from jbn.linen import BatchNorm, DomainBatchNorm, GhostBatchNorm
 from jbn.tools import decays
+from jbn.training import norms
 from jbn.training.config import Config
 from jbn.training.data import Dataset, Description, load_dataset
 from jbn.training.errors import UsageError
 from jbn.training.executor import Executor
+from jbn.training.networks import make_model
 from jbn.training.source import Target
 from jbn.training.tasks import GAN, Supervised, Task
 
 
 _LATENT_SIZE = 64
-_LARGE = 96  # Height and width from which a ResNet has the stem for large images.
 # Of the generator's: two time scales, as of Heusel et al., 2017.
 _DISCRIMINATOR_RATE = 0.2
 
@@ -82,7 +82,7 @@ def make_task(
         optimizers = optimizer, make_optimizer(slower, steps_per_epoch)
         return _make_gan(config, dataset, optimizers, norm, local_norm, axis_name)
     classes = len(dataset.classes)
-    make = functools.partial(_make_model, config, classes, dataset.image_shape)
+    make = functools.partial(make_model, config, classes, dataset.image_shape)
     return Supervised(
         kind="segmentation" if config.model == "unet" else "classification",
         model=make(norm),
@@ -96,49 +96,82 @@ def make_task(
         momentum=config.momentum,
         shift=config.shift,
         flip=config.flip,
+        row_keys=config.dropout > 0 and ":" not in config.model,
     )
 
 
 def make_norm(
     config: Config, executor: Executor | None, *, steps_per_epoch: int = 1
 ) -> Callable[..., Any]:
-    """Makes what makes the norm layers, which share statistics as the flags say.
+    """Makes a factory of norm layers, which share statistics as the flags say.
 
     Running statistics are those of all devices in any case, merged exactly in every
     step, so that there is nothing to merge before an evaluation or a checkpoint.
 
     Args:
-        config: With `momentum`, `tau`, `fix_after`, `bn_group_size` and `microbatches`.
+        config: With `norm`, `norm_options`, `momentum`, `fix_after`, `bn_group_size`
+            and `microbatches`.
         executor: What the layers run on; `None` for one device.
         steps_per_epoch: For `fix_after`.
 
     Returns:
-        A partial of a norm class.
+        A partial of a norm class, or a function like it.
 
     Raises:
-        UsageError: If the group size does not divide the number of devices.
+        UsageError: If groups do not divide the devices, or the reverse, or an option
+            is out of its range.
     """
-    options: dict[str, Any] = {"momentum": config.momentum, "tau": config.tau}
+    options: dict[str, Any] = {"momentum": config.momentum}
     if config.fix_after is not None:
         calls = config.fix_after * steps_per_epoch * config.microbatches
-        schedule = lambda step: jnp.where(step < calls, config.tau, jnp.inf)
-        options["tau"] = schedule
+        tau = config.norm_options.tau
+        options["tau"] = lambda step: jnp.where(step < calls, tau, jnp.inf)
     if config.microbatches > 1:
         options["accumulate"] = True
+    kind, chosen = config.norm, config.norm_options
+    norms.check_values(kind, chosen)
     if executor is None:
-        return functools.partial(BatchNorm, **options)
+        return norms.make(kind, chosen, **options)
     options["axis_name"] = executor.axis_name
     devices, size = len(executor.devices), config.bn_group_size
+    if kind == "ghost":
+        groups = chosen.num_groups
+        if executor.parallel == "pmap":
+            if groups % devices:
+                raise UsageError(
+                    f"--norm.num-groups={groups} must be a multiple of the number of "
+                    f"devices, {devices}: a group is on one device."
+                )
+            groups //= devices
+        return norms.make(kind, chosen, local_groups=groups, **options)
     if size is None or size == devices:
-        return functools.partial(BatchNorm, **options)
+        return norms.make(kind, chosen, **options)
     if size > devices or devices % size:
         raise UsageError(
             f"--bn-group-size={size} must divide the number of devices, {devices}."
         )
     if executor.parallel == "jit":
-        return functools.partial(GhostBatchNorm, num_groups=devices // size, **options)
+        return norms.make(
+            "ghost",
+            dataclasses.replace(chosen, num_groups=devices // size),
+            **options,
+        )
     options["devices_per_group"] = size
-    return functools.partial(GhostBatchNorm, num_groups=1, **options)
+    return norms.make("ghost", chosen, local_groups=1, **options)
+
+
+def row_multiple(config: Config, num_devices: int) -> int:
+    """What the number of rows of a batch must be a multiple of, filled up if need be.
+
+    Args:
+        config: Of the run.
+        num_devices: Over which the rows are shared out.
+
+    Returns:
+        The least common multiple of devices and ghost groups, times the microbatches.
+    """
+    groups = config.norm_options.num_groups if config.norm == "ghost" else 1
+    return math.lcm(num_devices, groups) * config.microbatches
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> Any:
@@ -179,21 +212,6 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> Any:
     return optax.chain(*parts, optax.scale_by_learning_rate(rate))
 
 
-def _make_model(
-    config: Config, num_classes: int, image_shape: tuple[int, ...], norm: Any
-) -> nn.Module:
-    options: dict[str, Any] = {"num_classes": num_classes, "norm": norm}
-    if config.precision == "bf16":
-        options["dtype"] = jnp.bfloat16
-    if config.model == "mlp":
-        return models.MLP(**options)
-    if config.model == "unet":
-        return models.UNet(**options)
-    if config.model != "resnet8" and min(image_shape[:2]) < _LARGE:
-        options["stem"] = "small"
-    return getattr(models, config.model)(**options)
-
-
 def _make_gan(
     config: Config,
     dataset: Dataset,
@@ -209,15 +227,12 @@ def _make_gan(
             f"{dataset.name} are {height}x{width}: pass --image-size."
         )
     dtype = {"dtype": jnp.bfloat16} if config.precision == "bf16" else {}
-    width = min(64, 2 * height)
+    width = config.width or min(64, 2 * height)
     make = lambda norm: models.Generator(
         image_size=height, channels=channels, width=width, norm=norm, **dtype
     )
-    domains = functools.partial(
-        DomainBatchNorm,
-        num_domains=2,
-        momentum=config.momentum,
-        axis_name=axis_name,
+    domains = norms.make_of_domains(
+        config.norm, config.norm_options, momentum=config.momentum, axis_name=axis_name
     )
     return GAN(
         generator=make(norm),

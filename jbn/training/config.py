@@ -2,17 +2,18 @@
 
 import dataclasses
 import datetime
+import difflib
 import itertools
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from jbn.training import folders
+from jbn.training import folders, norms
 from jbn.training.devices import Accelerator
 from jbn.training.errors import UsageError
 
@@ -24,6 +25,9 @@ _Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_h
 _Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 
 Model = Literal["mlp", "resnet8", "resnet18", "resnet50", "unet", "dcgan"]
+_ModelName = Annotated[
+    str, tyro.conf.arg(metavar=f"{{{','.join(get_args(Model))}}}|MODULE:CLASS")
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,22 @@ class Config:
 
     Attributes:
         model: `mlp`, `resnet8`, `resnet18` and `resnet50` classify images; `unet` their
-            pixels; `dcgan` learns to make such images.
+            pixels; `dcgan` learns to make such images. `module:Class` is one's own: a
+            Linen module (or a function that makes one) that takes `num_classes` and
+            `norm`, and is called with images, `train` and `mask`.
+        width: Width of the first layer; deeper ones are wider in proportion. By default
+            64 (`mlp`, `resnet18`, `resnet50`), 16 (`resnet8`, `unet`), or what suits
+            the images (`dcgan`).
+        depth: Hidden layers of `mlp` (2), sizes of `unet` (3), and all layers of a
+            ResNet: 8, 14, 20, ... for `resnet8`, 18 or 34 for `resnet18`, and 50, 101
+            or 152 for `resnet50`.
+        dropout: Part of the units that are set to zero in training: after each hidden
+            layer of `mlp`, at the smallest size of `unet`, before the last layer of a
+            ResNet.
+        norm: The norm layers: batch normalization, batch renormalization, ghost batch
+            normalization (by groups of a batch), group or layer normalization of each
+            image, or none, which leaves their scale and bias.
+        norm_options: Options of the norm layers.
         dataset: The data: `digits` or `digit_trimaps`, which come with the package; the
             TensorFlow Datasets name of a set of images with labels (`mnist`, `cifar10`,
             `imagenet2012`, ...), for `unet` with a segmentation mask
@@ -85,8 +104,6 @@ class Config:
             digits, 0.99 keeps 79 % of what they were an epoch ago, and the test
             accuracy of a short run trails far behind the training accuracy. With 0.9
             it is 9 %.
-        tau: Rows of the running statistics that each batch is normalized with, for
-            small or uneven batches. See `jbn.shrink`.
         fix_after: Epochs after which training normalizes by the running statistics, as
             evaluation does (FixBN). By default never.
         bn_group_size: How many devices share the statistics of a batch: 1 is per-device
@@ -117,7 +134,14 @@ class Config:
             given up, and this one ends.
     """
 
-    model: Model = "mlp"
+    model: _ModelName = "mlp"
+    width: _Count = None
+    depth: _Count = None
+    dropout: float = 0.0
+    norm: norms.Norm = "batch"
+    norm_options: Annotated[norms.NormOptions, tyro.conf.arg(name="norm")] = (
+        dataclasses.field(default_factory=norms.NormOptions)
+    )
     dataset: str = "digits"
     data_dir: _Folder = None
     manual_dir: _Folder = None
@@ -146,7 +170,6 @@ class Config:
     ema_decay: _Number = None
     precision: Literal["f32", "bf16"] = "f32"
     momentum: float = 0.9
-    tau: float = 0.0
     fix_after: _Count = None
     bn_group_size: _Count = None
     seed: int = 0
@@ -172,12 +195,9 @@ class Config:
             1: (
                 *("epochs", "batch_size", "steps_per_dispatch", "num_devices"),
                 *("image_size", "microbatches", "bn_group_size", "save_every"),
-                *("num_processes", "peer_timeout", "fix_after"),
+                *("num_processes", "peer_timeout", "fix_after", "width", "depth"),
             ),
-            0: (
-                *("shift", "warmup_epochs", "weight_decay", "max_skipped"),
-                *("process_id", "tau"),
-            ),
+            0: ("shift", "warmup_epochs", "weight_decay", "max_skipped", "process_id"),
         }
         for least, names in at_least.items():
             for name in names:
@@ -185,8 +205,10 @@ class Config:
                 fits = value is None or value >= least
                 _check(self, name, fits, f"at least {least}")
         _check(self, "learning_rate", self.learning_rate > 0, "above 0")
+        if self.fix_after is not None and self.norm not in ("batch", "ghost"):
+            raise UsageError("--fix-after is only for --norm=batch and --norm=ghost.")
         _check(self, "momentum", 0 <= self.momentum <= 1, "from 0 to 1")
-        for name in ("beta1", "label_smoothing", "ema_decay"):
+        for name in ("beta1", "label_smoothing", "ema_decay", "dropout"):
             value = getattr(self, name)
             _check(self, name, value is None or 0 <= value < 1, "from 0 to below 1")
         fraction = self.test_fraction
@@ -200,10 +222,23 @@ class Config:
 
     def _check_together(self) -> None:
         """Refuses flags that have no meaning together."""
+        if self.model not in PRESETS and ":" not in self.model:
+            close = difflib.get_close_matches(self.model, PRESETS, 1)
+            hint = f"Did you mean `{close[0]}`? " if close else ""
+            raise UsageError(
+                f"--model={self.model} is not known. {hint}There are "
+                f"{', '.join(PRESETS)}, and module:Class for one's own."
+            )
+        norms.check(self.norm, self.norm_options)
+        if self.bn_group_size is not None and self.norm != "batch":
+            raise UsageError("--bn-group-size is for --norm=batch alone.")
         if self.crop and self.image_size is None:
             raise UsageError("--crop needs --image-size: what to make the parts.")
         if self.model == "dcgan":
-            for name in ("microbatches", "bn_group_size", "label_smoothing"):
+            for name in (
+                *("microbatches", "bn_group_size", "label_smoothing", "dropout"),
+                "depth",
+            ):
                 if getattr(self, name) != getattr(Config, name):
                     raise UsageError(f"{_flag(name)} is not for --model=dcgan.")
         several = ("coordinator", "num_processes", "process_id")
@@ -258,6 +293,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 # Other values of these make another run, not the continuation of one.
 _FIXED = (
     "model",
+    "width",
+    "depth",
+    "dropout",
+    "norm",
+    "norm_options",
     "dataset",
     "test_fraction",
     "image_size",
@@ -314,8 +354,11 @@ def parse_config(
         for name in fixed:
             old, new = getattr(saved, name), getattr(config, name)
             if old != new:
+                flag = _flag(name)
+                if name == "norm_options":
+                    flag, old, new = norms.first_difference(old, new)
                 raise UsageError(
-                    f"The run in {config.workdir} was made with {_flag(name)}={old}. "
+                    f"The run in {config.workdir} was made with {flag}={old}. "
                     f"It cannot be resumed with {new}: leave the flag out, or start "
                     "another run in another --workdir."
                 )
@@ -329,9 +372,9 @@ def parse_config(
 
 def preset(model: str) -> Config:
     """The defaults of a model; of one that is not known, the general ones."""
-    if model not in PRESETS:
-        return Config()
-    return Config(**{"model": model, **PRESETS[model]})
+    return (
+        Config(**{"model": model, **PRESETS[model]}) if model in PRESETS else Config()
+    )
 
 
 def claim_workdir(config: Config) -> Path:
@@ -378,7 +421,8 @@ def load_config(path: Path) -> Config:
     for name in ("data_dir", "manual_dir", "workdir"):
         if values[name] is not None:
             values[name] = Path(values[name])
-    return Config(**values)
+    options = norms.NormOptions(**values.pop("norm_options", {}))
+    return Config(**values, norm_options=options)
 
 
 def model_in(args: Sequence[str]) -> str:

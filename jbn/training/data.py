@@ -329,6 +329,7 @@ def _from_source(
         for split in _SPLITS:
             _refuse_missing(source, split)
     channels = source.channels if like is None else like.image_shape[-1]
+    size = None if size == source.size else size
     opened = {name: functools.cache(open_) for name, open_ in source.splits.items()}
     known = size or source.size
     if loader is None:

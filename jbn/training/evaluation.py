@@ -32,6 +32,8 @@ class Evaluation:
         batch_size: That of training.
         most_steps: How many batches to hand to the devices at once.
         seed: Of the order in which examples are taken for statistics.
+        multiple: What the number of rows of a batch must be a multiple of; by default
+            the number of devices.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Evaluation:
         batch_size: int,
         most_steps: int = 64,
         seed: int = 0,
+        multiple: int | None = None,
     ):
         self._executor, self._dataset = executor, dataset
         self._batch_size, self._seed = batch_size, seed
+        self._multiple = multiple or len(executor.devices)
         rows = _MOST_BATCH_BYTES // int(np.prod(dataset.image_shape))
         size = max(batch_size, min(rows, _MOST_ROWS))
         self._plan = self._plan_of(np.arange(len(dataset.test)), size)
@@ -84,7 +88,7 @@ class Evaluation:
         return self._plan_of(order[:_CALIBRATION_ROWS], self._batch_size)
 
     def _plan_of(self, order: np.ndarray, batch_size: int) -> Plan:
-        return plan_epoch(order, batch_size, multiple=len(self._executor.devices))
+        return plan_epoch(order, batch_size, multiple=self._multiple)
 
     def _load(
         self, split: Split, plan: Plan, length: int

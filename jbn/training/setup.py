@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jbn.training.batches import Plan, permutation, plan_epoch
-from jbn.training.build import make_task, open_dataset
+from jbn.training.build import make_task, open_dataset, row_multiple
 from jbn.training.config import Config
 from jbn.training.data import Dataset
 from jbn.training.devices import select_devices
@@ -113,6 +113,7 @@ def prepare(config: Config) -> Setup:
         batch_size=config.batch_size,
         most_steps=config.steps_per_dispatch,
         seed=config.seed,
+        multiple=row_multiple(config, len(devices)),
     )
     return Setup(
         config=config,
@@ -130,5 +131,5 @@ def _plan_epoch(
     config: Config, dataset: Dataset, executor: Executor, epoch: int
 ) -> Plan:
     order = permutation(config.seed, epoch, len(dataset.train))
-    multiple = len(executor.devices) * config.microbatches
+    multiple = row_multiple(config, len(executor.devices))
     return plan_epoch(order, config.batch_size, multiple=multiple)

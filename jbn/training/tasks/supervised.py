@@ -48,6 +48,7 @@ class Supervised:
         momentum: Of the running statistics; needed with several microbatches.
         shift: Most pixels to move an image by in training, at random.
         flip: Whether to mirror images in training, at random.
+        row_keys: Whether the model is given `keys` in training, one for each image.
     """
 
     kind: Literal["classification", "segmentation"]
@@ -62,6 +63,7 @@ class Supervised:
     momentum: float = 0.9
     shift: int = 0
     flip: bool = False
+    row_keys: bool = False
     recalibrates: bool = dataclasses.field(default=False, init=False)
 
     @property
@@ -89,12 +91,20 @@ class Supervised:
         total = sum_rows(_weights(batch), self.axis_name)
 
         def objective(params: Any, batch_stats: Any, batch: Batch) -> Any:
+            for_model = jax.random.fold_in(key, 1)
+            call: dict[str, Any] = {}
+            if self.row_keys:
+                call["keys"] = by_row(for_model, batch)
+            # For models of others: another key on each device, and for each part.
+            rngs = {"dropout": jax.random.fold_in(for_model, batch["index"][0])}
             logits, updated = self.model.apply(
                 {"params": params, "batch_stats": batch_stats},
                 batch["image"],
                 train=True,
                 mask=batch["weight"] > 0,
                 mutable=["batch_stats"],
+                rngs=rngs,
+                **call,
             )
             sums = self._sums(logits, batch, self.label_smoothing)
             loss = sums["loss"] / jnp.where(total > 0, total, 1)
