@@ -140,7 +140,9 @@ class BatchNorm(nnx.Module):
             self.weight = nnx.BatchStat(fresh.weight)
         if fresh.pending is not None:
             pending = fresh.pending._asdict()
-            self.pending = nnx.Dict({k: nnx.BatchStat(v) for k, v in pending.items()})
+            # Before Flax 0.12 a module holds a plain dictionary.
+            variables = {k: nnx.BatchStat(v) for k, v in pending.items()}
+            self.pending = getattr(nnx, "Dict", dict)(variables)
         for name in ("scale", "bias"):
             value, metadata = None, given.pop(f"{name}_metadata")
             make = given.pop(f"{name}_init")

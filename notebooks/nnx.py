@@ -20,7 +20,8 @@
 # # Batch norm in Flax NNX
 #
 # `jbn.nnx.BatchNorm` replaces `flax.nnx.BatchNorm`. A network is trained with both; its
-# state moves from one to the other, into a pure function, and in from PyTorch and Keras.
+# state moves from one to the other, into a pure function, and in from PyTorch and
+# Keras.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/nnx.ipynb)
 #

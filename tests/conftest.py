@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import importlib
 import warnings
 import zlib
 
@@ -11,7 +10,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
-from peers import skip_without_peers
+from peers import load_peer, skip_without_peers
 
 from jbn.lowering import late, passes
 
@@ -200,7 +199,7 @@ def untyped():
 def keras(monkeypatch: pytest.MonkeyPatch):
     """Keras 3 on JAX. Tests that use it are marked `peers("keras")`."""
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    keras = importlib.import_module("keras")
+    keras = load_peer("keras")
     if keras.backend.backend() != "jax":
         pytest.skip("Keras was imported with another backend")
     with warnings.catch_warnings():

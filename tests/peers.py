@@ -1,6 +1,8 @@
 """Libraries that some tests compare with, and that users need not have."""
 
+import importlib
 import importlib.util
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,11 @@ PEERS = {
     "keras": "Keras",
     "torch": "PyTorch",
 }
+
+
+def load_peer(name: str) -> Any:
+    """A module of such a library, for tests that are marked `peers(...)`."""
+    return importlib.import_module(name)
 
 
 def needs(name: str) -> str:

@@ -15,6 +15,7 @@ import flax.serialization
 import jax
 import numpy as np
 import pytest
+from peers import load_peer
 
 from jbn.models import torchvision_name
 from jbn.training import cli
@@ -267,8 +268,7 @@ def test_port(home: Path, command: Any, tmp_path: Path, kind: str):
     if kind == "npz":
         np.savez(tmp_path / "theirs.npz", allow_pickle=False, **state)
     else:
-        import torch  # pyright: ignore[reportMissingImports]
-
+        torch = load_peer("torch")
         tensors = {name: torch.tensor(value) for name, value in state.items()}
         torch.save(tensors, tmp_path / "theirs.pt")
     before = contents(home)

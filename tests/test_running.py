@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from peers import load_peer
 
 import jbn
 from jbn import BatchStats, Moments
@@ -336,8 +337,7 @@ def test_flax_trajectory(rng, momentum):
     ids=str,
 )
 def test_torch_trajectory(rng, momentum, shape, axis):
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
     peer = kind(3, momentum=momentum)
     _, stats = jbn.init(3)
@@ -396,8 +396,7 @@ def test_haiku_trajectory(rng, decay_rate):
 @pytest.mark.peers("haiku")
 @pytest.mark.usefixtures("standard_promotion")
 def test_haiku_itself(rng):
-    import haiku as hk  # pyright: ignore[reportMissingImports]
-
+    hk = load_peer("haiku")
     peer = hk.without_apply_rng(
         hk.transform_with_state(
             lambda x: hk.BatchNorm(True, True, decay_rate=0.9)(x, is_training=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peers import load_peer
 
 import jbn.linen
 from jbn.models import Discriminator, Generator
@@ -48,22 +49,19 @@ def normal(rng, *shape):
 
 
 def tensor(array):
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     return torch.tensor(np.asarray(array, np.float64))
 
 
 def torch_norm(y, layer):
-    from torch.nn import functional  # pyright: ignore[reportMissingImports]
-
+    functional = load_peer("torch.nn.functional")
     scale, bias = tensor(layer["scale"]), tensor(layer["bias"])
     return functional.batch_norm(y, None, None, scale, bias, training=True)
 
 
 def torch_generator(params, latents):
     """The generator on PyTorch, float64, with PyTorch's padding of 1."""
-    from torch.nn import functional  # pyright: ignore[reportMissingImports]
-
+    functional = load_peer("torch.nn.functional")
     y = tensor(latents) @ tensor(params["project"]["kernel"])
     y = y.reshape(len(y), 4, 4, -1).permute(0, 3, 1, 2)
     count = len([name for name in params if name.startswith("conv")])
@@ -79,8 +77,7 @@ def torch_generator(params, latents):
 
 def torch_discriminator(params, x):
     """The discriminator on PyTorch, float64, with PyTorch's padding of 1."""
-    from torch.nn import functional  # pyright: ignore[reportMissingImports]
-
+    functional = load_peer("torch.nn.functional")
     y = tensor(x).permute(0, 3, 1, 2)
     count = len([name for name in params if name.startswith("conv")])
     for i in range(1, count + 1):

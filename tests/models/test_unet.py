@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import images, make, shapes_of, train
+from peers import load_peer
 
 import jbn.linen
 from jbn.models import UNet
@@ -22,8 +23,8 @@ SMALL = {"widths": (4, 6), "num_classes": 3}
 
 def torch_unet(params, x):
     """The paper's network on PyTorch, float64: "SAME" padding, norms, odd sizes."""
-    import torch  # pyright: ignore[reportMissingImports]
-    from torch.nn import functional  # pyright: ignore[reportMissingImports]
+    torch = load_peer("torch")
+    functional = load_peer("torch.nn.functional")
 
     def tensor(array):
         return torch.tensor(np.asarray(array, np.float64))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
+from peers import load_peer
 
 import jbn.linen
 import jbn.nnx
@@ -328,9 +329,8 @@ def torch_norm(torch, rng, features: int, kind: str = "2d", **options: Any):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["conv", "grouped", "transposed", "linear"])
 def test_is_what_pytorch_fuses(kind, bias, affine, rng):
-    import torch  # pyright: ignore[reportMissingImports]
-    from torch.nn.utils import fusion  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
+    fusion = load_peer("torch.nn.utils.fusion")
     options: Any = {"bias": bias}
     axis: dict[str, Any] = {"output_axis": 0, "input_axis": 1}
     fuse = fusion.fuse_conv_bn_eval
@@ -362,8 +362,7 @@ def test_is_what_pytorch_fuses(kind, bias, affine, rng):
 @pytest.mark.usefixtures("x64")
 def test_grouped_transposed_convolution_of_pytorch(rng):
     """Which PyTorch itself does not fuse: its kernel has the features of a group."""
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     layer = torch.nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2).double()
     norm, ours, epsilon = torch_norm(torch, rng, 6)
     x = torch.from_numpy(rng.normal(size=(2, 4, 5, 5)))
@@ -386,8 +385,7 @@ def test_grouped_transposed_convolution_of_pytorch(rng):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_into_the_next_convolution_of_pytorch(groups, rng):
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     layer = torch.nn.Conv2d(4, 8, 3, groups=groups).double()
     norm, ours, epsilon = torch_norm(torch, rng, 4)
     x = torch.from_numpy(rng.normal(size=(2, 4, 5, 5)))

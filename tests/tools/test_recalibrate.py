@@ -16,6 +16,7 @@ import oracle
 import pytest
 from flax import linen as nn, nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from peers import load_peer
 
 import jbn
 import jbn.linen
@@ -149,8 +150,7 @@ def test_one_layer_has_the_statistics_of_all_rows(sizes, train, x, rng):
 @pytest.mark.peers("torch")
 def test_pytorch_update_bn_differs_when_the_last_batch_is_partial(x):
     """`torch.optim.swa_utils.update_bn` averages batches alike, and variances."""
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     parts = batches_of(x, [8, 8, 4])
     theirs = torch.nn.BatchNorm1d(4)
     loader = [torch.tensor(np.array(part)) for part in parts]

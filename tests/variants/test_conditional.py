@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from peers import load_peer
 
 import jbn
 import jbn.nnx
@@ -60,8 +61,7 @@ def assert_folded(new, stats, x, **options):
 
 @pytest.mark.peers("torch")
 def test_class_conditional_as_in_torch(rng):
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     x, dy = rng.normal(1, 2, (2, 6, 3, 4, 4)).astype(np.float32)
     labels = np.asarray([2, 0, 2, 2, 3, 0])  # 1 is absent
     params, stats = make(rng)
@@ -112,8 +112,7 @@ def test_class_conditional_as_in_torch(rng):
 
 @pytest.mark.peers("torch")
 def test_spade_as_in_torch(rng):
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     x, dy = rng.normal(1, 2, (2, 2, 3, 6, 6)).astype(np.float32)
     segmentation = rng.normal(size=(2, 5, 6, 6)).astype(np.float32)
     # The 3x3 convolutions of a segmentation map are the user's own.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from peers import load_peer
 
 import jbn
 from jbn import BatchStats, Params
@@ -349,8 +350,7 @@ def test_pyg_has_no_gradient_through_the_statistics_of_types(rng, x64):
 @pytest.mark.peers("torch")
 def test_advprop_splits_the_batch_in_clean_and_adversarial(rng):
     # As timm's SplitBatchNorm2d: the first half by the layer, the rest by another.
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     main, aux = (torch.nn.BatchNorm2d(3, affine=False) for _ in range(2))
     scale, bias = rng.normal(size=(2, 3)).astype(np.float32)
     params = Params(jnp.asarray(scale), jnp.asarray(bias))
@@ -384,8 +384,7 @@ def test_advprop_splits_the_batch_in_clean_and_adversarial(rng):
 @pytest.mark.parametrize("own", [False, True])
 def test_dsbn_has_a_layer_for_each_domain(rng, own):
     # As DSBN's: a list of layers, and one domain a batch.
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     params, stats = make(rng, own=own)
     layers = []
     for g in range(3):
@@ -516,8 +515,7 @@ def test_maml_has_statistics_for_each_inner_step(rng, x64):
 
 @pytest.mark.peers("torch")
 def test_instance_norm_on_packed_data(rng):
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     lengths = [4, 2, 7, 3]
     ids = np.concatenate([np.repeat(np.arange(4), lengths), [-1, -1, 4]])
     x = rng.normal(ids[:, None], 1 + abs(ids[:, None]), (19, 3)).astype(np.float32)

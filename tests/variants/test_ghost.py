@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
+from peers import load_peer
 
 import jbn
 from jbn import BatchStats, Params
@@ -178,8 +179,7 @@ def test_running_statistics_are_exact_at_a_mean_of_ten_thousand_deviations(
 # the one before has left, and the scatter between them is lost.
 @pytest.mark.peers("torch")
 def test_tabnet_and_composer_lose_the_scatter_between_groups(rng):
-    import torch  # pyright: ignore[reportMissingImports]
-
+    torch = load_peer("torch")
     x = rng.normal(size=(4, 50, 1))
     x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
     x = (x + np.arange(4)[:, None, None]).reshape(200, 1).astype(np.float32)
