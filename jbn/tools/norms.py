@@ -432,7 +432,7 @@ def _why_not(layer: Any) -> str | None:
     if len(shapes) > 1:
         return f"has variables of different shapes, {sorted(shapes)}"
     more = {k for k, v in fields.items() if v is not None and v is not False}
-    more -= _HARMLESS
+    more = {name for name in more - _HARMLESS if not name.endswith("_init")}
     if more:
         return f"has fields that Flax's has not, {_listed(more)}"
     if not {"epsilon", "eps"} & set(fields):

@@ -49,6 +49,7 @@ class Copied(nn.Module):
     use_scale: bool = True
     use_bias: bool = True
     dtype: Any = None
+    mean_init: Any = nn.initializers.zeros  # as in older copies
 
     @nn.compact
     def __call__(self, x, use_running_average=None):
