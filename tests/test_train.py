@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 
 from jbn.training import setup
 from jbn.training.guard import Guard
+from jbn.training.loop import NOT_FINISHED
 from jbn.training.metrics import MetricsFile
 from jbn.training.run import OpenRun, open_run
 from jbn.training.tasks import Supervised
@@ -229,16 +231,16 @@ def test_resumed_run_is_the_unbroken_one_bit_for_bit(
 
 
 @pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets this process get a SIGTERM at the first dispatch that ends at a step."""
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets this process get a signal at the first dispatch that ends at a step."""
 
-    def stop_after(step: int) -> None:
+    def stop_after(step: int, number: int = signal.SIGTERM) -> None:
         check = Guard.check
 
         def checked(self: Guard, metrics: Any, done: int) -> None:
             check(self, metrics, done)
             if done < step <= done + len(metrics["skipped"]):
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(number)
 
         monkeypatch.setattr(Guard, "check", checked)
 
@@ -261,7 +263,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 )
 def test_stopped_in_the_middle_of_an_epoch(
     train: Train,
-    stop_after: Callable[[int], None],
+    stop_after: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     unbroken: np.ndarray,
@@ -282,7 +284,7 @@ def test_stopped_in_the_middle_of_an_epoch(
         with monkeypatch.context():
             stop_after(step)
             status, out, err = train(*args, "--workdir=run", *resume)
-        assert (status, err) == (0, "")
+        assert (status, err) == (NOT_FINISHED, "")
         assert f"stopped by SIGTERM after step {found}, which is saved" in out
         assert "--resume --workdir=run goes on" in out
         assert str(found) in steps_kept(tmp_path / "run")
@@ -320,7 +322,7 @@ def test_sigterm(data_dir: Path, tmp_path: Path, train: Train, unbroken: np.ndar
         status, out, err = finish(process)
     finally:
         process.kill()
-    assert (status, err) == (0, "")
+    assert (status, err) == (NOT_FINISHED, "")
     said = re.search(r"stopped by SIGTERM after step (\d+), which is saved", out)
     assert said is not None
     step = int(said[1])
@@ -331,6 +333,32 @@ def test_sigterm(data_dir: Path, tmp_path: Path, train: Train, unbroken: np.ndar
     assert status == 0
     assert f"resuming after step {step}, in epoch {step / STEPS:.4g}" in out
     np.testing.assert_array_equal(losses(workdir), unbroken[:epochs])
+
+
+def test_ctrl_c(train: Train, stop_after: Any, tmp_path: Path, unbroken: np.ndarray):
+    """Saves, says where and how to go on, and a second one ends at once."""
+    args = ("--epochs=2", "--steps-per-dispatch=5")
+    before = signal.getsignal(signal.SIGINT)
+    stop_after(30, signal.SIGINT)
+    status, out, err = train(*args)
+    assert status == 130
+    assert "Ctrl-C again ends at once" in err
+    (workdir,) = (tmp_path / "runs").iterdir()
+    assert "stopped by Ctrl-C after step 33, which is saved; " in out
+    assert f"--resume --workdir=runs/{workdir.name} goes on" in out
+    assert signal.getsignal(signal.SIGINT) == before
+    assert train("--resume", f"--workdir={workdir}")[0] == 0
+    np.testing.assert_array_equal(losses(workdir), unbroken[:2])
+
+
+def test_two_processes_on_one_run(train: Train, tmp_path: Path):
+    """The second ends with a sentence, and leaves everything as it is."""
+    assert train("--epochs=1", "--workdir=run")[0] == 0
+    with filelock.FileLock(tmp_path / "run" / ".lock"):
+        status, out, err = train("--resume", "--workdir=run", "--epochs=2")
+    assert (status, out) == (2, "")
+    assert re.fullmatch("error: Another process trains in run. .*\n", err)
+    assert len(losses(tmp_path / "run")) == 1
 
 
 def killed_again_and_again(
@@ -421,7 +449,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def spoil(steps: range, what: str) -> None:
         def make_spoiled(*args: Any, **kwargs: Any) -> Any:
-            task = make_task(*args, **kwargs)
+            task: Any = make_task(*args, **kwargs)
             fields = [f.name for f in dataclasses.fields(task) if f.init]
             spoiled = Spoiled(**{name: getattr(task, name) for name in fields})
             object.__setattr__(spoiled, "steps", tuple(steps))
@@ -625,6 +653,90 @@ def test_groups_of_devices(train: Train, tmp_path: Path, unbroken: np.ndarray):
         for other in different[:i]:
             assert np.abs(one / other - 1).max() > 1e-3
             np.testing.assert_allclose(one, other, rtol=0.3)
+
+
+# ---- How long, how often -------------------------------------------------------------
+
+
+def test_evaluations_and_checkpoints_by_steps(
+    train: Train, tmp_path: Path, unbroken: np.ndarray
+):
+    """Training is the same whatever is looked at in between, resumed or not."""
+    args = ("--steps=50", "--eval-every=20", "--log-every=0.0001", "--workdir=run")
+    status, out, _ = train(*args, "--steps-per-dispatch=4")
+    assert status == 0
+    lines = history(tmp_path / "run")
+    assert [line["step"] for line in lines] == [20, 40, 50]
+    assert [line["epoch"] for line in lines] == [0.8696, 1.7391, 2.1739]
+    assert "step 40/50  loss " in out
+    assert "final test accuracy" in out
+    # Steps since the last evaluation: their mean is that of whole epochs.
+    progress = MetricsFile(tmp_path / "run" / "progress.jsonl").read()
+    assert {"loss", "learning_rate", "examples_per_second", "seconds_left"} < set(
+        progress[0]
+    )
+    assert [line["step"] for line in progress][:3] == [4, 8, 12]
+    assert out.count(" left\n") == len(progress)
+
+    assert train("--steps=46", "--workdir=other", "--save-every=7")[0] == 0
+    assert [line["step"] for line in history(tmp_path / "other")] == [23, 46]
+    np.testing.assert_array_equal(losses(tmp_path / "other"), unbroken[:2])
+
+
+def test_by_minutes(train: Train, tmp_path: Path):
+    """Each dispatch is later than a billionth of a minute."""
+    every = "1e-9m"
+    args = (f"--eval-every={every}", f"--save-every={every}", "--steps=12")
+    assert train(*args, "--steps-per-dispatch=4", "--workdir=run")[0] == 0
+    assert [line["step"] for line in history(tmp_path / "run")] == [4, 8, 12]
+
+
+def test_patience(train: Train, tmp_path: Path):
+    """With a vanishing learning rate nothing becomes better, also when resumed."""
+    args = ("--learning-rate=1e-30", "--momentum=1", "--patience=2", "--workdir=run")
+    status, out, _ = train(*args)
+    assert status == 0
+    assert "stopped early: no better test accuracy in the last 2 evaluations" in out
+    assert len(history(tmp_path / "run")) == 3
+    status, out, _ = train("--resume", "--workdir=run")
+    assert status == 0
+    assert len(history(tmp_path / "run")) == 3
+
+
+def test_what_a_run_was_started_with(train: Train, tmp_path: Path):
+    assert train("--epochs=1", "--workdir=run", "--warmup-epochs=3")[1].count(
+        "note     the warm-up of 3 epochs is longer than the run of 1, and is cut to 22"
+    )
+    (start,) = MetricsFile(tmp_path / "run" / "starts.jsonl").read()
+    assert start["step"] == 0
+    assert start["jax"] == jax.__version__
+    assert start["devices"] == "1 CPU"
+    assert {"time", "command", "host", "python"} < set(start)
+
+
+def test_weights_of_another_run(train: Train, tmp_path: Path, opened: Any):
+    assert train("--epochs=1", "--workdir=old")[0] == 0
+    args = ("--epochs=1", "--schedule=cosine", "--learning-rate=1e-9", "--momentum=1")
+    status, _, err = train(*args, "--init-from=old", "--workdir=new")
+    assert (status, err) == (0, "")
+    old, new = opened(tmp_path / "old"), opened(tmp_path / "new")
+    for one, other in zip(
+        *map(jax.tree.leaves, (old.variables, new.variables)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    line = history(tmp_path / "new")[0]
+    assert line["test_accuracy"] == history(tmp_path / "old")[0]["test_accuracy"]
+    status, _, err = train(*args, "--init-from=nothing", "--workdir=other")
+    assert status == 2
+    assert "--init-from=nothing is not there" in err
+
+
+def test_one_row_for_a_batch_norm(train: Train, tmp_path: Path):
+    status, out, err = train("--batch-size=8", "--microbatches=8")
+    assert (status, out) == (2, "")
+    assert "gives one row to each group" in err
+    assert "a larger --batch-size" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- Slow ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import optax
 from jbn import models
 from jbn.tools import decays
 from jbn.training import norms
-from jbn.training.config import Config
+from jbn.training.config import Config, total_steps
 from jbn.training.data import Dataset, Description, load_dataset
 from jbn.training.errors import UsageError
 from jbn.training.executor import Executor
@@ -174,6 +174,24 @@ def row_multiple(config: Config, num_devices: int) -> int:
     return math.lcm(num_devices, groups) * config.microbatches
 
 
+def warmup_steps(config: Config, steps_per_epoch: int) -> int:
+    """The number of steps of the warm-up, which leaves one step of the run."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    return min(warmup, total_steps(config, steps_per_epoch) - 1)
+
+
+def make_schedule(config: Config, steps_per_epoch: int) -> Callable[[Any], Any]:
+    """Makes the learning rate, as a function of the number of steps before."""
+    peak, warmup = config.learning_rate, warmup_steps(config, steps_per_epoch)
+    if config.schedule == "cosine":
+        total = total_steps(config, steps_per_epoch)
+        start = 0.0 if warmup else peak
+        return optax.warmup_cosine_decay_schedule(start, peak, warmup, total)
+    if warmup:
+        return optax.linear_schedule(0.0, peak, warmup)
+    return optax.constant_schedule(peak)
+
+
 def make_optimizer(config: Config, steps_per_epoch: int) -> Any:
     """Makes the optimizer.
 
@@ -184,15 +202,12 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> Any:
     Returns:
         An `optax.GradientTransformation`.
     """
-    total = config.epochs * steps_per_epoch
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
-    rate: Any = config.learning_rate
-    if config.schedule == "cosine":
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total
-        )
-    elif warmup:
-        rate = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    # A constant has no place in the optimizer's state, where a schedule counts.
+    is_constant = config.schedule == "constant" and not warmup_steps(
+        config, steps_per_epoch
+    )
+    schedule = make_schedule(config, steps_per_epoch)
+    rate = config.learning_rate if is_constant else schedule
     parts = []
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))

@@ -1,5 +1,11 @@
-"""Saves the state with Orbax, in the background, and keeps the last and the best."""
+"""Saves the state with Orbax, in the background, and keeps the last and the best.
 
+Each checkpoint has a CRC-32 of every array, which is compared on every read: the files
+that Orbax writes by default have none that finds a changed byte.
+"""
+
+import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jbn.training.errors import UsageError
+from jbn.training.errors import StorageError, UsageError
 from jbn.training.state import TrainState
 
 
@@ -32,7 +38,9 @@ class Checkpoints:
         self, folder: Path, *, higher_is_better: bool = True, read_only: bool = False
     ):
         self._folder = folder
-        sign = 1 if higher_is_better else -1
+        self._sign = sign = 1 if higher_is_better else -1
+        # Not saved yet: the last state, and the best one if that is another.
+        self._held: dict[str, tuple[TrainState, float]] = {}
         # (In the middle of an epoch there is no metric.)
         value = lambda metrics: sign * (metrics or {}).get("value", -sign * np.inf)
         # Orbax reports each step of each save; errors still come through.
@@ -45,20 +53,28 @@ class Checkpoints:
                 ),
             ]
         )
-        self._manager = ocp.CheckpointManager(
-            folder.resolve(),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "progress": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=None if read_only else policies,
-                best_fn=value,
-                enable_async_checkpointing=not read_only,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=None if read_only else policies,
+            best_fn=value,
+            enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+            "checksums": ocp.JsonCheckpointHandler(),
+        }
+        try:
+            self._manager = ocp.CheckpointManager(
+                folder.resolve(), item_handlers=handlers, options=options
+            )
+            # (Reads the metrics of all checkpoints.)
+            best = self._manager.best_step()
+            metrics: Any = None if best is None else self._manager.metrics(best)
+            self._best_value = value(metrics) if metrics else -np.inf
+        except Exception as error:  # Orbax raises anything here.
+            raise UsageError(f"{folder} cannot be read ({_brief(error)}).") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -69,7 +85,11 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        try:
+            if not isinstance(error, StorageError):
+                self.flush()
+        finally:
+            self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -88,7 +108,8 @@ class Checkpoints:
 
     def describe(self) -> str:
         """Says what can be loaded."""
-        self._manager.wait_until_finished()
+        self.flush()
+        self.wait()
         if self.last_step is None:
             return "There is no checkpoint yet."
         return (
@@ -101,7 +122,7 @@ class Checkpoints:
         state: TrainState,
         *,
         metric: float | None = None,
-        progress: Mapping[str, float] | None = None,
+        progress: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves a state, in the background.
 
@@ -110,19 +131,71 @@ class Checkpoints:
             metric: By which the best is chosen; `None` in the middle of an epoch.
             progress: Sums over the epoch so far.
         """
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)),  # pyright: ignore[reportCallIssue]
-                progress=ocp.args.JsonSave(dict(progress or {})),  # pyright: ignore[reportCallIssue]
-            ),
-            metrics=None if metric is None else {"value": metric},
-            force=True,
-        )
+        if "best" in self._held:
+            best, value = self._held.pop("best")
+            if best.step < state.step:
+                self._save(best, value, {})
+        self._held.clear()
+        self._save(state, metric, dict(progress or {}))
+
+    def hold(self, state: TrainState, *, metric: float) -> None:
+        """Holds a state in memory, for `flush` to save if it is the last or the best.
+
+        Args:
+            state: Of NumPy arrays.
+            metric: By which the best is chosen.
+        """
+        if self._sign * metric >= self._best_value:
+            self._held["best"], self._best_value = (state, metric), self._sign * metric
+        self._held["last"] = state, metric
+
+    def flush(self) -> None:
+        """Saves what is held."""
+        if "last" in self._held:
+            state, metric = self._held["last"]
+            self.save(state, metric=metric)
+
+    def _save(
+        self, state: TrainState, metric: float | None, sums: dict[str, Any]
+    ) -> None:
+        tree = _as_dict(state)
+        if metric is not None:
+            self._best_value = max(self._best_value, self._sign * metric)
+        try:
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree),  # pyright: ignore[reportCallIssue]
+                    progress=ocp.args.JsonSave(sums),  # pyright: ignore[reportCallIssue]
+                    checksums=ocp.args.JsonSave(_checksums(tree, sums)),  # pyright: ignore[reportCallIssue]
+                ),
+                metrics=None if metric is None else {"value": metric},
+                force=True,
+            )
+        except Exception as error:  # Of this save, or of the last in the background.
+            raise self._not_saved(error) from error
 
     def wait(self) -> None:
         """Waits until what has been saved is on disk."""
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        self.wait()
+        for later in self.steps:
+            if later > step:
+                self._manager.delete(later)
+
+    def _not_saved(self, error: Exception) -> StorageError:
+        steps = self.steps
+        left = f"the last one there is {self._folder / str(steps[-1])}" if steps else ""
+        return StorageError(
+            f"A checkpoint cannot be written to {self._folder} ({_brief(error)}); "
+            f"{left or 'there is none yet'}."
+        )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
         """Loads a checkpoint.
@@ -135,29 +208,86 @@ class Checkpoints:
             The state, in NumPy arrays, and its `progress`.
 
         Raises:
-            UsageError: If it is of another model, or cannot be read.
+            UsageError: If it is of another model, damaged, or cannot be read. The
+                message names another checkpoint that is intact.
         """
-        path = self._folder / str(step)
         zeros = lambda x: np.zeros(x.shape, x.dtype)
-        target = jax.tree.map(zeros, _as_dict(like))
+        state, progress = self._intact(step, jax.tree.map(zeros, _as_dict(like)))
+        return TrainState(**state), progress
+
+    def restore_variables(self, step: int) -> dict[str, Any]:
+        """Loads the variables of a model that is not known.
+
+        Args:
+            step: One of `steps`.
+
+        Returns:
+            `params` and `batch_stats`: the average of them, if there is one.
+
+        Raises:
+            UsageError: As for `restore`.
+        """
+        state, _ = self._intact(step, None)
+        return state["average"] or {k: state[k] for k in ("params", "batch_stats")}
+
+    def _intact(self, step: int, target: Any) -> tuple[dict[str, Any], dict]:
         try:
-            metadata: Any = self._manager.item_metadata(step)
-            check_alike(metadata["state"], target, path)
+            return self._read(step, target)
+        except _DamagedError as error:
+            path = self._folder / str(step)
+            hint = self._intact_instead_of(step, target)
+            raise UsageError(f"{path} {error}. {hint}") from error
+
+    def _read(self, step: int, target: Any) -> tuple[dict[str, Any], dict]:
+        path = self._folder / str(step)
+        items: dict[str, Any] = {"progress": ocp.args.JsonRestore()}
+        # (Version 0.2.0 saved none.)
+        has_checksums = (path / "checksums").exists()
+        if has_checksums:
+            items["checksums"] = ocp.args.JsonRestore()
+        try:
+            if target is not None:
+                metadata: Any = self._manager.item_metadata(step)
+                check_alike(metadata["state"], target, path)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(target),  # pyright: ignore[reportCallIssue]
-                    progress=ocp.args.JsonRestore(),
+                    **items,
                 ),
             )
         except UsageError:
             raise
         except Exception as error:  # Orbax raises anything here.
-            line = (str(error).strip().splitlines() or [""])[0]
-            raise UsageError(
-                f"{path} cannot be read ({type(error).__name__}: {line})."
-            ) from error
-        return TrainState(**restored["state"]), restored["progress"]
+            raise _DamagedError(f"cannot be read ({_brief(error)})") from error
+        state, progress = restored["state"], restored["progress"]
+        if has_checksums:
+            found = _checksums(state, progress)
+            if target is None:
+                # The structure of the optimizer's state is not known then.
+                found.pop("opt_state")
+            _compare(found, restored["checksums"])
+        return state, progress
+
+    def _intact_instead_of(self, step: int, target: Any) -> str:
+        """Names the last other checkpoint that can be read."""
+        for other in reversed(self.steps):
+            if other == step:
+                continue
+            try:
+                self._read(other, target)
+            except (UsageError, _DamagedError):
+                continue
+            name = "best" if other == self.best_step else str(other)
+            return (
+                f"The checkpoint after step {other} is intact: use it with "
+                f"--checkpoint={name}."
+            )
+        return "There is no other checkpoint that is intact."
+
+
+class _DamagedError(Exception):
+    """The files of a checkpoint are not as they were written."""
 
 
 def check_alike(found: Any, expected: Any, path: Path) -> None:
@@ -206,3 +336,38 @@ def _as_dict(state: TrainState) -> dict:
         "opt_state": state.opt_state,
         "average": state.average,
     }
+
+
+def _checksums(
+    tree: Mapping[str, Any], progress: Mapping[str, Any]
+) -> dict[str, dict[str, int]]:
+    """By part, a CRC-32 of each array with its shape and dtype, and of the sums."""
+    sums = json.dumps(dict(progress), sort_keys=True).encode()
+    found = {"progress": {"": zlib.crc32(sums)}}
+    for part, values in tree.items():
+        leaves = jax.tree_util.tree_leaves_with_path(values)
+        found[part] = {}
+        for i, (key, leaf) in enumerate(leaves):
+            x = np.asarray(leaf)
+            # (The names in the optimizer's state are Optax's, and may change.)
+            path = jax.tree_util.keystr(key, simple=True, separator="/")
+            header = f"{x.dtype.name}{x.shape}".encode()
+            data: Any = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+            name = str(i) if part == "opt_state" else path
+            found[part][name] = zlib.crc32(data, zlib.crc32(header))
+    return found
+
+
+def _compare(found: Mapping[str, Any], saved: Any) -> None:
+    """Raises a `_DamagedError` with the name of the first array that differs."""
+    for part, values in found.items():
+        expected = saved.get(part, {})
+        for name in sorted(values.keys() | expected.keys()):
+            if values.get(name) != expected.get(name):
+                path = f"{part}/{name}".rstrip("/")
+                raise _DamagedError(f"is damaged: the checksum of {path} differs")
+
+
+def _brief(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line}"

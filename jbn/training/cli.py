@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from jbn.training.errors import NonFiniteLossError, UsageError
+from jbn.training.errors import NonFiniteLossError, StorageError, UsageError
 
 
 # With a sentence each, as the help shows them.
@@ -39,7 +39,8 @@ def main(
 
     Returns:
         The exit status: 0; 1 if the run or the check failed; 2 if it could not start
-        as asked; 130 after Ctrl-C.
+        as asked; 75 if SIGTERM has stopped training before its end, which --resume
+        goes on with; 130 after Ctrl-C.
     """
     args = list(sys.argv[1:] if args is None else args)
     if default is not None and (not args or args[0] not in COMMANDS):
@@ -53,11 +54,11 @@ def main(
         name = f"{prog} {args[0]}"
     try:
         return _find(args[0])(args[1:], name)
-    except (UsageError, NonFiniteLossError) as error:
+    except (UsageError, NonFiniteLossError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; nothing was trained or written", file=sys.stderr)
         return 130
     except BrokenPipeError:  # As of `| head`. Nothing is left for the flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

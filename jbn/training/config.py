@@ -1,27 +1,31 @@
 """The configuration of a run: one dataclass, from the command line or from a file."""
 
 import dataclasses
-import datetime
 import difflib
 import itertools
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import typeguard
 import tyro
 
 from jbn.training import folders, norms
 from jbn.training.devices import Accelerator
 from jbn.training.errors import UsageError
+from jbn.training.flags import parse
 
 
 # Without "{None}|" and "(default: None)": the texts say what the default does.
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 _Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 _Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+_File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+_Period = Annotated[
+    int | str | None, tyro.conf.arg(metavar="STEPS|MINUTESm", help_behavior_hint="")
+]
 _Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 
 Model = Literal["mlp", "resnet8", "resnet18", "resnet50", "unet", "dcgan"]
@@ -81,7 +85,19 @@ class Config:
             with anything in it is refused, unless to resume the run in it.
         resume: Continue the run in --workdir from its last checkpoint, with the flags
             that it was started with. Give more --epochs to train on after its end.
+        checkpoint: Resume from this checkpoint, or start --init-from it: `best` on the
+            test set, `last`, or a number of steps. Resuming from an earlier checkpoint
+            deletes the later ones.
+        config: Start from the flags of this `config.json`, of another run for example.
+            Flags on the command line come before it.
+        init_from: Start a new run from the weights and statistics of another: the
+            folder of a run, or a .npz or .msgpack file as `jbn fold` writes them. The
+            optimizer and the schedule start from zero.
+        init_skip: Leave layers out of --init-from that match this pattern: `head/*`
+            for a set with other classes.
         epochs: Passes over the training data.
+        steps: Train for so many steps, in place of --epochs.
+        patience: Stop after so many evaluations in a row without a better metric.
         batch_size: Examples in each step, over all devices together. None is dropped:
             the last batch of an epoch is smaller.
         microbatches: Parts of a batch to take one after the other, in the memory of one
@@ -119,7 +135,14 @@ class Config:
             CPU. CPU devices are virtual: there are as many as asked for.
         steps_per_dispatch: The most steps to hand to the devices at once. More keeps a
             small model from waiting for Python.
-        save_every: Save a checkpoint after so many steps, too, not only after an epoch.
+        eval_every: Evaluate after so many steps (`500`) or minutes (`10m`). By default
+            after each epoch.
+        save_every: Save a checkpoint after so many steps (`500`) or minutes (`10m`),
+            also within an epoch. By default after an evaluation, unless the last
+            checkpoint is less than 10 seconds old; a run that ends saves in any case.
+        log_every: Seconds between reports within an epoch: loss, learning rate,
+            examples a second and time left, in `progress.jsonl` and TensorBoard, and
+            as lines where there is no terminal.
         max_skipped: How many steps in a row may be skipped, because something in them
             is infinite or not a number, before the run stops.
         profile: Write a trace of a few steps to the folder of the run, for TensorBoard
@@ -156,7 +179,19 @@ class Config:
     crop: bool = False
     workdir: _Folder = None
     resume: bool = False
+    checkpoint: Annotated[
+        str, tyro.conf.arg(metavar="best|last|STEP", help_behavior_hint="")
+    ] = "last"
+    config: _File = None
+    init_from: Annotated[
+        Path | None, tyro.conf.arg(metavar="RUN|FILE", help_behavior_hint="")
+    ] = None
+    init_skip: Annotated[
+        str | None, tyro.conf.arg(metavar="PATTERN", help_behavior_hint="")
+    ] = None
     epochs: int = 60
+    steps: _Count = None
+    patience: _Count = None
     batch_size: int = 64
     microbatches: int = 1
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -180,7 +215,9 @@ class Config:
     ] = None
     num_devices: _Count = None
     steps_per_dispatch: int = 256
-    save_every: _Count = None
+    eval_every: _Period = None
+    save_every: _Period = None
+    log_every: float = 10.0
     max_skipped: int = 10
     profile: bool = False
     distributed: bool = False
@@ -194,7 +231,7 @@ class Config:
         at_least = {
             1: (
                 *("epochs", "batch_size", "steps_per_dispatch", "num_devices"),
-                *("image_size", "microbatches", "bn_group_size", "save_every"),
+                *("image_size", "microbatches", "bn_group_size", "steps", "patience"),
                 *("num_processes", "peer_timeout", "fix_after", "width", "depth"),
             ),
             0: ("shift", "warmup_epochs", "weight_decay", "max_skipped", "process_id"),
@@ -207,6 +244,9 @@ class Config:
         _check(self, "learning_rate", self.learning_rate > 0, "above 0")
         if self.fix_after is not None and self.norm not in ("batch", "ghost"):
             raise UsageError("--fix-after is only for --norm=batch and --norm=ghost.")
+        _check(self, "log_every", self.log_every > 0, "above 0")
+        for name in ("eval_every", "save_every"):
+            period_of(self, name)
         _check(self, "momentum", 0 <= self.momentum <= 1, "from 0 to 1")
         for name in ("beta1", "label_smoothing", "ema_decay", "dropout"):
             value = getattr(self, name)
@@ -218,6 +258,11 @@ class Config:
         _check(self, "seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1")
         if self.resume and self.workdir is None:
             raise UsageError("--resume needs --workdir: the folder of the run.")
+        if not (self.checkpoint in ("best", "last") or self.checkpoint.isdecimal()):
+            raise UsageError(
+                f"--checkpoint={self.checkpoint} must be last, best or a number of "
+                "steps."
+            )
         self._check_together()
 
     def _check_together(self) -> None:
@@ -240,17 +285,45 @@ class Config:
                 "depth",
             ):
                 if getattr(self, name) != getattr(Config, name):
-                    raise UsageError(f"{_flag(name)} is not for --model=dcgan.")
+                    raise UsageError(f"{flag(name)} is not for --model=dcgan.")
+        if self.init_skip is not None and self.init_from is None:
+            raise UsageError("--init-skip needs --init-from: the source.")
         several = ("coordinator", "num_processes", "process_id")
         given = [name for name in several if getattr(self, name) is not None]
         if given and len(given) < len(several):
             missing = next(name for name in several if name not in given)
-            raise UsageError(f"{_flag(given[0])} needs {_flag(missing)}, too.")
+            raise UsageError(f"{flag(given[0])} needs {flag(missing)}, too.")
         if given and self.process_id >= self.num_processes:  # type: ignore[operator]
             raise UsageError(
                 f"--process-id={self.process_id} is out of range: it counts from 0 to "
                 f"--num-processes={self.num_processes} minus 1."
             )
+
+
+# As the help shows them.
+GROUPS: Mapping[str, Sequence[str]] = {
+    "model": ("model", "width", "depth", "dropout", "precision", "microbatches"),
+    "normalization": ("norm", "norm_options", "momentum", "fix_after", "bn_group_size"),
+    "data": (
+        *("dataset", "test_fraction", "data_dir", "manual_dir", "image_size", "loader"),
+        *("shift", "flip", "crop"),
+    ),
+    "run": (
+        *("workdir", "resume", "checkpoint", "config", "init_from", "init_skip"),
+        "seed",
+    ),
+    "length": ("epochs", "steps", "batch_size", "patience", "max_skipped"),
+    "optimizer": (
+        *("optimizer", "learning_rate", "beta1", "schedule", "warmup_epochs"),
+        *("weight_decay", "clip_norm", "label_smoothing", "ema_decay"),
+    ),
+    "report": ("eval_every", "save_every", "log_every", "profile"),
+    "device": ("accelerator", "num_devices", "parallel", "steps_per_dispatch"),
+    "process": (
+        *("distributed", "coordinator", "num_processes", "process_id"),
+        "peer_timeout",
+    ),
+}
 
 
 # What suits a model on the data that it has by default.
@@ -290,6 +363,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# The file in a run's folder that the process which trains there holds a lock on.
+LOCK = ".lock"
+
 # Other values of these make another run, not the continuation of one.
 _FIXED = (
     "model",
@@ -318,7 +394,24 @@ _FIXED = (
     "precision",
     "momentum",
     "bn_group_size",
+    "init_from",
+    "init_skip",
     "seed",
+)
+# How one process is started, which the folder of a run does not record.
+_OF_A_PROCESS = (
+    *("resume", "config", "distributed", "coordinator"),
+    *("num_processes", "process_id"),
+)
+
+# The flags of version 0.2.0, which its `config.json` has all of.
+_IN_0_2_0 = frozenset(
+    """model dataset data_dir manual_dir image_size loader shift flip crop workdir
+    resume epochs batch_size microbatches optimizer learning_rate beta1 schedule
+    warmup_epochs weight_decay clip_norm label_smoothing ema_decay precision momentum
+    bn_group_size seed parallel accelerator num_devices steps_per_dispatch save_every
+    max_skipped
+    profile distributed coordinator num_processes process_id peer_timeout""".split()
 )
 
 
@@ -339,7 +432,7 @@ def parse_config(
             or nothing to resume, or something fixed would change on resuming.
     """
     args = list(sys.argv[1:] if args is None else args)
-    config = _parse(args, preset(model_in(args)), prog)
+    config = _absolute(parse(_defaults(args), GROUPS, args, prog=prog))
     if config.workdir is None:
         return config
     path = config.workdir / "config.json"
@@ -347,22 +440,27 @@ def parse_config(
         if not path.exists():
             raise UsageError(f"--resume: there is no run in {config.workdir}.")
         saved = load_config(path)
-        saved_here = dataclasses.replace(saved, workdir=config.workdir)
-        config = _parse(args, saved_here, prog)
+        saved_here = dataclasses.replace(
+            saved, workdir=config.workdir, checkpoint="last"
+        )
+        if config.config is not None:
+            raise UsageError("--config is for a new run: leave it out with --resume.")
+        config = _absolute(parse(saved_here, GROUPS, args, prog=prog))
         # A schedule over all epochs is another one with more of them.
-        fixed = _FIXED if saved.schedule == "constant" else (*_FIXED, "epochs")
+        length = () if saved.schedule == "constant" else ("epochs", "steps")
+        fixed = (*_FIXED, *length)
         for name in fixed:
             old, new = getattr(saved, name), getattr(config, name)
             if old != new:
-                flag = _flag(name)
+                shown = flag(name)
                 if name == "norm_options":
-                    flag, old, new = norms.first_difference(old, new)
+                    shown, old, new = norms.first_difference(old, new)
                 raise UsageError(
-                    f"The run in {config.workdir} was made with {flag}={old}. "
+                    f"The run in {config.workdir} was made with {shown}={old}. "
                     f"It cannot be resumed with {new}: leave the flag out, or start "
                     "another run in another --workdir."
                 )
-    elif config.workdir.exists() and any(config.workdir.iterdir()):
+    elif not _is_unused(config.workdir):
         raise UsageError(
             f"--workdir={config.workdir} is not empty. Choose another, or continue the "
             "run in it with --resume."
@@ -381,25 +479,24 @@ def claim_workdir(config: Config) -> Path:
     """Makes the folder of the run, for it alone, and saves the configuration there.
 
     Args:
-        config: From `parse_config`. Without `workdir`, the folder is a new one.
+        config: With `workdir`.
 
     Returns:
         The folder, with `config.json` in it.
 
     Raises:
-        UsageError: If another run has been faster to claim it.
+        UsageError: If another run has been faster to claim it, or it cannot be written.
     """
     workdir = config.workdir
     if workdir is None:
-        workdir = _new_workdir(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+        raise ValueError("The configuration has no workdir.")
     # How it is started, and as which of several processes, is no matter of the run.
-    names = ("resume", "distributed", "coordinator", "num_processes", "process_id")
-    defaults = {name: getattr(Config, name) for name in names}
-    values = dataclasses.asdict(config) | {"workdir": workdir} | defaults
+    defaults = {name: getattr(Config, name) for name in _OF_A_PROCESS}
+    values = dataclasses.asdict(config) | defaults
     text = json.dumps(values, indent=2, default=str) + "\n"
     path = workdir / "config.json"
     try:
+        workdir.mkdir(parents=True, exist_ok=True)
         if config.resume:
             # In one step: a run that is killed right now can still be resumed.
             new = path.with_suffix(".new")
@@ -412,31 +509,82 @@ def claim_workdir(config: Config) -> Path:
         raise UsageError(
             f"--workdir={workdir} has just been taken by another run. Choose another."
         ) from error
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}. Choose another --workdir."
+        ) from error
     return workdir
 
 
 def load_config(path: Path) -> Config:
-    """Reads what `claim_workdir` wrote."""
-    values: dict[str, Any] = json.loads(path.read_text())
+    """Reads a `config.json`.
+
+    Args:
+        path: The file, as `claim_workdir` wrote it, or edited since.
+
+    Returns:
+        The configuration. Flags that a version after 0.2.0 has added have their
+        defaults where they are missing.
+
+    Raises:
+        UsageError: If it cannot be read, or has a key or a value that no flag has.
+    """
+    wrong = lambda text: UsageError(f"{path} is not the configuration of a run: {text}")
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    except json.JSONDecodeError as error:
+        raise wrong(f"line {error.lineno} is not JSON ({error.msg}).") from error
+    except UnicodeDecodeError as error:
+        raise wrong(f"it is not text ({error}).") from error
+    if not isinstance(values, dict):
+        raise wrong("it holds no keys and values.")
+    types = get_type_hints(Config)
+    for name in values:
+        if name not in types:
+            close = difflib.get_close_matches(name, types, 1)
+            hint = f"Did you mean {close[0]!r}?" if close else "Is it newer than this?"
+            raise wrong(f"there is no flag {name!r}. {hint}")
+    for name in types:
+        if name in _IN_0_2_0 and name not in values:
+            raise wrong(f"{name!r} is missing. Its default is {_shown(name)}.")
     for name in ("data_dir", "manual_dir", "workdir"):
-        if values[name] is not None:
+        if isinstance(values.get(name), str):
             values[name] = Path(values[name])
-    options = norms.NormOptions(**values.pop("norm_options", {}))
-    return Config(**values, norm_options=options)
+    options = values.get("norm_options", {})
+    if not isinstance(options, dict):
+        raise wrong(f"{json.dumps(options)} is not a value of 'norm_options'.")
+    try:
+        values["norm_options"] = norms.NormOptions(**options)
+    except TypeError as error:
+        raise wrong(f"'norm_options': {error}.") from error
+    for name, value in values.items():
+        boolean = isinstance(value, bool) and types[name] is not bool
+        try:
+            typeguard.check_type(value, types[name])
+        except typeguard.TypeCheckError:
+            boolean = True
+        if boolean:
+            what = "a model" if name == "model" else "a value"
+            raise wrong(f"{json.dumps(value, default=str)} is not {what} of {name!r}.")
+    try:
+        return Config(**values)
+    except UsageError as error:
+        raise wrong(str(error)) from error
 
 
 def model_in(args: Sequence[str]) -> str:
     """What --model says, before all the rest is read."""
-    for flag, value in itertools.pairwise([*args, ""]):
-        name, is_given, given = flag.partition("=")
-        if name == "--model":
+    return _value_of("--model", args) or "mlp"
+
+
+def _value_of(wanted: str, args: Sequence[str]) -> str | None:
+    for arg, value in itertools.pairwise([*args, ""]):
+        name, is_given, given = arg.partition("=")
+        if name == wanted:
             return given if is_given else value
-    return "mlp"
-
-
-def _parse(args: Sequence[str], default: Config, prog: str | None) -> Config:
-    annotated = Annotated[Config, tyro.conf.FlagCreatePairsOff]
-    return _absolute(tyro.cli(annotated, args=args, default=default, prog=prog))
+    return None
 
 
 def _absolute(config: Config) -> Config:
@@ -452,27 +600,80 @@ def _absolute(config: Config) -> Config:
     return dataclasses.replace(config, **paths)
 
 
-def _new_workdir(config: Config) -> Path:
-    name = config.dataset
-    name = Path(name).stem if Path(name).is_absolute() else re.sub("[/:]", "-", name)
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    first = Path("runs") / f"{name}-{config.model}-seed{config.seed}-{now}"
-    first.parent.mkdir(exist_ok=True)
-    path, count = first, 1
-    while True:
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:  # A run that was started in the same second.
-            count += 1
-            path = first.with_name(f"{first.name}-{count}")
+def _defaults(args: Sequence[str]) -> Config:
+    """The configuration beneath the flags: a file's, or that of the model."""
+    path = _value_of("--config", args)
+    if not path:
+        return preset(model_in(args))
+    # What the other run was, and not where and how it was started.
+    return dataclasses.replace(
+        load_config(Path(path)),
+        workdir=None,
+        **{name: getattr(Config, name) for name in _OF_A_PROCESS},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Period:
+    """How often something happens: every so many steps, or seconds."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+def period_of(config: Config, name: str) -> Period | None:
+    """Reads `eval_every` or `save_every`.
+
+    Args:
+        config: Of the run.
+        name: Of the flag.
+
+    Returns:
+        The period, or `None` where the flag is not given.
+
+    Raises:
+        UsageError: If it is no period.
+    """
+    value = getattr(config, name)
+    if value is None:
+        return None
+    text = str(value)
+    minutes = text.endswith("m")
+    try:
+        number = float(text[:-1]) if minutes else int(text)
+    except ValueError:
+        number = 0
+    _check(config, name, number > 0, "at least 1 step (500), or minutes (10m)")
+    return Period(seconds=60 * number) if minutes else Period(steps=int(number))
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """The number of steps in a run."""
+    return config.steps or config.epochs * steps_per_epoch
 
 
 def _check(config: Config, name: str, valid: bool, range_text: str) -> None:
     if not valid:
         value = getattr(config, name)
-        raise UsageError(f"{_flag(name)}={value} is out of range: {range_text}.")
+        raise UsageError(f"{flag(name)}={value} is out of range: {range_text}.")
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """A field of the configuration, as on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def _shown(name: str) -> str:
+    return json.dumps(getattr(Config, name), default=str)
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether there is no folder, or an empty one, or one that was only locked."""
+    try:
+        return {path.name for path in folder.iterdir()} <= {LOCK}
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise UsageError(
+            f"--workdir={folder} cannot be written: {error.strerror}. Choose another."
+        ) from error

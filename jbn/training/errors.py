@@ -7,3 +7,7 @@ class UsageError(Exception):
 
 class NonFiniteLossError(Exception):
     """The loss became infinite or not a number: the message names the step."""
+
+
+class StorageError(Exception):
+    """The folder of a run cannot be written any more: the message says what is left."""

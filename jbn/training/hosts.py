@@ -1,24 +1,34 @@
 """Several processes as one run, on JAX's own runtime."""
 
+import dataclasses
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 
-from jbn.training.config import Config
-from jbn.training.errors import UsageError
+from jbn.training.config import Config, flag
+from jbn.training.errors import NonFiniteLossError, StorageError, UsageError
 
 
 _SHUTDOWN_SECONDS = 30
-# The others may still be starting.
-_START_SECONDS = 60
+# JAX adds some seconds to the time limit for joining.
+_JOIN_SECONDS = 5
+
+# What may differ between the processes of a run.
+_OWN = ("process_id", "data_dir", "manual_dir", "num_devices", "accelerator")
 
 
 def connect(config: Config) -> None:
@@ -28,7 +38,7 @@ def connect(config: Config) -> None:
         config: With the flags on processes.
 
     Raises:
-        UsageError: If the others are not found.
+        UsageError: If the others are not found, or were started with other flags.
     """
     given = config.coordinator is not None
     if not given and not config.distributed:
@@ -40,10 +50,12 @@ def connect(config: Config) -> None:
             "num_processes": config.num_processes,
             "process_id": config.process_id,
         }
+        _check_address(config)
+    _translate_errors(config)
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=max(config.peer_timeout, _START_SECONDS),
+            initialization_timeout=max(1, config.peer_timeout - _JOIN_SECONDS),
             heartbeat_timeout_seconds=config.peer_timeout,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
@@ -51,15 +63,104 @@ def connect(config: Config) -> None:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         how = "--coordinator" if given else "--distributed"
         raise UsageError(
-            f"{how}: the other processes were not found ({line}). Give all of them the "
-            "same --coordinator=HOST:PORT, which process 0 must be able to open, and "
-            "--num-processes, and each its own --process-id."
+            f"{how}: the other processes were not found ({line}). {_HOW_TO_START}"
         ) from error
+    _compare_flags(config)
+
+
+_HOW_TO_START = (
+    "Give all of them the same --coordinator=HOST:PORT, which process 0 must be able "
+    "to open, and --num-processes, and each its own --process-id."
+)
+
+
+def _check_address(config: Config) -> None:
+    """Opens or reaches the port of process 0, before JAX ends the process over it."""
+    host, _, port = str(config.coordinator).rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(
+            f"--coordinator={config.coordinator} must be HOST:PORT, as 10.0.0.1:1234."
+        )
+    if config.process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise UsageError(
+                f"--coordinator={config.coordinator}: port {port} is in use on this "
+                f"machine ({error.strerror}): by another process 0, or another "
+                "program. Choose another port."
+            ) from error
+        return
+    end = time.monotonic() + config.peer_timeout
+    while True:
+        left = end - time.monotonic()
+        try:
+            socket.create_connection(
+                (host.strip("[]"), int(port)), max(left, 1)
+            ).close()
+            return
+        except OSError as error:
+            if left <= 0:
+                raise UsageError(
+                    f"--coordinator={config.coordinator}: process 0 was not found "
+                    f"there within {config.peer_timeout} s ({error}). {_HOW_TO_START}"
+                ) from error
+        time.sleep(min(0.2, max(left, 0.01)))
+
+
+def _translate_errors(config: Config) -> None:
+    """Sends what C++ writes to the error output through `peers.py`."""
+    given = config.process_id is not None
+    names = (config.process_id, config.num_processes) if given else ("?", "?")
+    script = Path(__file__).with_name("peers.py")
+    terminal = os.dup(2)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", *map(str, (script, *names, config.peer_timeout))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is not for it.
+    )
+    assert process.stdin is not None
+    os.dup2(process.stdin.fileno(), 2)
+    process.stdin.close()
+
+
+def _compare_flags(config: Config) -> None:
+    """Ends all processes if one was started with other flags than process 0."""
+    state: Any = distributed.global_state
+    client = state.client
+    flags = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in _OWN
+    }
+    milliseconds = 1000 * config.peer_timeout
+    text = json.dumps(flags, default=str, sort_keys=True)
+    client.key_value_set(f"jbn/flags/{state.process_id}", text)
+    every = [
+        json.loads(client.blocking_key_value_get(f"jbn/flags/{i}", milliseconds))
+        for i in range(state.num_processes)
+    ]
+    for i, other in enumerate(every):
+        for name in sorted(other):
+            if other[name] != every[0][name]:
+                jax.distributed.shutdown()  # Waits until all have found out.
+                raise UsageError(
+                    f"Process {i} was started with {flag(name)}={other[name]}, process "
+                    f"0 with {every[0][name]}. Give all processes the same flags."
+                )
+
+
+def agree(value: bool) -> bool:
+    """What the first process has for `value`."""
+    return from_first(str(int(value))) == "1"
 
 
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
-    return jax.process_index() == 0
+    # (`jax.process_index` would choose the devices.)
+    return distributed.global_state.process_id == 0
 
 
 def from_first(text: str) -> str:
@@ -90,55 +191,83 @@ def end_at_once(run: Callable[[], int]) -> int:
     """
     try:
         status = run()
-    except BaseException:
+    except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
-        traceback.print_exc()
-        status = 1
-    if status and jax.distributed.is_initialized():
-        print(
-            f"error: process {jax.process_index()} of {jax.process_count()} ends. "
-            "Start all of them again with --resume and --workdir=FOLDER to go on after "
-            "the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
+        status, text = _explain(error)
+        count, i = jax.process_count(), jax.process_index()
+        # (Through `peers.py`, which prints the first error alone.)
+        message = (
+            f"error: process {i} of {count} ends: {text} Start all of them, with "
+            "--resume and --workdir=FOLDER to go on after the last checkpoint.\n"
         )
+        os.write(2, message.encode())
+    if status and jax.distributed.is_initialized():
         sys.stdout.flush()
         os._exit(status)
     return status
 
 
-class Preemption:
-    """Notices that the process is to end soon: SIGTERM, to it or to any other.
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit status for an error, and its message."""
+    if isinstance(error, UsageError):
+        return 2, str(error)
+    if isinstance(error, (NonFiniteLossError, StorageError)):
+        return 1, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "it was interrupted."
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        # As a rule, an operation on all devices, of which some are gone.
+        line = " ".join(str(error).split())
+        return 1, f"another process has ended ({line[:200]})."
+    traceback.print_exception(error)
+    return 1, f"{type(error).__name__}: {error}."
 
-    A second SIGTERM ends it as usual.
+
+class Preemption:
+    """Notices that the run is to end soon: SIGTERM to any process, or Ctrl-C.
+
+    A second signal ends the process at once.
     """
 
     def __init__(self) -> None:
-        self._asked, self._calls = False, 0
-        self._old: Any = None
+        self.signal: signal.Signals | None = None
+        self._calls = 0
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        here = threading.current_thread() is threading.main_thread()
-        # With several processes JAX has a handler of its own, and tells all of them.
-        if jax.process_count() == 1 and here:
-            self._old = signal.signal(signal.SIGTERM, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            # With several processes JAX has a handler of its own for SIGTERM, and
+            # tells all of them.
+            numbers = [signal.SIGINT]
+            numbers += [signal.SIGTERM] if jax.process_count() == 1 else []
+            for number in numbers:
+                self._old[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+        for number, old in self._old.items():
+            signal.signal(number, old)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        signal.signal(number, self._old)
+        self.signal = signal.Signals(number)
+        # Not as before: Python's own handler would first clean up.
+        default = signal.SIG_DFL if number == signal.SIGINT else self._old[number]
+        signal.signal(number, default)
+        if number == signal.SIGINT:
+            print("\nsaving; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+            if jax.process_count() > 1:
+                signal.raise_signal(signal.SIGTERM)
 
     def reached(self) -> bool:
         """Whether to save and end now; the same in all, which must ask as often."""
         if jax.process_count() == 1:
-            return self._asked
+            return self.signal is not None
         from jax.experimental import multihost_utils
 
         # JAX picks the next number that no process has had yet: they must count by one.
         self._calls += 1
-        return multihost_utils.reached_preemption_sync_point(self._calls)
+        reached = multihost_utils.reached_preemption_sync_point(self._calls)
+        if reached and self.signal is None:
+            self.signal = signal.SIGTERM
+        return reached

@@ -1,4 +1,4 @@
-"""Metrics of a run: sums over steps, and a JSON line an epoch."""
+"""Metrics of a run: sums over steps, and JSON lines."""
 
 import dataclasses
 import json
@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from jbn.training.errors import UsageError
 
 
 Line = dict[str, Any]
@@ -63,7 +65,7 @@ class Sums:
 
 
 class MetricsFile:
-    """The file of JSON lines, one line an epoch.
+    """A file of JSON lines, each with the `step` that it is of.
 
     Args:
         path: Where it is, or is to be.
@@ -78,11 +80,27 @@ class MetricsFile:
             file.write(json.dumps(line) + "\n")
 
     def read(self) -> list[Line]:
-        """Reads all lines, but for a last one that was not written to its end."""
+        """Reads all lines, but for a last one that was not written to its end.
+
+        Raises:
+            UsageError: If another line is not one that `append` wrote.
+        """
         if not self.path.exists():
             return []
-        *lines, _ = self.path.read_text().split("\n")
-        return [json.loads(line) for line in lines]
+        *lines, _ = self.path.read_bytes().split(b"\n")
+        return [self._parse(i, line) for i, line in enumerate(lines, 1)]
+
+    def _parse(self, number: int, text: bytes) -> Line:
+        try:
+            line = json.loads(text)
+            if isinstance(line["step"], int):
+                return line
+        except (ValueError, KeyError, TypeError):  # UnicodeDecodeError is a ValueError.
+            pass
+        raise UsageError(
+            f"{self.path} is damaged: line {number} is not one that a run wrote. "
+            "Remove it to go on without it."
+        )
 
     def truncate(self, step: int) -> None:
         """Drops the lines after `step`, which a run wrote that ended in between."""

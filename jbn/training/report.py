@@ -1,5 +1,6 @@
 """What a run writes for people beside its metrics: pictures, events, a trace."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,14 +65,12 @@ class Events:
             self._writer.close()
 
     def write(self, line: Line, figures: Mapping[str, Any]) -> None:
-        """Adds those of an epoch."""
+        """Adds those of a line of metrics."""
         if self._folder is None:
             return
         if self._writer is None:
-            # Only here: it takes a while, and makes a file.
-            from tensorboardX import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder))
+            # Only here: it makes a file.
+            self._writer = _summary_writer(self._folder)
         step = line["step"]
         for name, value in line.items():
             if name not in ("epoch", "step"):
@@ -83,6 +82,19 @@ class Events:
             pixels = pictures.render(figure)
             self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()
+
+
+def _summary_writer(folder: Path) -> Any:
+    """A `SummaryWriter`, without PyTorch, which it would import for seconds."""
+    missing = "torch" not in sys.modules
+    if missing:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if missing:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder))
 
 
 class Profile:

@@ -1,7 +1,6 @@
 """Opens what `train.py` has left in the folder of a run, without changing it."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -155,23 +154,20 @@ def open_run(
         UsageError: If there is no run, or no such checkpoint, or if that is of another
             model.
     """
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
-        path, checkpoint = path.parent.parent, path.name
+    path, checkpoint = _split(path, checkpoint)
     config = read_config(path)
     # On one device: a CPU, or whatever JAX finds.
     select_devices(None, None)
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:
-        folder = path / "checkpoints"
-        if not folder.is_dir():
-            raise UsageError(f"{path} has no checkpoints yet.")
+        _require_checkpoints(path)
         data, num_train = _data(path, config, dataset, data_dir)
         count = -(-num_train // config.batch_size)
         task = make_task(config, data, steps_per_epoch=count)
         better = task.metric.higher_is_better
-        with Checkpoints(folder, higher_is_better=better, read_only=True) as found:
-            step = _find(found, path, checkpoint)
+        with _checkpoints_of(path, better) as found:
+            step = find_checkpoint(found, path, checkpoint)
             averaged = config.ema_decay is not None
             make = lambda: create_state(task, config.seed, averaged=averaged)
             state, progress = found.restore(step, jax.eval_shape(make))
@@ -196,6 +192,26 @@ def _data(
     return described.dataset(find), described.num_train
 
 
+def read_variables(path: Path, checkpoint: str = "last") -> dict[str, Any]:
+    """Reads the variables of a checkpoint, without the data of its run.
+
+    Args:
+        path: The folder of a run, or one of its `checkpoints`.
+        checkpoint: `last`, `best`, or a number of steps.
+
+    Returns:
+        `params` and `batch_stats`, in NumPy arrays: the average, if there is one.
+
+    Raises:
+        UsageError: If there is no such checkpoint, or it is damaged.
+    """
+    path, checkpoint = _split(path, checkpoint)
+    # (The metric is an accuracy, or a distance of a GAN.)
+    higher_is_better = read_config(path).model != "dcgan"
+    with _checkpoints_of(path, higher_is_better) as found:
+        return found.restore_variables(find_checkpoint(found, path, checkpoint))
+
+
 def read_config(folder: Path) -> Config:
     """The configuration of a run.
 
@@ -210,16 +226,7 @@ def read_config(folder: Path) -> Config:
             f"{folder} is not a run: it has no config.json. Give a folder that train.py"
             " wrote."
         )
-    try:
-        return load_config(path)
-    except UsageError as error:
-        raise UsageError(f"{path} is not of a run: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UsageError(
-            f"{path} is not the configuration of a run ({type(error).__name__}: "
-            f"{text})."
-        ) from error
+    return load_config(path)
 
 
 def save_run(
@@ -276,8 +283,39 @@ def refuse_existing(path: Path) -> None:
         )
 
 
-def _find(checkpoints: Checkpoints, folder: Path, checkpoint: str) -> int:
-    """The number of a checkpoint."""
+def _split(path: Path, checkpoint: str) -> tuple[Path, str]:
+    """The folder of a run and a checkpoint, where `path` may be the latter."""
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return path.parent.parent, path.name
+    return path, checkpoint
+
+
+def _require_checkpoints(run: Path) -> Path:
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise UsageError(f"{run} has no checkpoints yet.")
+    return folder
+
+
+def _checkpoints_of(run: Path, higher_is_better: bool) -> Checkpoints:
+    folder = _require_checkpoints(run)
+    return Checkpoints(folder, higher_is_better=higher_is_better, read_only=True)
+
+
+def find_checkpoint(checkpoints: Checkpoints, folder: Path, checkpoint: str) -> int:
+    """Finds the number of steps of a checkpoint.
+
+    Args:
+        checkpoints: Of the run.
+        folder: Of the run, for messages.
+        checkpoint: `last`, `best`, or a number of steps.
+
+    Returns:
+        The number of steps.
+
+    Raises:
+        UsageError: If there is no such checkpoint.
+    """
     steps = checkpoints.steps
     if not steps:
         raise UsageError(f"{folder} has no checkpoints yet.")

@@ -1,22 +1,35 @@
 """Everything that a run computes with: devices, data, task and compiled steps."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from jbn.linen import BatchNorm
 from jbn.training.batches import Plan, permutation, plan_epoch
-from jbn.training.build import make_task, open_dataset, row_multiple
-from jbn.training.config import Config
+from jbn.training.build import (
+    make_schedule,
+    make_task,
+    open_dataset,
+    row_multiple,
+    warmup_steps,
+)
+from jbn.training.config import Config, total_steps
 from jbn.training.data import Dataset
 from jbn.training.devices import select_devices
+from jbn.training.errors import UsageError
 from jbn.training.evaluation import Evaluation, steps_per_dispatch
 from jbn.training.executor import Executor
+from jbn.training.initial import initialize_from
 from jbn.training.loader import ahead, empty_chunk, load
 from jbn.training.state import TrainState
 from jbn.training.step import create_state, initialize, make_train_step
-from jbn.training.tasks import Task
+from jbn.training.tasks import Supervised, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +59,50 @@ class Setup:
     @property
     def total_steps(self) -> int:
         """The number of steps at the end of the run."""
-        return self.config.epochs * self.steps_per_epoch
+        return total_steps(self.config, self.steps_per_epoch)
+
+    @property
+    def rows_per_step(self) -> float:
+        """The mean number of examples in a step."""
+        return len(self.dataset.train) / self.steps_per_epoch
+
+    def learning_rate(self, done: int) -> float:
+        """The learning rate of the step after so many."""
+        return float(self._schedule(done))
+
+    @functools.cached_property
+    def _schedule(self) -> Callable[[int], Any]:
+        return make_schedule(self.config, self.steps_per_epoch)
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
         averaged = self.config.ema_decay is not None
-        return initialize(self.task, self.config.seed, averaged=averaged)
+        state = initialize(self.task, self.config.seed, averaged=averaged)
+        if self.config.init_from is None:
+            return state
+        return initialize_from(self.config, jax.device_get(state))
 
     def state_shapes(self) -> TrainState:
         """The shapes and dtypes of a state, without computing one."""
         seed, averaged = self.config.seed, self.config.ema_decay is not None
         return jax.eval_shape(lambda: create_state(self.task, seed, averaged=averaged))
+
+    def notes(self) -> list[str]:
+        """What of the flags has no effect, or not the one that it seems to have."""
+        found, config = [], self.config
+        warmup = warmup_steps(config, self.steps_per_epoch)
+        if config.warmup_epochs * self.steps_per_epoch > self.total_steps:
+            epochs = self.total_steps / self.steps_per_epoch
+            found.append(
+                f"the warm-up of {config.warmup_epochs:g} epochs is longer than the "
+                f"run of {epochs:.4g}, and is cut to {warmup} steps"
+            )
+        if _rows_in_a_group(config, self.executor, self.task) <= 1:
+            found.append(
+                "--batch-size=1 gives one row to the batch norms: their outputs are "
+                "constant, and the model cannot learn; 2 and more are enough"
+            )
+        return found
 
     def compile(self, state: TrainState) -> TrainState:
         """Compiles the training step, by a dispatch that changes nothing."""
@@ -106,6 +152,13 @@ def prepare(config: Config) -> Setup:
     plan = _plan_epoch(config, dataset, executor, 1)  # All are of one shape.
     task = make_task(config, dataset, executor, steps_per_epoch=plan.num_steps)
     step = make_train_step(task, seed=config.seed, ema_decay=config.ema_decay)
+    if config.batch_size > 1 and _rows_in_a_group(config, executor, task) <= 1:
+        raise UsageError(
+            f"--batch-size={config.batch_size} gives one row to each group of devices "
+            "and microbatch that has statistics of its own: its normalized outputs "
+            "would be constant. Use a larger --batch-size, a larger --bn-group-size or "
+            "fewer --microbatches."
+        )
     evaluation = Evaluation(
         task,
         executor,
@@ -133,3 +186,27 @@ def _plan_epoch(
     order = permutation(config.seed, epoch, len(dataset.train))
     multiple = row_multiple(config, len(executor.devices))
     return plan_epoch(order, config.batch_size, multiple=multiple)
+
+
+def _rows_in_a_group(config: Config, executor: Executor, task: Task) -> int:
+    """The fewest rows that a batch norm takes its statistics of."""
+    devices = len(executor.devices)
+    group = config.bn_group_size or devices
+    images = config.batch_size * group // (config.microbatches * devices)
+    if images > 1 or not isinstance(task, Supervised):
+        return max(images, 2)
+    rows = [2]
+
+    def record(
+        call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ):
+        if isinstance(context.module, BatchNorm) and args:
+            rows.append(math.prod(args[0].shape[:-1]))
+        return call(*args, **kwargs)
+
+    # (In inference: some models have norms that are for training alone.)
+    image = jnp.zeros((1, *task.image_shape))
+    init = lambda: task.local_model.init(jax.random.key(0), image, train=False)
+    with nn.intercept_methods(record):
+        jax.eval_shape(init)
+    return max(images, 1) * min(rows[1:], default=2)

@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, and that it comes back to the last bit."""
 
 import dataclasses
+import gc
 import shutil
 from pathlib import Path
 
@@ -219,3 +220,110 @@ def test_read_only_leaves_the_folder_alone(tmp_path: Path, state: TrainState):
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         checkpoints.restore(5, state)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def files(folder: Path) -> list[Path]:
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(found, key=lambda path: path.stat().st_size, reverse=True)
+
+
+# (Orbax leaves the reads of other arrays behind, which fail when they are collected.)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_changed_byte_is_found(tmp_path: Path, rng: np.random.Generator):
+    """Wherever it is: it has no effect, or the checkpoint is refused."""
+    state = make(40)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(state, 10), metric=0.9)
+        checkpoints.save(at(state, 20), metric=0.5, progress={"loss": 0.5})
+    largest, *others = files(tmp_path / "20")
+    size = largest.stat().st_size
+    places = [(largest, int(k)) for k in rng.integers(0, size, 6)]
+    places += [(path, path.stat().st_size // 2) for path in others[:6]]
+    refused = []
+    for path, place in places:
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[place] ^= 0x10
+        path.write_bytes(bad)
+        with Checkpoints(tmp_path, read_only=True) as checkpoints:
+            try:
+                restored, progress = checkpoints.restore(20, state)
+            except UsageError as error:
+                refused.append(str(error))
+            else:
+                jax.tree.map(np.testing.assert_array_equal, restored, at(state, 20))
+                assert progress == {"loss": 0.5}
+        path.write_bytes(good)
+    gc.collect()
+    assert len(refused) >= 5
+    for text in refused:
+        assert str(tmp_path / "20") in text
+        assert text.endswith(
+            "The checkpoint after step 10 is intact: use it with --checkpoint=best."
+        )
+
+
+def test_a_changed_value_is_named(tmp_path: Path, state: TrainState):
+    """Also where the files are as Orbax would have them."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(state, 10), metric=0.9)
+    with Checkpoints(tmp_path / "other") as checkpoints:
+        checkpoints.save(dataclasses.replace(at(state, 11), step=np.int32(10)))
+    shutil.rmtree(tmp_path / "10" / "state")
+    shutil.copytree(tmp_path / "other" / "10" / "state", tmp_path / "10" / "state")
+    match = "damaged: the checksum of params/.* differs. There is no other checkpoint"
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        with pytest.raises(UsageError, match=match):
+            checkpoints.restore(10, state)
+        with pytest.raises(UsageError, match=match):
+            checkpoints.restore_variables(10)
+
+
+def test_without_checksums(tmp_path: Path, state: TrainState):
+    """As version 0.2.0 saved it."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(state, 10), metric=0.9)
+    shutil.rmtree(tmp_path / "10" / "checksums")
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.restore(10, state)[0].step == 10
+        params = checkpoints.restore_variables(10)["params"]
+        jax.tree.map(np.testing.assert_array_equal, params, at(state, 10).params)
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_what_is_held_is_saved_in_the_end(
+    tmp_path: Path, state: TrainState, higher_is_better: bool
+):
+    """The best and the last: as if all had been saved."""
+    sign = 1 if higher_is_better else -1
+    options = {"higher_is_better": higher_is_better}
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        checkpoints.save(at(state, 1), metric=sign * 0.3)
+        for step, value in ((2, 0.2), (3, 0.5), (4, 0.5), (5, 0.4)):
+            checkpoints.hold(at(state, step), metric=sign * value)
+        assert checkpoints.steps == [1]
+        checkpoints.flush()
+        checkpoints.wait()
+        assert checkpoints.steps == [4, 5]
+        assert checkpoints.best_step == 4
+        checkpoints.hold(at(state, 6), metric=sign * 0.1)
+        checkpoints.hold(at(state, 7), metric=sign * 0.1)
+        # In the middle of an epoch: the later one is the last.
+        checkpoints.save(at(state, 8))
+        checkpoints.hold(at(state, 9), metric=sign * 0.6)
+        checkpoints.hold(at(state, 10), metric=sign * 0.2)
+    with Checkpoints(tmp_path, **options, read_only=True) as checkpoints:
+        assert checkpoints.steps == [9, 10]
+        assert checkpoints.best_step == 9
+        restored, _ = checkpoints.restore(9, state)
+        jax.tree.map(np.testing.assert_array_equal, restored, at(state, 9))
+
+
+def test_going_back(tmp_path: Path, state: TrainState):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(state, 10), metric=0.9)
+        checkpoints.save(at(state, 20), metric=0.5)
+        checkpoints.delete_after(10)
+        assert checkpoints.steps == [10]
+        checkpoints.save(at(state, 20), metric=0.6)
+    assert names(tmp_path) == {"10", "20"}

@@ -1,18 +1,23 @@
 """The command line: what it accepts, refuses, and takes from a run to resume."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from jbn.training.config import (
+    GROUPS,
     PRESETS,
     Config,
     Model,
+    Period,
     claim_workdir,
     load_config,
     parse_config,
+    period_of,
     preset,
 )
 from jbn.training.errors import UsageError
@@ -28,6 +33,9 @@ def test_every_field_is_explained(capsys: pytest.CaptureFixture[str]):
         assert f"--{flag.replace('_', '-')}" in text
         assert f"{field.name}: " in (Config.__doc__ or "")
     assert "{None}" not in text
+    for title in GROUPS:
+        assert f" {title} options " in text
+    assert "more options" not in text
     assert "default: None" not in text
 
 
@@ -40,21 +48,6 @@ def test_written_and_read_again(tmp_path: Path):
         claim_workdir(config)
     claim_workdir(dataclasses.replace(config, resume=True))
     assert load_config(workdir / "config.json") == config
-
-
-def test_every_run_has_a_folder_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    seen = set()
-    for _ in range(3):  # In one and the same second.
-        config = parse_config(["--dataset=emnist/letters", "--seed=7"])
-        workdir = claim_workdir(config)
-        assert load_config(workdir / "config.json").workdir == workdir
-        assert workdir.parent == Path("runs")
-        assert workdir.name.startswith("emnist-letters-mlp-seed7-")
-        seen.add(workdir)
-    assert len(seen) == 3
 
 
 @pytest.mark.parametrize(
@@ -207,8 +200,10 @@ def test_help_shows_what_suits_a_model(model: str, capsys: pytest.CaptureFixture
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"(default: {model})" in text
     for name, value in PRESETS[model].items():
-        flag = f"--{name.replace('_', '-')} "
-        after = text[text.index(flag) :]
+        # (Texts name flags, too, but without a value.)
+        flag = re.search(rf"--{name.replace('_', '-')} [A-Z{{]", text)
+        assert flag is not None
+        after = text[flag.start() :]
         assert f"(default: {value})" in after[:600] or name == "image_size"
 
 
@@ -242,3 +237,81 @@ def test_a_run_of_several_processes_is_resumed_by_one(tmp_path: Path):
     again = parse_config(["--resume", workdir])
     assert (again.coordinator, again.num_processes, again.process_id) == (None,) * 3
     assert (again.distributed, again.seed) == (False, 3)
+
+
+# ---- Files ---------------------------------------------------------------------------
+
+
+def written(path: Path, **changes: Any) -> Path:
+    values = dataclasses.asdict(Config()) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"epochs": "ten"}, "\"ten\" is not a value of 'epochs'"),
+        ({"epochs": True}, "true is not a value of 'epochs'"),
+        ({"flip": 1}, "1 is not a value of 'flip'"),
+        ({"workdir": 3}, "3 is not a value of 'workdir'"),
+        ({"model": "vgg"}, "\"vgg\" is not a model of 'model'"),
+        ({"learning_rte": 1.0}, "no flag 'learning_rte'. Did you mean 'learning_rate'"),
+        ({"zzz": 1.0}, "there is no flag 'zzz'. Is it newer than this"),
+        ({"seed": ...}, "'seed' is missing. Its default is 0"),
+        ({"epochs": 0}, "--epochs=0 is out of range"),
+    ],
+)
+def test_a_file_that_was_edited(tmp_path: Path, changes: dict[str, Any], match: str):
+    path = written(tmp_path / "config.json", **changes)
+    with pytest.raises(UsageError, match=match) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path} is not the configuration of a run: ")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1,\n}', "\udcff"])
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str):
+    path = tmp_path / "config.json"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(UsageError, match="is not the configuration of a run"):
+        load_config(path)
+
+
+def test_the_file_of_an_older_version(tmp_path: Path):
+    """Flags that are newer have their defaults."""
+    path = written(tmp_path / "config.json", init_from=..., steps=..., save_every=7)
+    assert load_config(path) == dataclasses.replace(Config(), save_every=7)
+
+
+def test_flags_come_before_a_file(tmp_path: Path):
+    first = parse_config([f"--workdir={tmp_path / 'run'}", "--seed=5", "--model=unet"])
+    claim_workdir(first)
+    path = tmp_path / "run" / "config.json"
+    for args in ([f"--config={path}"], ["--config", str(path)]):
+        found = parse_config([*args, "--epochs=9"])
+        expected = dataclasses.replace(first, workdir=None, epochs=9, config=path)
+        assert found == expected
+    with pytest.raises(UsageError, match="--config is for a new run"):
+        parse_config([f"--config={path}", "--resume", f"--workdir={tmp_path / 'run'}"])
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        parse_config(["--config=nothing.json"])
+
+
+@pytest.mark.parametrize(
+    ("value", "period"),
+    [
+        ("500", Period(steps=500)),
+        ("10m", Period(seconds=600.0)),
+        ("0.5m", Period(seconds=30.0)),
+    ],
+)
+def test_periods(value: str, period: Period):
+    config = parse_config([f"--eval-every={value}"])
+    assert period_of(config, "eval_every") == period
+    assert period_of(config, "save_every") is None
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "0m", "10h", "m", "1.5"])
+def test_what_is_no_period(value: str):
+    with pytest.raises(UsageError, match=f"--save-every={value} is out of range"):
+        parse_config([f"--save-every={value}"])

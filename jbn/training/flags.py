@@ -1,0 +1,74 @@
+"""Parses the command line into a flat dataclass, with help in groups."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import docstring_parser
+import tyro
+
+
+T = TypeVar("T")
+
+
+def parse(
+    default: T,
+    groups: Mapping[str, Sequence[str]],
+    args: Sequence[str],
+    *,
+    prog: str | None = None,
+) -> T:
+    """Reads flags.
+
+    Args:
+        default: A dataclass, whose docstring explains it and its fields.
+        groups: Names of fields, by the name of the group that help shows them in.
+            Fields that are in none come last, in a group called `more`.
+        args: The command line.
+        prog: The name of the program, for help.
+
+    Returns:
+        A dataclass of the same type.
+    """
+    fields = [field.name for field in dataclasses.fields(default)]  # type: ignore[arg-type]
+    grouped = {name for names in groups.values() for name in names}
+    more = [name for name in fields if name not in grouped]
+    groups = {**groups, "more": more} if more else groups
+    types = {title: _group(type(default), groups[title]) for title in groups}
+    # A group leaves no prefix; a record in it keeps its own, as in `--norm.tau`.
+    unnamed = tyro.conf.arg(name="")
+    nested: Any = dataclasses.make_dataclass(
+        "Flags", [(title, Annotated[kind, unnamed]) for title, kind in types.items()]
+    )
+    values = {
+        title: types[title](**{name: getattr(default, name) for name in groups[title]})
+        for title in groups
+    }
+    text = docstring_parser.parse(type(default).__doc__ or "")
+    found = tyro.cli(
+        nested,
+        args=args,
+        default=nested(**values),
+        prog=prog,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        description=f"{text.short_description}\n\n{text.long_description or ''}",
+    )
+    flat = {
+        name: getattr(getattr(found, title), name)
+        for title in groups
+        for name in groups[title]
+    }
+    return type(default)(**flat)
+
+
+def _group(kind: type, names: Sequence[str]) -> Any:
+    """A dataclass of some of the fields, with their texts."""
+    hints = get_type_hints(kind, include_extras=True)
+    texts = {
+        param.arg_name: param.description or ""
+        for param in docstring_parser.parse(kind.__doc__ or "").params
+    }
+    made = dataclasses.make_dataclass("Group", [(name, hints[name]) for name in names])
+    lines = [f"    {name}: {' '.join(texts[name].split())}" for name in names]
+    made.__doc__ = "\n".join(["", "", "Attributes:", *lines])
+    return made
