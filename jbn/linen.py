@@ -250,11 +250,13 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
     Attributes:
         num_groups: Number of groups (on each device, with `axis_name`).
         devices_per_group: How many devices of `axis_name` share their groups.
+        interleaved: Whether groups take turns, instead of being contiguous.
 
     All other attributes are those of `BatchNorm`.
     """
 
     devices_per_group: int = 1
+    interleaved: bool = False
 
     if TYPE_CHECKING:
 
@@ -264,6 +266,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
             use_running_average: bool | None = None,
             *,
             devices_per_group: int = 1,
+            interleaved: bool = False,
             name: str | None = None,
             parent: Any = None,
             **settings: Unpack[_LinenOptions],
@@ -294,6 +297,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
             _mode(self, use_running_average),
             num_groups=self.num_groups,
             devices_per_group=1 if self.is_initializing() else self.devices_per_group,
+            interleaved=self.interleaved,
             **call,
         )
 

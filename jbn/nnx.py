@@ -281,6 +281,7 @@ class GhostBatchNorm(BatchNorm):
         num_features: As for `BatchNorm`.
         num_groups: Number of groups (on each device, with `axis_name`).
         devices_per_group: How many devices of `axis_name` share their groups.
+        interleaved: Whether groups take turns, instead of being contiguous.
         rngs: As for `BatchNorm`.
 
     All other arguments are those of `BatchNorm`.
@@ -293,6 +294,7 @@ class GhostBatchNorm(BatchNorm):
         num_groups: int,
         *,
         devices_per_group: int = 1,
+        interleaved: bool = False,
         rngs: nnx.Rngs,
         **settings: Unpack[_NNXOptions],
     ):
@@ -300,6 +302,7 @@ class GhostBatchNorm(BatchNorm):
         self._make(num_features, rngs, settings)
         self.num_groups = num_groups
         self.devices_per_group = devices_per_group
+        self.interleaved = interleaved
 
     @documented(LayerCallOptions)
     def __call__(
@@ -325,6 +328,7 @@ class GhostBatchNorm(BatchNorm):
             _mode(self, use_running_average),
             num_groups=self.num_groups,
             devices_per_group=self.devices_per_group,
+            interleaved=self.interleaved,
             **call,
         )
 

@@ -51,6 +51,7 @@ X = jnp.where(RNG.random(SHAPE) < 0.2, 0, X)
 STORED = int(np.count_nonzero(X))
 CT = normal(*SHAPE)
 IDS = jnp.asarray([0, 1, 2, 0, 1, 2, 0, 1])  # of images
+SHARES = jnp.asarray(RNG.uniform(0.1, 1, (8, 1, 3)), jnp.float32)
 WEIGHTS = jnp.asarray(RNG.uniform(0.2, 2, (8, 3, 1)), jnp.float32)
 
 # What is given in place of each default.
@@ -106,11 +107,14 @@ OTHERS: dict[str, Any] = {
 ERRORS: dict[tuple[str | None, str], str] = {
     (None, "axis_index_groups"): "partitions the mapped axis `axis_name`",
     ("renorm", "tau"): "`batch_renorm` does not take `tau`",
+    ("soft", "trim"): "`trim` judges a row by the statistics of its domain",
     ("sparse", "trim"): "`sparse_batch_norm` does not take `trim`",
     ("sparse", "activation"): "`sparse_batch_norm` does not take `activation`",
     ("sparse", "residual"): "`sparse_batch_norm` does not take `residual`",
 }
 OWN_ERRORS: dict[str, tuple[Any, str]] = {
+    "mix": ("both", "`mix` must be one of"),
+    "shrink_to": ("all", "`shrink_to` must be one of"),
     "devices_per_group": (2, "cuts the devices of `axis_name`"),
     "num_domains": (4, r"shape .*\(4, 3\)"),
 }
@@ -142,12 +146,23 @@ TRAINS = {"freeze_affine": False, "freeze_stats": False, "freeze_mode": False}
 METHODS = {
     "batch norm": Method("batch_norm", "BatchNorm"),
     "renorm": Method("batch_renorm", "BatchRenorm", {"r_max": 1.1, "d_max": 0.2}),
-    "ghost": Method("ghost_batch_norm", "GhostBatchNorm", {"num_groups": 3}),
+    "ghost": Method(
+        "ghost_batch_norm", "GhostBatchNorm", {"num_groups": 3, "interleaved": True}
+    ),
     "domain": Method(
         "domain_batch_norm",
         "DomainBatchNorm",
         {"num_domains": 3},
         {"domain": IDS},
+        {"own_affine": True},
+        (3,),
+        (3,),
+    ),
+    "soft": Method(
+        "domain_batch_norm",
+        "DomainBatchNorm",
+        {"num_domains": 3},
+        {"domain": SHARES},
         {"own_affine": True},
         (3,),
         (3,),
@@ -451,6 +466,7 @@ def test_an_option_of_its_own_changes_the_result_and_modules_take_it(name, subte
                 assert_close(found[where, way], want)
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("way", ["function", "linen", "nnx"])
 @pytest.mark.parametrize("option", OWN_ERRORS)
 def test_an_option_of_its_own_is_checked(option, way):
@@ -466,7 +482,8 @@ def test_an_option_of_its_own_is_checked(option, way):
 
 @every_module
 def test_gradients_of_modules_are_those_of_the_function(name):
-    options = {k: VALUES[k] for k in ("epsilon", "trim", "weights", "residual")}
+    names = "epsilon", "trim", "weights", "residual"
+    options = {k: VALUES[k] for k in names if (name, k) not in ERRORS}
     options |= {"activation": jax.nn.silu}
 
     def grads(way: str, method: Method = METHODS[name]) -> Case:

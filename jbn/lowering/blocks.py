@@ -63,11 +63,11 @@ def segment_block_counts(
     """How many blocks to cut each axis into, for sums by id and sums within one id.
 
     Each block has all the segments. So there are at most as many blocks as make the
-    statistics half as large as the rows.
+    statistics an eighth as large as the rows.
     """
     if not is_static([shape[a] for a in axes]):
         return {a: 1 for a in axes}
-    most = max(1, math.prod(shape[a] for a in axes) // (2 * num))
+    most = max(1, math.prod(shape[a] for a in axes) // (8 * num))
     counts = {}
     for summed, longest in (
         ([a for a in axes if ids[a] != 1], _BLOCK_ROWS),

@@ -11,7 +11,7 @@ from jax import lax
 from jbn import axes, summary
 from jbn._moments import as_moments
 from jbn.axes import Layout, Rows
-from jbn.call import Call, Stats, prepare, run, thread
+from jbn.call import Call, Stats, flag, prepare, run, thread
 from jbn.options import Options, documented
 from jbn.summary import Summary
 from jbn.typing import ArrayLike, Moments, Params
@@ -29,6 +29,7 @@ def ghost_batch_norm(
     use_running_average: bool,
     num_groups: int,
     devices_per_group: int = 1,
+    interleaved: bool = False,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, Stats]:
     """Normalizes each of several groups of the batch by its own mean and variance.
@@ -37,7 +38,9 @@ def ghost_batch_norm(
     a large batch has the noise of a small one. Groups are contiguous and of
     `ceil(n / num_groups)` entries; where that does not divide the batch, the last ones
     have fewer, or none. Entries are those of the first axis that is not a feature axis
-    (images, sequences), and come whole.
+    (images, sequences), and come whole. If `interleaved`, a group is every
+    `num_groups`-th entry instead: for batches that are sorted or put together from
+    parts, of which each group is to have a share.
 
     Running statistics are those of the whole batch, exactly: the moments of the groups
     are merged, with the scatter of their means. At inference there are no groups.
@@ -58,6 +61,8 @@ def ghost_batch_norm(
         num_groups: Number of groups (on each device, with `axis_name`); static.
         devices_per_group: How many devices of `axis_name` share their groups; static.
             (More than one not under `shard_map`, which has no groups of devices.)
+        interleaved: Whether groups take turns along the axis; static. (Each group is
+            then on all devices, under plain `jit`.)
         **options: As for `jbn.batch_norm`. A group of no weight is normalized by the
             running statistics.
 
@@ -65,7 +70,8 @@ def ghost_batch_norm(
         The normalized array and the running statistics, as `jbn.batch_norm`.
 
     Raises:
-        TypeError: If a number is not an integer, or as `jbn.batch_norm` does.
+        TypeError: If a number is not an integer, `interleaved` is not a boolean, or as
+            `jbn.batch_norm` does.
         ValueError: If a number is below 1, if `x` has only feature axes, if
             `devices_per_group` does not divide the devices, or as `jbn.batch_norm`
             does.
@@ -93,6 +99,7 @@ def ghost_batch_norm(
     """
     num_groups = axes.size(num_groups, "num_groups")
     devices_per_group = axes.size(devices_per_group, "devices_per_group")
+    interleaved = flag(interleaved, "interleaved")
     call = prepare(
         "ghost_batch_norm",
         x,
@@ -114,13 +121,13 @@ def ghost_batch_norm(
             f" in training; got shape {call.lay.shape}. Export with a fixed batch size."
         )
     over = _over_devices(call.rows, devices_per_group)
-    return run(_ghosts, call, num_groups=num_groups, over=over)
+    return run(_ghosts, call, num_groups=num_groups, over=over, interleaved=interleaved)
 
 
-def _ghosts(call: Call, *, num_groups: int, over: AxisGroups | None):
+def _ghosts(call: Call, *, num_groups: int, over: AxisGroups | None, interleaved: bool):
     """The body of ghost batch norm in training."""
     axis = call.rows.axes[0]
-    grouped = _grouped(call, axis, num_groups)
+    grouped = _grouped(call, axis, num_groups, interleaved)
     groups = grouped.summarize()
     if over is None:
         y = grouped.by_batch(groups)
@@ -128,6 +135,8 @@ def _ghosts(call: Call, *, num_groups: int, over: AxisGroups | None):
         here = Rows(grouped.rows.axes, call.rows.axis_name, over)
         shared = dataclasses.replace(grouped, rows=here)
         y = shared.by_batch(shared.summarize())
+    if interleaved:
+        y = jnp.swapaxes(y, axis, axis + 1)
     padded = y.shape[axis] * y.shape[axis + 1]
     y = y.reshape(*y.shape[:axis], padded, *y.shape[axis + 2 :])
     y = lax.slice_in_dim(y, 0, call.lay.shape[axis], axis=axis)
@@ -136,7 +145,7 @@ def _ghosts(call: Call, *, num_groups: int, over: AxisGroups | None):
     return y, call.updated(as_moments(_pooled(groups, call.rows, axis)))
 
 
-def _grouped(call: Call, axis: int, num_groups: int) -> Call:
+def _grouped(call: Call, axis: int, num_groups: int, interleaved: bool) -> Call:
     """The call on an input whose groups are one more feature axis, at `axis`."""
     size = call.lay.shape[axis]
     group_size = -(-size // num_groups)
@@ -156,8 +165,9 @@ def _grouped(call: Call, axis: int, num_groups: int) -> Call:
         if padding:
             widths = [(0, padding if a == axis else 0) for a in range(v.ndim)]
             v = jnp.pad(v, widths)
-        shape = (*v.shape[:axis], num_groups, group_size, *v.shape[axis + 1 :])
-        return v.reshape(shape)
+        sizes = (group_size, num_groups) if interleaved else (num_groups, group_size)
+        v = v.reshape((*v.shape[:axis], *sizes, *v.shape[axis + 1 :]))
+        return jnp.swapaxes(v, axis, axis + 1) if interleaved else v
 
     x = split(call.x)
     moved = [a + (a >= axis) for a in call.lay.feature_axes]

@@ -511,3 +511,27 @@ def test_the_number_of_groups_may_be_numpys(rng):
             num_groups=num_groups,  # pyright: ignore[reportArgumentType]
         )
         np.testing.assert_allclose(y, by_groups(x, params, stats, 2), **CLOSE)
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(12, 3), (11, 4), (3, 5)])
+def test_interleaved_groups_take_turns(rng, rows, groups):
+    x = (rng.normal(size=(rows, 3)) + 3 * np.arange(rows)[:, None]).astype("f")
+    w = rng.uniform(0.5, 2, (rows, 1)).astype("f")
+    params, stats = jbn.init(3)
+    y, new = jbn.ghost_batch_norm(
+        x,
+        params,
+        stats,
+        use_running_average=False,
+        num_groups=groups,
+        interleaved=True,
+        weights=w,
+        momentum=0.0,
+    )
+    for k in range(min(groups, rows)):
+        own = slice(k, None, groups)
+        want = oracle.batch_norm(x[own], weights=w[own])
+        np.testing.assert_allclose(y[own], want, rtol=1e-3, atol=1e-3)
+    _, mean, var = oracle.moments(x, w)
+    np.testing.assert_allclose(new.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(new.var, var, rtol=1e-5)
