@@ -696,7 +696,8 @@ def _numbers(layer: BatchNorm, call: dict[str, Any]) -> dict[str, Any]:
     for name in _SCHEDULED:
         setting, value = getattr(layer, name, None), call.get(name)
         if value is None and callable(setting):
-            value = setting(layer.step[...])
+            step: Any = layer.step
+            value = setting(step[...])
         if value is not None or setting is not None:
             found[name] = setting if value is None else value
     if warmup_steps := getattr(layer, "warmup_steps", 0):

@@ -1,7 +1,7 @@
 """Domain-specific batch norm (Chang et al., 2019): statistics for each domain."""
 
 import dataclasses
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +138,8 @@ def domain_batch_norm(
     ):
         if value not in words:
             raise ValueError(f"`{name}` must be one of {words}; got {value!r}.")
-    domain = axes.as_array(domain, "domain")
-    soft = jnp.issubdtype(domain.dtype, jnp.floating)
+    ids_or_shares: Any = axes.as_array(domain, "domain")
+    soft = jnp.issubdtype(ids_or_shares.dtype, jnp.floating)
     if soft and options.get("trim") is not None:
         raise ValueError(
             "`trim` judges a row by the statistics of its domain, and with a floating"
@@ -151,12 +151,12 @@ def domain_batch_norm(
         params,
         batch_stats,
         use_running_average=use_running_average,
-        domain=None if soft else domain,
+        domain=None if soft else ids_or_shares,
         num_domains=num_domains,
         **options,
     )
     call = dataclasses.replace(call, pooled=shrink_to == "pooled")
     if soft:
-        shares = axes.row_shares(domain, "domain", call.lay, num_domains)
+        shares = axes.row_shares(ids_or_shares, "domain", call.lay, num_domains)
         return run(mixed, call, shares, mix=mix)
     return run(thread, call)

@@ -118,6 +118,7 @@ def _by_output(call, x, shares, weights, mean, var, gain, bias, shift):
     y = d * soft.product(shares, gain.astype(d.dtype))
     y = y + soft.product(shares, moved.astype(d.dtype))
     ignored = numeric.no_part(x, weights)
+    assert ignored is not None
     if call.weights is None:  # What is ignored has no shares.
         return jnp.where(ignored, 0, y)
     plain = jnp.zeros_like(moved) if bias is None else bias.astype(moved.dtype)

@@ -231,14 +231,15 @@ def test_modules_are_the_function_and_a_gate_learns(rng, mix):
 @pytest.mark.usefixtures("untyped")
 def test_errors(rng):
     x, shares, params, stats = problem(rng, np.float32)
-    for given, error in (
+    cases: Any = (
         ({"mix": "both"}, "`mix` must be one of"),
         ({"shrink_to": "all"}, "`shrink_to` must be one of"),
         ({"domain": shares[..., :2]}, "`domain` .* must have a share for each"),
         ({"domain": -shares}, "`domain` .* must be non-negative"),
         ({"domain": shares[:5]}, "`domain` must have shares for each row"),
         ({"trim": 3.0}, "`trim` judges a row"),
-    ):
+    )
+    for given, error in cases:
         with pytest.raises(ValueError, match=error):
             jbn.domain_batch_norm(
                 x, params, stats, **{"domain": shares, **TRAIN, **given}
