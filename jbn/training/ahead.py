@@ -226,7 +226,8 @@ class CompileReport:
         aliased: Bytes of outputs that take the place of arguments.
         temporaries: Bytes of what is kept meanwhile.
         code: Bytes of the program itself.
-        peak: Most bytes in use at any time, less the program itself.
+        peak: Most bytes in use at any time, as far as the compiler says: on a CPU
+            without temporaries, and everywhere without the program itself.
         memory: Bytes that the device offers, or `None` if that is not known.
         flops: Floating-point operations, or `None` if the compiler does not say.
         bytes_accessed: Bytes read and written, or `None`, by the compiler's estimate.
@@ -275,9 +276,19 @@ class CompileReport:
         )
 
     @property
+    def total(self) -> int:
+        """Bytes that are allocated: arguments, new outputs, temporaries, program."""
+        return self.arguments + self.new_outputs + self.temporaries + self.code
+
+    @property
+    def new_outputs(self) -> int:
+        """Bytes of outputs that do not take the place of arguments."""
+        return self.outputs - self.aliased
+
+    @property
     def fits(self) -> bool | None:
         """Whether memory suffices; `None` if it is not known how much there is."""
-        return None if self.memory is None else self.peak <= self.memory
+        return None if self.memory is None else self.total <= self.memory
 
     def by_kind(self) -> dict[str, list[Collective]]:
         """Sorts out the collectives."""
@@ -287,7 +298,7 @@ class CompileReport:
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as JSON has it, with collectives in sums."""
         content = dataclasses.asdict(self)
-        content["fits"] = self.fits
+        content |= {"total": self.total, "fits": self.fits}
         content["collectives"] = {
             kind: {
                 "count": len(found),
@@ -306,10 +317,10 @@ class CompileReport:
         verdict = {True: ": fits", False: ": DOES NOT FIT", None: ""}[self.fits]
         lines = [
             f"Compiled for {self.num_devices} x {self.device_kind}. On each device:",
-            f"  memory          {_bytes(self.peak)}{available}{verdict}",
+            f"  memory          {_bytes(self.total)}{available}{verdict}",
             f"    arguments     {_bytes(self.arguments)}",
-            f"    outputs       {_bytes(self.outputs)},"
-            f" {_bytes(self.aliased)} of it in place of arguments",
+            f"    new outputs   {_bytes(self.new_outputs)}"
+            f" (and {_bytes(self.aliased)} in place of arguments)",
             f"    temporaries   {_bytes(self.temporaries)}",
             f"    program       {_bytes(self.code)}",
             f"  operations      {_count(self.flops)}",

@@ -39,3 +39,43 @@ def augment(
 
     image, label = jax.vmap(one)(batch["image"], batch["label"], keys)
     return {**batch, "image": image, "label": label}
+
+
+def mixup(
+    batch: dict[str, jax.Array], keys: jax.Array, alpha: float
+) -> dict[str, jax.Array]:
+    """Mixes each image with another one of the batch.
+
+        share ~ Beta(alpha, alpha), or one minus that, whichever is larger
+        image = share * image + (1 - share) * other
+
+    The other image is the one as far from the end of the batch as this is from its
+    start, among the rows of this device. One of weight zero is not mixed in.
+
+    Args:
+        batch: With `image`, integers of shape (batch, height, width, channels), and
+            `label` and `weight` of shape (batch,).
+        keys: One for each image.
+        alpha: Above 0; the larger, the more alike the two shares.
+
+    Returns:
+        The batch with other images, and with the labels `other_label` and the `share`
+        of the first label, both of shape (batch,).
+
+    References:
+        Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018.
+        https://arxiv.org/abs/1710.09412
+    """
+    image = batch["image"]
+    share = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(keys)
+    share = jnp.maximum(share, 1 - share)
+    share = jnp.where(jnp.flip(batch["weight"]) > 0, share, jnp.ones_like(share))
+    first = share[:, None, None, None]
+    values = image.astype(jnp.float32)
+    mixed = first * values + (1 - first) * jnp.flip(values, axis=0)
+    return {
+        **batch,
+        "image": jnp.round(mixed).astype(image.dtype),
+        "other_label": jnp.flip(batch["label"]),
+        "share": share,
+    }

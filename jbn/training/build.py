@@ -96,6 +96,7 @@ def make_task(
         momentum=config.momentum,
         shift=config.shift,
         flip=config.flip,
+        mixup=config.mixup,
         row_keys=config.dropout > 0 and ":" not in config.model,
     )
 

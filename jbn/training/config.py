@@ -78,6 +78,8 @@ class Config:
             they are needed. By default grain for sets of more than 4 GiB of pixels.
         shift: Move training images by up to so many pixels, at random.
         flip: Mirror training images, at random.
+        mixup: Mix each training image, and its label, with another one of the batch, in
+            shares from Beta(mixup, mixup); 0.2 is usual, 0 mixes nothing.
         crop: Cut out random parts of training images, as for ImageNet, and the middle
             part of others (grain alone).
         workdir: Where configuration, metrics, curves and checkpoints go. By default a
@@ -176,6 +178,7 @@ class Config:
     ] = None
     shift: int = 0
     flip: bool = False
+    mixup: float = 0.0
     crop: bool = False
     workdir: _Folder = None
     resume: bool = False
@@ -234,7 +237,10 @@ class Config:
                 *("image_size", "microbatches", "bn_group_size", "steps", "patience"),
                 *("num_processes", "peer_timeout", "fix_after", "width", "depth"),
             ),
-            0: ("shift", "warmup_epochs", "weight_decay", "max_skipped", "process_id"),
+            0: (
+                *("shift", "warmup_epochs", "weight_decay", "max_skipped"),
+                *("process_id", "mixup"),
+            ),
         }
         for least, names in at_least.items():
             for name in names:
@@ -274,6 +280,8 @@ class Config:
                 f"--model={self.model} is not known. {hint}There are "
                 f"{', '.join(PRESETS)}, and module:Class for one's own."
             )
+        if self.mixup and self.model in ("unet", "dcgan"):
+            raise UsageError(f"--mixup is not for --model={self.model}.")
         norms.check(self.norm, self.norm_options)
         if self.bn_group_size is not None and self.norm != "batch":
             raise UsageError("--bn-group-size is for --norm=batch alone.")
@@ -379,6 +387,7 @@ _FIXED = (
     "image_size",
     "shift",
     "flip",
+    "mixup",
     "crop",
     "batch_size",
     "microbatches",

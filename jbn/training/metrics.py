@@ -122,7 +122,11 @@ def peak_memory() -> int:
 
 def show(line: Line, metric: Metric) -> str:
     """An epoch in a line, for people."""
-    parts = [f"loss {line['train_loss']:.4f}"]
+    losses = [name for name in line if name.startswith("train_") and "loss" in name]
+    parts = [
+        f"{name.removeprefix('train_').replace('_', ' ')} {line[name]:.4f}"
+        for name in losses
+    ]
     for split in ("train", "test"):
         value = line.get(f"{split}_{metric.name}")
         if value is not None:

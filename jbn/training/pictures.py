@@ -8,11 +8,13 @@ import numpy as np
 from jbn.training.metrics import Metric
 
 
-_TRAIN, _TEST = "#5b7db1", "#d1495b"
+_TRAIN, _TEST, _OTHER = "#5b7db1", "#d1495b", "#66a182"
+_MOST_IN_LEGEND = 24
+_MARKED = 30  # Most epochs to have a marker each.
 
 
 def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any:
-    """Draws the loss and the metric over the epochs.
+    """Draws the losses and the metric over the epochs.
 
     Args:
         history: The metrics of each epoch.
@@ -27,39 +29,61 @@ def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any
     epochs = [line["epoch"] for line in history]
     figure = new_figure(9.0, 3.6)
     figure.suptitle(title, fontsize=12, x=0.01, ha="left", fontweight="bold")
-    loss, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2)
+    marker = "o" if len(epochs) <= _MARKED else None
+
+    def draw(axes: Any, name: str, label: str, color: str) -> None:
+        values = [line.get(name) for line in history]
+        if None not in values:
+            axes.plot(
+                epochs, values, color=color, label=label, marker=marker, markersize=4
+            )
+
+    for name, (label, color) in _lines(history[-1]).items():
+        draw(left, name, label, color)
     for split, color in (("train", _TRAIN), ("test", _TEST)):
-        for axes, name in ((loss, "loss"), (right, metric.name)):
-            values = [line.get(f"{split}_{name}") for line in history]
-            if None not in values:
-                axes.plot(epochs, values, color=color, label=split)
-    if len(loss.lines) > 1:
-        loss.legend(frameon=False)
-    loss.set_title("Loss", fontsize=10, loc="left")
+        draw(right, f"{split}_{metric.name}", split, color)
+    for axes in (left, right):
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False, fontsize=9)
+    left.set_title("Loss", fontsize=10, loc="left")
     right.set_title(metric.label[0].upper() + metric.label[1:], fontsize=10, loc="left")
     if metric.percent:
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
-        loss.set_yscale("log")
+        left.set_yscale("log" if len(epochs) > 1 else "linear")
     else:
         right.set_yscale("log")
+    right.margins(y=0.15)  # Room for the text.
     final = history[-1]
     value = final[f"test_{metric.name}"]
     right.annotate(
         metric.show(value),
         (final["epoch"], value),
-        xytext=(0, -14 if metric.higher_is_better else 8),
+        xytext=(0, -14),
         textcoords="offset points",
         ha="right",
         color=_TEST,
         fontsize=10,
         fontweight="bold",
     )
-    for axes in (loss, right):
+    for axes in (left, right):
         axes.set_xlabel("epoch", fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(epochs) == 1:
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _lines(line: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Label and color of each loss: of the splits, or of the networks of a GAN."""
+    if "train_generator_loss" in line:
+        return {
+            "train_generator_loss": ("generator", _TRAIN),
+            "train_discriminator_loss": ("discriminator", _OTHER),
+        }
+    return {"train_loss": ("train", _TRAIN), "test_loss": ("test", _TEST)}
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> Any:
@@ -79,7 +103,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Any:
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # The root shows the few mistakes beside the many right answers.
     axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
-    axes.set_xlabel("found", fontsize=10)
+    axes.set_xlabel("predicted", fontsize=10)
     axes.set_ylabel("label", fontsize=10)
     if size <= 32:
         ticks = range(size)
@@ -96,7 +120,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Any:
 def overlays(
     images: np.ndarray, labels: np.ndarray, found: np.ndarray, classes: Sequence[str]
 ) -> Any:
-    """Draws images, what is labelled in them, and what was found.
+    """Draws images, their labels, and the predicted ones.
 
     Args:
         images: uint8 of shape (n, height, width, channels).
@@ -107,20 +131,33 @@ def overlays(
     Returns:
         The figure.
     """
+    from matplotlib.patches import Patch
+
     count = len(images)
-    figure = new_figure(1.5 * count, 4.8)
+    figure = new_figure(1.5 * count, 5.0)
     rows = figure.subplots(3, count, squeeze=False)
     shown = [as_rgb(images)] + [
-        color_labels(as_rgb(images), x, len(classes)) for x in (labels, found)
+        color_labels(images, x, len(classes)) for x in (labels, found)
     ]
     for axes, pictures, name in zip(
-        rows, shown, ("image", "label", "found"), strict=True
+        rows, shown, ("image", "label", "predicted"), strict=True
     ):
         for one, picture in zip(axes, pictures, strict=True):
             one.imshow(picture, interpolation="nearest")
             one.set_xticks([])
             one.set_yticks([])
         axes[0].set_ylabel(name, fontsize=10)
+    present = np.unique([labels, found])
+    colors = class_colors(len(classes)) / 255
+    patches = [Patch(color=colors[k], label=classes[k]) for k in present if k >= 0]
+    figure.legend(
+        handles=patches[:_MOST_IN_LEGEND],
+        loc="outside lower center",
+        ncols=min(len(patches), 2 * count),
+        frameon=False,
+        fontsize=9,
+        title="class",
+    )
     return figure
 
 
@@ -160,17 +197,43 @@ def tiles(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def color_labels(images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Images with the color of each pixel's label over them."""
+    """Colors each pixel by its label, over the image in gray.
+
+    No color is gray, so that labels differ from any image. Pixels without a label stay
+    gray.
+
+    Args:
+        images: uint8 of shape (n, height, width, channels).
+        labels: Of shape (n, height, width); -1 is none.
+        classes: How many classes there are.
+
+    Returns:
+        uint8 of shape (n, height, width, 3).
+    """
+    # (Of RGB the weights of ITU-R 601.)
+    rgb = as_rgb(images).astype(np.float32)
+    gray = (rgb @ np.float32([0.299, 0.587, 0.114]))[..., None].repeat(3, axis=-1)
+    colors = class_colors(classes)
+    over = 0.4 * gray + 0.6 * colors[np.maximum(labels, 0)]
+    return np.rint(np.where(labels[..., None] >= 0, over, gray)).astype(np.uint8)
+
+
+def class_colors(count: int) -> np.ndarray:
+    """A color for each class, none of them gray: float, 0 to 255, of shape (n, 3)."""
     from matplotlib import colormaps
 
-    colors = colormaps["tab10"](np.arange(max(classes, 1)) % 10)[:, :3] * 255
-    over = np.where(labels[..., None] >= 0, colors[np.maximum(labels, 0)], images)
-    return np.rint(0.4 * images + 0.6 * over).astype(np.uint8)
+    if count < 9:
+        colors = np.delete(colormaps["tab10"](np.arange(10)), [5, 7], axis=0)
+    else:
+        colors = colormaps["hsv"](np.arange(count) / count)
+    return 255 * colors[: max(count, 1), :3]
 
 
 def as_rgb(images: np.ndarray) -> np.ndarray:
-    """Images of three channels."""
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+    """Images of three channels, of one channel or at least three (without alpha)."""
+    if images.shape[-1] < 3:
+        return np.repeat(images[..., :1], 3, axis=-1)
+    return images[..., :3]
 
 
 def new_figure(width: float | int, height: float | int) -> Any:

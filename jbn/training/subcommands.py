@@ -31,6 +31,7 @@ def evaluate(
     /,
     checkpoint: _Which = "last",
     pictures: _Folder = None,
+    per_class: bool = False,
     dataset: _Text = None,
     data_dir: _Folder = None,
 ) -> int:
@@ -40,6 +41,7 @@ def evaluate(
         run: Folder of a run, or of one of its checkpoints.
         checkpoint: The best on the test set, the last, or by its number of steps.
         pictures: Draw the confusion matrix, overlays or samples in this folder.
+        per_class: Add the recall, precision and intersection over union of each class.
         dataset: Another data set with classes of the same names, such as the same
             folder at another place. By default that of the run.
         data_dir: Folder of prepared data sets. By default that of the run.
@@ -48,8 +50,11 @@ def evaluate(
     if pictures is not None:
         _make_folder(pictures)
     sums = opened.test_sums(opened.variables)
-    metrics = opened.task.summarize(sums)
-    print(json.dumps({"step": opened.step, **metrics}))
+    metrics: dict[str, Any] = {"step": opened.step, **opened.task.summarize(sums)}
+    if per_class:
+        classes = opened.dataset.classes
+        metrics["classes"] = opened.supervised.by_class(sums, classes)
+    print(json.dumps(metrics))
     if pictures is not None:
         figures = opened.task.pictures(opened.variables, sums, opened.dataset)
         for name, figure in figures.items():
@@ -67,15 +72,16 @@ def predict(
     checkpoint: _Which = "last",
     samples: int = 64,
     seed: int = 0,
+    top: int = 1,
+    json: bool = False,
     data_dir: _Folder = None,
 ) -> int:
     """Applies a checkpoint to image files, or lets it make images.
 
-    Images are made gray or RGB, and of the size that the model was trained with.
-    Prints a line for each: its class, and the probability of that; or the share of
-    pixels of each class, with the classes of the pixels as a PNG of gray values in
-    --out, and in color over the image. A GAN takes no files, and writes samples.png and
-    samples.npy to --out.
+    Images are prepared as in evaluation. Prints a line for each: its class, and the
+    probability of that; or the share of pixels of each class, with the classes of the
+    pixels as a PNG of gray values in --out, and in color over the image. A GAN takes no
+    files, and writes samples.png and samples.npy to --out.
 
     Args:
         run: Folder of a run, or of one of its checkpoints.
@@ -84,6 +90,8 @@ def predict(
         checkpoint: The best on the test set, the last, or by its number of steps.
         samples: How many images to make.
         seed: Of these.
+        top: Print the so many most probable classes of each image.
+        json: Print each line as JSON.
         data_dir: Folder of prepared data sets, which only runs of version 0.2 and
             before need here.
     """
@@ -97,9 +105,11 @@ def predict(
         if not 0 <= seed < 2**32:
             raise UsageError(f"--seed={seed} is out of range: from 0 to 2^32 - 1.")
         _make_folder(folder)
-        _save_samples(opened.task, opened, folder, samples, seed)
+        _save_samples(opened.task, opened, folder, samples, seed, json)
         return 0
     task = opened.supervised
+    if not 1 <= top <= task.num_classes:
+        raise UsageError(f"--top={top} is out of range: 1 to {task.num_classes}.")
     if not files:
         raise UsageError("Name the image files to predict, after the checkpoint.")
     data = opened.dataset
@@ -111,14 +121,29 @@ def predict(
     parts = [images[i : i + _AT_ONCE] for i in range(0, len(images), _AT_ONCE)]
     probabilities = np.concatenate([apply(opened.variables, x) for x in parts])
     if task.kind == "classification":
-        width = max(len(str(file)) for file in files)
-        for file, row in zip(files, probabilities, strict=True):
-            best = int(row.argmax())
-            name = opened.dataset.classes[best]
-            print(f"{file!s:{width}}  {name}  {row[best]:.4f}")
-        return 0
-    _save_masks(task, opened, files, images, probabilities, folder)
+        _print_classes(files, probabilities, data.classes, top, json)
+    else:
+        _save_masks(task, opened, files, images, probabilities, folder, json)
     return 0
+
+
+def _print_classes(
+    files: Sequence[Path],
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    top: int,
+    as_json: bool,
+) -> None:
+    width = max(len(str(file)) for file in files)
+    for file, row in zip(files, probabilities, strict=True):
+        best = np.argsort(-row, kind="stable")[:top]
+        found = [(classes[k], float(row[k])) for k in best]
+        if as_json:
+            top_k = [{"class": name, "probability": p} for name, p in found]
+            print(json.dumps({"file": str(file), **top_k[0], "top": top_k}))
+        else:
+            text = "  ".join(f"{name}  {p:.4f}" for name, p in found)
+            print(f"{file!s:{width}}  {text}")
 
 
 def _make_folder(path: Path) -> None:
@@ -129,7 +154,7 @@ def _make_folder(path: Path) -> None:
 
 
 def _save_samples(
-    task: GAN, run: OpenRun, folder: Path, number: int, seed: int
+    task: GAN, run: OpenRun, folder: Path, number: int, seed: int, as_json: bool
 ) -> None:
     from PIL import Image
 
@@ -138,7 +163,11 @@ def _save_samples(
     sheet = pictures.tiles(pictures.as_rgb(images), columns)
     Image.fromarray(sheet).save(folder / "samples.png")
     np.save(folder / "samples.npy", images)
-    print(f"saved {number} images in {folder / 'samples.png'} and samples.npy")
+    if as_json:
+        paths = {"picture": "samples.png", "array": "samples.npy"}
+        print(json.dumps({name: str(folder / file) for name, file in paths.items()}))
+    else:
+        print(f"saved {number} images in {folder / 'samples.png'} and samples.npy")
 
 
 def _save_masks(
@@ -148,22 +177,26 @@ def _save_masks(
     images: np.ndarray,
     probabilities: np.ndarray,
     folder: Path,
+    as_json: bool,
 ) -> None:
     from PIL import Image
 
     classes, found = run.dataset.classes, probabilities.argmax(-1)
-    colored = pictures.color_labels(pictures.as_rgb(images), found, len(classes))
+    colored = pictures.color_labels(images, found, len(classes))
     for i, (file, mask, over) in enumerate(zip(files, found, colored, strict=True)):
         shares = np.bincount(mask.ravel(), minlength=task.num_classes) / mask.size
-        text = "  ".join(
-            f"{name}: {100 * share:.1f} %"
-            for name, share in zip(classes, shares, strict=True)
-        )
+        share_of = dict(zip(classes, map(float, shares), strict=True))
         # Files in different folders may have the same name.
         name = f"{i:04d}-{file.stem}"
-        Image.fromarray(mask.astype(np.uint8)).save(folder / f"{name}-mask.png")
-        Image.fromarray(over).save(folder / f"{name}-overlay.png")
-        print(f"{file}  {text}  {folder / name}-mask.png")
+        path, overlay = folder / f"{name}-mask.png", folder / f"{name}-overlay.png"
+        Image.fromarray(mask.astype(np.uint8)).save(path)
+        Image.fromarray(over).save(overlay)
+        if as_json:
+            saved = {"mask": str(path), "overlay": str(overlay)}
+            print(json.dumps({"file": str(file), "shares": share_of, **saved}))
+        else:
+            text = "  ".join(f"{k}: {100 * v:.1f} %" for k, v in share_of.items())
+            print(f"{file}  {text}  {path}")
 
 
 COMMANDS = {"eval": evaluate, "predict": predict}

@@ -227,12 +227,18 @@ def test_what_fits():
     report = compile_mapped(lambda x: lax.psum(x, "d"))
     assert report.memory is None  # a CPU has whatever the machine has
     assert report.fits is None
-    report = dataclasses.replace(report, peak=3 * 2**30, memory=2**32)
+    assert report.total == report.arguments + report.outputs + report.temporaries
+    parts = {"arguments": 3, "outputs": 3, "aliased": 2, "temporaries": 2, "code": 1}
+    gib = {name: count * 2**30 for name, count in parts.items()}
+    report = dataclasses.replace(report, **gib, memory=7 * 2**30)
     assert report.fits
-    assert "3.00 GiB of 4.00 GiB: fits" in str(report)
-    report = dataclasses.replace(report, peak=5 * 2**30)
+    assert "7.00 GiB of 7.00 GiB: fits" in str(report)
+    # The program counts, too.
+    report = dataclasses.replace(report, code=2**30 + 2**29)
     assert report.fits is False
-    assert "5.00 GiB of 4.00 GiB: DOES NOT FIT" in str(report)
+    assert "7.50 GiB of 7.00 GiB: DOES NOT FIT" in str(report)
+    shown = re.findall(r"^    .*?(\d\.\d\d) GiB", str(report), flags=re.MULTILINE)
+    assert sum(map(float, shown)) == 7.5
     content = json.loads(json.dumps(report.as_dict()))
     assert content["fits"] is False
     assert content["device_kind"] == "cpu"

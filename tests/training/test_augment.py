@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbn.training.augment import augment
+from jbn.training.augment import augment, mixup
 from jbn.training.step import by_row
 
 
@@ -77,3 +77,27 @@ def test_follows_from_the_key_of_the_row_alone(rng: np.random.Generator):
     np.testing.assert_array_equal(some["image"], whole[rows])
     other = augment(batch, keys(40, seed=1), 2, True)["image"]
     assert (other != whole).any(axis=(1, 2, 3)).mean() > 0.8
+
+
+def test_mixup(rng: np.random.Generator):
+    """Shares of this image and of another, of both labels alike."""
+    image = rng.integers(0, 256, (400, 2, 2, 1), np.uint8)
+    label = rng.integers(0, 9, 400).astype(np.int32)
+    weight = np.ones(400, np.float32)
+    weight[-3:] = 0
+    batch = {"image": image, "label": label, "weight": weight}
+    arrays = {name: jnp.asarray(x) for name, x in batch.items()}
+    found = jax.device_get(mixup(arrays, keys(400), 0.4))
+    share = found["share"].astype(np.float64)
+    # What only fills up the batch is not mixed into others.
+    np.testing.assert_array_equal(share[:3], 1)
+    assert share.min() >= 0.5
+    # |Beta(a, a) - 1/2| has the second moment 1 / (4 (2 a + 1)).
+    moment = np.mean((share[3:] - 0.5) ** 2)
+    assert moment == pytest.approx(1 / (4 * 1.8), rel=0.1)
+    s = share[:, None, None, None]
+    expected = s * image + (1 - s) * image[::-1]
+    np.testing.assert_allclose(found["image"].astype(int), expected, atol=0.51)
+    assert found["image"].dtype == np.uint8
+    np.testing.assert_array_equal(found["other_label"], label[::-1])
+    np.testing.assert_array_equal(found["label"], label)

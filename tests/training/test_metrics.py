@@ -163,6 +163,27 @@ def test_curves(tmp_path: Path, num_epochs: int, metric: Metric):
     assert len(right.lines) == (2 if metric is ACCURACY else 1)
     shown = "40.00 %" if metric is ACCURACY else "2"
     assert shown in [text.get_text() for text in right.texts]
+    figure.canvas.draw()
+    low, high = loss.get_xlim()
+    ticks = [tick for tick in loss.get_xticks() if low <= tick <= high]
+    assert ticks
+    assert all(tick == round(tick) for tick in ticks)
+    # A single point is no line.
+    assert (loss.lines[0].get_marker() == "o") == (num_epochs == 1)
+
+
+def test_curves_of_a_gan_are_named():
+    line = {
+        "epoch": 1,
+        "train_generator_loss": 1.0,
+        "train_discriminator_loss": 0.7,
+        "test_frechet": 2.0,
+    }
+    figure = pictures.curves([line], DISTANCE, "title")
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["generator", "discriminator"]
+    text = show({**line, "examples_per_second": 5.0}, DISTANCE)
+    assert text.startswith("generator loss 1.0000  discriminator loss 0.7000  test fr")
 
 
 @pytest.mark.parametrize("size", [2, 10, 40])
@@ -194,15 +215,26 @@ def test_overlays(tmp_path: Path, rng: np.random.Generator, channels: int):
     assert [axes.get_ylabel() for axes in figure.axes[::4]] == [
         "image",
         "label",
-        "found",
+        "predicted",
     ]
     assert pixels(figure, tmp_path / "o.png").size > 10_000
-    # A pixel without a label stays as it is.
-    shown = np.asarray(figure.axes[4].images[0].get_array())
-    rgb = np.broadcast_to(images[0], (8, 8, 3))
+    # Only pixels with a label are in color.
+    shown = np.asarray(figure.axes[4].images[0].get_array()).astype(int)
     void = labels[0] < 0
-    np.testing.assert_array_equal(shown[void], rgb[void])
-    assert (shown[~void] != rgb[~void]).any(axis=-1).mean() > 0.9
+    assert (np.ptp(shown[void], axis=-1) == 0).all()
+    assert np.ptp(shown[~void], axis=-1).min() > 50
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c"]
+    colors = pictures.class_colors(3)
+    for k, patch in enumerate(legend.get_patches()):
+        np.testing.assert_allclose(255 * np.array(patch.get_facecolor()[:3]), colors[k])
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 40])
+def test_colors_of_classes_differ_and_are_not_gray(count: int):
+    colors = pictures.class_colors(count)
+    assert len(np.unique(np.rint(colors), axis=0)) == count
+    assert np.ptp(colors, axis=-1).min() > 80
 
 
 @pytest.mark.parametrize("channels", [1, 3])

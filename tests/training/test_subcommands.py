@@ -197,6 +197,51 @@ def test_eval_of_each_task_with_pictures(
     assert pixels(folder / f"{picture}.png").shape[1] > 100
 
 
+def test_eval_of_each_class(standing: Path):
+    status, out, _ = main(["eval", "mlp", "--per-class"])
+    assert status == 0
+    metrics = json.loads(out)
+    run = opened(Path("mlp"))
+    test = run.dataset.test.rows(np.arange(360))
+    found = mlp(run.variables, test["image"]).argmax(-1)
+    assert list(metrics["classes"]) == [str(k) for k in range(10)]
+    for k, values in enumerate(metrics["classes"].values()):
+        label, hit = test["label"] == k, found == k
+        both = (label & hit).sum()
+        assert values["examples"] == label.sum()
+        assert values["recall"] == pytest.approx(both / label.sum())
+        assert values["precision"] == (pytest.approx(both / hit.sum()) if both else 0)
+        assert values["iou"] == pytest.approx(both / (label | hit).sum())
+    order = np.argsort(-mlp(run.variables, test["image"]), axis=-1)
+    among = (order[:, :5] == test["label"][:, None]).any(1).mean()
+    assert metrics["top5_accuracy"] == pytest.approx(among)
+
+
+def test_a_run_without_its_data(standing: Path, tmp_path: Path):
+    """Is applied from what it keeps, and evaluated with the data of another place."""
+    shutil.copytree(standing / "ema", tmp_path / "ema")
+    config = tmp_path / "ema" / "config.json"
+    values = json.loads(config.read_text()) | {"data_dir": str(tmp_path / "gone")}
+    values["dataset"] = "nonesuch"
+    config.write_text(json.dumps(values))
+    _, expected, _ = main(["eval", "ema"])
+    status, out, err = main(
+        [
+            *("eval", tmp_path / "ema", "--dataset=digits"),
+            f"--data-dir={standing / 'data'}",
+        ]
+    )
+    assert (status, out, err) == (0, expected, "")
+    (image,) = write_images(tmp_path, np.zeros((1, 8, 8, 1), np.uint8))
+    for run in ("ema", tmp_path / "ema"):
+        status, out, err = main(["predict", run, image])
+        assert (status, err) == (0, "")
+    assert not (tmp_path / "gone").exists()
+    status, _, err = main(["eval", tmp_path / "ema"])
+    assert (status, err.count("\n")) == (2, 1)
+    assert "knows no data set called `nonesuch`" in err
+
+
 # ---- predict -------------------------------------------------------------------------
 
 
@@ -225,6 +270,25 @@ def test_predict_classes(standing: Path, tmp_path: Path):
         assert float(shown) == pytest.approx(row.max(), abs=1e-4)
     assert files(standing) == before
     assert len(files(tmp_path)) == 70
+
+
+def test_predict_the_most_probable_as_json(standing: Path, tmp_path: Path):
+    run = opened(Path("mlp"))
+    paths = write_images(tmp_path, run.dataset.test.rows(np.arange(3))["image"])
+    status, out, err = main(["predict", "mlp", *paths, "--top=3", "--json"])
+    assert (status, err) == (0, "")
+    logits = mlp(run.variables, run.dataset.test.rows(np.arange(3))["image"])
+    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for line, path, row in zip(out.splitlines(), paths, probability, strict=True):
+        found = json.loads(line)
+        assert found["file"] == str(path)
+        assert (found["class"], found["probability"]) == tuple(found["top"][0].values())
+        best = np.argsort(-row)[:3]
+        assert [entry["class"] for entry in found["top"]] == list(map(str, best))
+        shown = [entry["probability"] for entry in found["top"]]
+        np.testing.assert_allclose(shown, row[best], rtol=1e-4)
+    (line,) = main(["predict", "mlp", paths[0], "--top=2"])[1].splitlines()
+    assert len(line.split()) == 5
 
 
 def test_predict_makes_images_fit(standing: Path, tmp_path: Path):
@@ -318,6 +382,10 @@ def spoil(home: Path, name: str, what: Callable[[Path], Any]) -> None:
         ("eval plain", "is of another model: it has average/"),
         ("eval ema --pictures=text.png", r"text.png cannot be a folder: .*exists"),
         ("predict ema", "Name the image files to predict"),
+        ("predict ema good.png --top=0", "--top=0 is out of range: 1 to 10"),
+        ("predict ema good.png --top=11", "--top=11 is out of range"),
+        ("eval gan --per-class", "is of --model=dcgan, which is two networks"),
+        ("eval untold", "untold/dataset.json does not describe the data set of a run"),
         ("predict ema no.png", "no.png is not an image that can be read: .*No such"),
         ("predict ema text.png", "text.png is not an image that can be read"),
         ("predict ema good.png cut.png", "cut.png is not an image that can be read"),
@@ -344,6 +412,7 @@ def test_bad_input_is_one_line_and_changes_nothing(
         path.write_text(json.dumps(json.loads(path.read_text()) | {"ema_decay": None}))
 
     spoil(standing, "plain", forget)
+    spoil(standing, "untold", lambda folder: (folder / "dataset.json").write_text("{"))
     before = files(standing)
     status, out, err = main(line.split())
     assert (status, out) == (2, "")

@@ -19,7 +19,7 @@ from jbn.training.loader import load
 from jbn.training.step import by_row, create_state, make_train_step
 from jbn.training.tasks import GAN, Supervised, Task
 from jbn.training.tasks.gan import frechet_distance
-from jbn.training.tasks.supervised import intersection_over_union
+from jbn.training.tasks.supervised import _among_top, intersection_over_union
 
 
 Parallel = Literal["pmap", "jit"]
@@ -268,9 +268,9 @@ def test_gan_in_general(images: InMemory):
     assert task.recalibrates
     sums = {"loss": 6.0, "discriminator_loss": 9.0, "weight": 3.0}
     arrays = {name: np.asarray(x) for name, x in sums.items()}
-    assert task.summarize(arrays) == {"loss": 2, "discriminator_loss": 3}
+    assert task.summarize(arrays) == {"generator_loss": 2, "discriminator_loss": 3}
     nothing = {name: np.zeros(()) for name in sums}
-    assert np.isnan(task.summarize(nothing)["loss"])
+    assert np.isnan(task.summarize(nothing)["generator_loss"])
     variables = jax.device_get(create_state(task, 0).variables)
     made = task.sample(variables, 5, seed=2)
     assert (made.shape, made.dtype) == ((5, 16, 16, 1), np.uint8)
@@ -453,3 +453,24 @@ def test_supervised_in_general(pixels: InMemory):
     assert list(classify.pictures({}, sums, dataset)) == ["confusion"]
     nothing = {name: np.zeros(()) for name in ("loss", "correct", "weight")}
     assert all(np.isnan(list(classify.summarize(nothing).values())))
+
+
+def test_top_5_and_mixed_labels(rng: np.random.Generator):
+    """Against NumPy; with equal logits the label is the first."""
+    logits = rng.normal(size=(50, 9)).astype(np.float32)
+    logits[0] = 1
+    label, other = rng.integers(0, 9, (2, 50))
+    rank = np.array([(logits[i] > logits[i, label[i]]).sum() for i in range(50)])
+    found = _among_top(jnp.asarray(logits), jnp.asarray(label), 5)
+    np.testing.assert_array_equal(found, rank < 5)
+
+    share = rng.uniform(0.5, 1, 50).astype(np.float32)
+    batch = {"label": label, "other_label": other, "share": share}
+    batch["weight"] = np.ones(50, np.float32)
+    task = Supervised("classification", None, (1,), 9, optax.sgd(0.1))
+    arrays = {name: jnp.asarray(x) for name, x in batch.items()}
+    loss = task._sums(jnp.asarray(logits), arrays, 0.0)["loss"]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    rows = np.arange(50)
+    expected = -(share * log_p[rows, label] + (1 - share) * log_p[rows, other]).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)

@@ -195,9 +195,13 @@ class GAN:
         """Mean losses in training; of an evaluation, the moments of the images."""
         n = float(sums["weight"])
         if "real_products" not in sums:
-            names = ("loss", "discriminator_loss")
+            names = {
+                "generator_loss": "loss",
+                "discriminator_loss": "discriminator_loss",
+            }
             return {
-                name: float(sums[name]) / n if n else float("nan") for name in names
+                name: float(sums[key]) / n if n else float("nan")
+                for name, key in names.items()
             }
         values, gaussians = {}, []
         for name in ("real", "fake"):

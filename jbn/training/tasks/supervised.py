@@ -1,7 +1,7 @@
 """Classification of images or of their pixels: logits against integer labels."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -48,6 +48,7 @@ class Supervised:
         momentum: Of the running statistics; needed with several microbatches.
         shift: Most pixels to move an image by in training, at random.
         flip: Whether to mirror images in training, at random.
+        mixup: Of `augment.mixup`, its `alpha`; 0 mixes nothing. Classification alone.
         row_keys: Whether the model is given `keys` in training, one for each image.
     """
 
@@ -63,6 +64,7 @@ class Supervised:
     momentum: float = 0.9
     shift: int = 0
     flip: bool = False
+    mixup: float = 0.0
     row_keys: bool = False
     recalibrates: bool = dataclasses.field(default=False, init=False)
 
@@ -88,6 +90,9 @@ class Supervised:
         """One step of the optimizer; sums of `loss`, `correct` and `weight`."""
         if self.shift or self.flip:
             batch = augment.augment(batch, by_row(key, batch), self.shift, self.flip)
+        if self.mixup:
+            mix_keys = by_row(jax.random.fold_in(key, 2), batch)
+            batch = augment.mixup(batch, mix_keys, self.mixup)
         total = sum_rows(_weights(batch), self.axis_name)
 
         def objective(params: Any, batch_stats: Any, batch: Batch) -> Any:
@@ -128,7 +133,7 @@ class Supervised:
         return new, metrics
 
     def evaluate(self, variables: Mapping[str, Any], batch: Batch) -> Metrics:
-        """The sums of `update`, and `confusion`: examples by label and prediction."""
+        """The sums of `update`, `top5`, and `confusion`: by label and prediction."""
         logits: Any = self.model.apply(variables, batch["image"], train=False)
         found = jnp.argmax(logits, axis=-1)
         counts = _weights(batch) > 0
@@ -137,7 +142,13 @@ class Supervised:
         confusion = confusion.at[batch["label"], found].add(counts.astype(jnp.int32))
         if self.axis_name is not None:
             confusion = jax.lax.psum(confusion, self.axis_name)
-        return {**self._sums(logits, batch, 0.0), "confusion": confusion}
+        sums = {**self._sums(logits, batch, 0.0), "confusion": confusion}
+        if self._has_top5:
+            sums["top5"] = sum_rows(
+                jnp.where(_among_top(logits, batch["label"], 5), _weights(batch), 0),
+                self.axis_name,
+            )
+        return sums
 
     def apply(self, variables: Mapping[str, Any], batch: Batch) -> Any:
         """Applies the model as in training, on all rows."""
@@ -150,17 +161,51 @@ class Supervised:
         )
 
     def summarize(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Mean loss and accuracy; for segmentation, of an evaluation, `miou`."""
+        """Mean loss and accuracy; of an evaluation also `miou` or `top5_accuracy`."""
         weight = float(sums["weight"])
         values = {
             "loss": float(sums["loss"]) / weight if weight else float("nan"),
             "accuracy": float(sums["correct"]) / weight if weight else float("nan"),
         }
+        if "top5" in sums:
+            values["top5_accuracy"] = float(sums["top5"]) / weight
         if self.kind == "segmentation" and "confusion" in sums:
             values["miou"] = float(
                 np.nanmean(intersection_over_union(sums["confusion"]))
             )
         return values
+
+    def by_class(
+        self, sums: Mapping[str, np.ndarray], classes: Sequence[str]
+    ) -> dict[str, dict[str, float | int | None]]:
+        """Metrics of each class, of an evaluation.
+
+        Args:
+            sums: Of `evaluate`, over a split.
+            classes: Names of the classes.
+
+        Returns:
+            For each, how many `examples` (or pixels) have that label, which part of
+            them is found (`recall`), which part of what is found has that label
+            (`precision`), and the intersection over union (`iou`). `None` where there
+            is nothing to divide by.
+        """
+        confusion = np.asarray(sums["confusion"])
+        right, labelled = np.diagonal(confusion), confusion.sum(axis=1)
+        found, iou = confusion.sum(axis=0), intersection_over_union(confusion)
+
+        def part(of: int, count: int) -> float | None:
+            return float(of / count) if count else None
+
+        return {
+            name: {
+                "examples": int(labelled[k]),
+                "recall": part(right[k], labelled[k]),
+                "precision": part(right[k], found[k]),
+                "iou": None if np.isnan(iou[k]) else float(iou[k]),
+            }
+            for k, name in enumerate(classes)
+        }
 
     def pictures(
         self,
@@ -182,10 +227,20 @@ class Supervised:
             )
         }
 
+    @property
+    def _has_top5(self) -> bool:
+        return self.kind == "classification" and self.num_classes > 5
+
     def _sums(self, logits: Any, batch: Batch, smoothing: float) -> Metrics:
         weights, labels = _weights(batch), jnp.maximum(batch["label"], 0)
         # Not picked by index: for pixels, XLA folds that scatter for seconds.
         one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        if "share" in batch:
+            share = batch["share"][:, None].astype(logits.dtype)
+            other = jax.nn.one_hot(
+                batch["other_label"], logits.shape[-1], dtype=logits.dtype
+            )
+            one_hot = share * one_hot + (1 - share) * other
         one_hot = optax.smooth_labels(one_hot, smoothing) if smoothing else one_hot
         losses = optax.safe_softmax_cross_entropy(logits, one_hot)
         right = jnp.argmax(logits, axis=-1) == labels
@@ -203,6 +258,13 @@ def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
     both = np.diagonal(confusion).astype(np.float64)
     either = confusion.sum(axis=0) + confusion.sum(axis=1) - both
     return np.divide(both, either, out=np.full_like(both, np.nan), where=either > 0)
+
+
+def _among_top(logits: jax.Array, labels: jax.Array, count: int) -> jax.Array:
+    """Whether fewer than `count` classes have a larger logit than the label."""
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.bool_)
+    own = jnp.max(logits, axis=-1, where=one_hot, initial=-jnp.inf, keepdims=True)
+    return jnp.sum(logits > own, axis=-1) < count
 
 
 def _weights(batch: Batch) -> jax.Array:
