@@ -58,7 +58,9 @@ def find(name: str) -> Path | None:
         UsageError: If it can only be a path, and there is no such folder or file.
     """
     path = Path(name).expanduser()
-    if not name.startswith((".", "~", "/")) and path.suffix != ".npz":
+    # (A name in TFDS has one slash at most, before its configuration.)
+    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
+    if not is_path and path.suffix != ".npz":
         if not path.exists():
             return None
         from jbn.training.prepare import known_names

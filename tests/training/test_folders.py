@@ -421,6 +421,8 @@ def test_names_and_paths(pets: Path, monkeypatch: pytest.MonkeyPatch):
     assert find("./mnist") == Path("mnist")
     assert find("pets") == Path("pets")
     assert find("nonesuch") is None
+    with pytest.raises(UsageError, match="is neither a folder nor an"):
+        find("path/to/folder")
 
 
 def test_images_alone(pets: Path):
