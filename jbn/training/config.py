@@ -164,7 +164,7 @@ class Config:
     depth: _Count = None
     dropout: float = 0.0
     norm: norms.Norm = "batch"
-    norm_options: Annotated[norms.NormOptions, tyro.conf.arg(name="norm")] = (
+    norm_options: Annotated[norms.NormOptions, tyro.conf.arg(name="norm")] = (  # pyright: ignore[reportInvalidTypeForm]
         dataclasses.field(default_factory=norms.NormOptions)
     )
     dataset: str = "digits"

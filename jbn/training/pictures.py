@@ -149,7 +149,9 @@ def overlays(
         axes[0].set_ylabel(name, fontsize=10)
     present = np.unique([labels, found])
     colors = class_colors(len(classes)) / 255
-    patches = [Patch(color=colors[k], label=classes[k]) for k in present if k >= 0]
+    patches = [
+        Patch(color=tuple(colors[k]), label=classes[k]) for k in present if k >= 0
+    ]
     figure.legend(
         handles=patches[:_MOST_IN_LEGEND],
         loc="outside lower center",
@@ -212,7 +214,9 @@ def color_labels(images: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
     """
     # (Of RGB the weights of ITU-R 601.)
     rgb = as_rgb(images).astype(np.float32)
-    gray = (rgb @ np.float32([0.299, 0.587, 0.114]))[..., None].repeat(3, axis=-1)
+    gray = (rgb @ np.array([0.299, 0.587, 0.114], np.float32))[..., None].repeat(
+        3, axis=-1
+    )
     colors = class_colors(classes)
     over = 0.4 * gray + 0.6 * colors[np.maximum(labels, 0)]
     return np.rint(np.where(labels[..., None] >= 0, over, gray)).astype(np.uint8)

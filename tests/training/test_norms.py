@@ -118,7 +118,8 @@ def in_model(norm: str, x: np.ndarray, **options: Any) -> tuple[np.ndarray, Any]
             layer = make(name="norm", scale_init=nn.initializers.constant(2.0))
             return layer(x, use_running_average=False, mask=None)
 
-    y, variables = Model().init_with_output(jax.random.key(0), jnp.asarray(x))
+    found: Any = Model().init_with_output(jax.random.key(0), jnp.asarray(x))
+    y, variables = found
     assert set(variables) <= {"params"}
     return np.asarray(y), variables.get("params", {}).get("norm", {})
 
