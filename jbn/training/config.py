@@ -314,7 +314,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "normalization": ("norm", "norm_options", "momentum", "fix_after", "bn_group_size"),
     "data": (
         *("dataset", "test_fraction", "data_dir", "manual_dir", "image_size", "loader"),
-        *("shift", "flip", "crop"),
+        *("shift", "flip", "crop", "mixup"),
     ),
     "run": (
         *("workdir", "resume", "checkpoint", "config", "init_from", "init_skip"),

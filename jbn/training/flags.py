@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
@@ -35,11 +35,7 @@ def parse(
     more = [name for name in fields if name not in grouped]
     groups = {**groups, "more": more} if more else groups
     types = {title: _group(type(default), groups[title]) for title in groups}
-    # A group leaves no prefix; a record in it keeps its own, as in `--norm.tau`.
-    unnamed = tyro.conf.arg(name="")
-    nested: Any = dataclasses.make_dataclass(
-        "Flags", [(title, Annotated[kind, unnamed]) for title, kind in types.items()]
-    )
+    nested: Any = dataclasses.make_dataclass("Flags", list(types.items()))
     values = {
         title: types[title](**{name: getattr(default, name) for name in groups[title]})
         for title in groups
@@ -50,7 +46,7 @@ def parse(
         args=args,
         default=nested(**values),
         prog=prog,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         description=f"{text.short_description}\n\n{text.long_description or ''}",
     )
     flat = {

@@ -42,11 +42,12 @@ _OF: dict[str, tuple[str, ...]] = {
 _CHANNELS = 16  # In a group: the second choice of Wu and He, 2018, for any width.
 
 
-def _flag(type_: Any, text: str) -> Any:
+def _flag(name: str, type_: Any, text: str) -> Any:
     optional = type(None) in get_args(type_)
-    shown: dict[str, Any] = {}
+    # Groups of flags leave their names out: the prefix is part of the name.
+    shown: dict[str, Any] = {"name": f"norm.{name}"}
     if optional:
-        shown = {"metavar": "INT" if int in get_args(type_) else "FLOAT"}
+        shown["metavar"] = "INT" if int in get_args(type_) else "FLOAT"
         shown["help_behavior_hint"] = ""
     return Annotated[type_, tyro.conf.arg(help=text, **shown)]
 
@@ -55,17 +56,18 @@ def _fields() -> list[tuple[str, Any, Any]]:
     """A field for each option of the layers, and those of single methods."""
     options = options_of(LayerOptions)
     fields: list[tuple[str, Any, Any]] = [
-        (name, _flag(_TYPES[kind], option.text), option.default)
+        (name, _flag(name, _TYPES[kind], option.text), option.default)
         for name, (kind, option) in options.items()
         if name in _LAYER
     ]
     text = "Limit of the {} of `renorm`, at least {}."
     fields += [
-        ("r_max", _flag(float, text.format("scale r", 1)), BatchRenorm.r_max),
-        ("d_max", _flag(float, text.format("shift d", 0)), BatchRenorm.d_max),
+        ("r_max", _flag("r_max", float, text.format("scale r", 1)), BatchRenorm.r_max),
+        ("d_max", _flag("d_max", float, text.format("shift d", 0)), BatchRenorm.d_max),
         (
             "num_groups",
             _flag(
+                "num_groups",
                 int | None,
                 "Of `ghost`, groups of a batch; of `group`, groups of channels, by"
                 " default one for every 16 channels.",
