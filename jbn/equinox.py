@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jbn import axes
 from jbn.options import (
-    CallOptions,
+    LayerCallOptions,
     LayerOptions,
     Settings,
     completed,
@@ -89,6 +89,8 @@ class BatchNorm(_Fields):
         if mode != "batch":
             raise ValueError(f'`BatchNorm` takes `mode="batch"` alone; got {mode!r}.')
         given = completed(_Options, settings, "BatchNorm")
+        if callable(given["tau"]):
+            raise TypeError("`BatchNorm` counts no calls: give `tau` in each, traced.")
         given |= {"axis": axis, "debias": debias, "epsilon": eps, "momentum": momentum}
         given |= {"axis_name": axis_name, "dtype": output_dtype}
         given["param_dtype"] = jnp.float32 if dtype is None else dtype
@@ -107,7 +109,7 @@ class BatchNorm(_Fields):
         self.inference = inference
         self.input_size = input_size
 
-    @documented(CallOptions)
+    @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: ArrayLike,
@@ -115,7 +117,7 @@ class BatchNorm(_Fields):
         *,
         key: Any = None,
         inference: bool | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[LayerCallOptions],
     ) -> tuple[jax.Array, eqx.nn.State]:
         """Normalizes `x` and, in training, updates the running statistics.
 
@@ -133,8 +135,9 @@ class BatchNorm(_Fields):
         running = BatchStats(*state.get(indices[0]), *state.get(indices[1]))
         options: dict[str, Any] = {k: getattr(self, k) for k in options_of(Settings)}
         options |= call
-        if options.get("update_stats") is None:
-            options["update_stats"] = self.update_stats
+        for name in ("tau", "update_stats"):
+            if options.get(name) is None:
+                options[name] = getattr(self, name)
         mode = self.inference if inference is None else inference
         x = axes.as_inexact(x, self.dtype)
         params = Params(self.weight, self.bias)

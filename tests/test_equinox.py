@@ -123,6 +123,20 @@ def test_update_stats(x):
     assert not eqx.tree_equal(new, state)
 
 
+def test_tau_in_a_call(x):
+    """As of the function; in place of the layer's."""
+    layer, state = made(BatchNorm, 4, "batch", tau=3.0)
+    running = jbn.BatchStats(*state.get(layer.batch_state_index), weight=jnp.zeros(4))
+    run = lambda x: jbn.batch_norm(
+        x, None, running, use_running_average=False, axis=0, axis_name="batch", tau=9
+    )[0]
+    want = jax.vmap(run, axis_name="batch")(x)
+    y, _ = mapped(layer, x, state, tau=jnp.asarray(9.0))
+    np.testing.assert_allclose(y, want, **CLOSE)
+    y, _ = mapped(layer, x, state)
+    assert abs(y - want).max() > 0.1
+
+
 def test_gradients_in_a_sequence(x, rng):
     """Jitted, filtered and differentiated with a random cotangent, as a model is."""
     make = lambda: eqx.nn.Sequential(
@@ -150,6 +164,8 @@ def test_gradients_in_a_sequence(x, rng):
 
 
 def test_refusals(x):
+    with pytest.raises(TypeError, match="counts no calls"):
+        made(BatchNorm, 4, "batch", tau=lambda step: 1.0)
     with pytest.raises(ValueError, match='`mode="batch"` alone'):
         BatchNorm(3, "batch", mode="ema")
     with pytest.raises(TypeError, match="`BatchNorm` has no option `epsilno`"):

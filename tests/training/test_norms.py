@@ -43,7 +43,7 @@ def test_options_are_those_of_the_layers():
         (["--norm.epsilon=.1", "--norm.debias"], BatchNorm, {"epsilon": 0.1}),
         (["--norm=renorm", "--norm.r-max=2"], BatchRenorm, {"r_max": 2.0}),
         (["--norm=ghost", "--norm.num-groups=4"], GhostBatchNorm, {"num_groups": 4}),
-        (["--norm.no-use-bias", "--momentum=.7"], BatchNorm, {"use_bias": False}),
+        (["--no-norm.use-bias", "--momentum=.7"], BatchNorm, {"use_bias": False}),
     ],
 )
 def test_flags_reach_the_layer(flags: list[str], cls: type, expected: Any):
