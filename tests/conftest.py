@@ -16,9 +16,9 @@ from jbn.lowering import late, passes
 
 
 if not hasattr(jax, "enable_x64"):  # Before JAX 0.8.
-    from jax.experimental import enable_x64
+    import jax.experimental as experimental
 
-    jax.enable_x64 = enable_x64
+    jax.enable_x64 = getattr(experimental, "enable_x64")  # noqa: B009
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -403,10 +403,10 @@ def test_an_option_changes_the_result_and_modules_take_it(name, subtests):
         with subtests.test(option):
             assert option in VALUES, f"give `{option}` a value in VALUES"
             results = {way: v for (o, way), v in found.items() if o == option}
-            if errors[option] is not None:
+            if (error := errors[option]) is not None:
                 for result in results.values():
                     assert isinstance(result, ValueError)
-                    assert errors[option] in str(result)
+                    assert error in str(result)
                 continue
             want = results["function"]
             assert differ(want, found["", "function"]), "has no effect"

@@ -23,7 +23,8 @@ EACH = np.asarray([0.0, 2.5, np.inf, 10.0])
 def problem(rng) -> Any:
     x = rng.normal(size=(ROWS, FEATURES)) * [1, 2, 3, 4] + [0, 1, -2, 5]
     stats = rng.normal(size=FEATURES), rng.uniform(0.5, 2, FEATURES)
-    return x, BatchStats(*map(jnp.asarray, stats))
+    mean, var = map(jnp.asarray, stats)
+    return x, BatchStats(mean, var)
 
 
 def by_formula(x, stats, share, scatter=True):
@@ -109,7 +110,7 @@ def test_fixbn_is_batch_norm_and_then_the_running_statistics(problem):
             mean, var = 0.5 * (mean + x.mean(0)), 0.5 * (var + x.var(0))
         else:
             assert_close(y, (x - mean) / np.sqrt(var + TRAIN["epsilon"]))
-    assert step._cache_size() == 1
+    assert step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.usefixtures("x64")
@@ -166,8 +167,9 @@ def test_a_schedule_counts_training_calls(problem, kind):
     x, _ = problem
     x = x.astype("f")
     _, running = jbn.init(FEATURES)
+    graph: Any = None
     if kind == "linen":
-        layer = jbn.linen.BatchNorm(tau=ramp, epsilon=1e-3)
+        layer: Any = jbn.linen.BatchNorm(tau=ramp, epsilon=1e-3)
         variables: Any = layer.init(jax.random.key(0), x, False)
         assert int(variables["batch_stats"]["step"]) == 0
 
@@ -190,7 +192,7 @@ def test_a_schedule_counts_training_calls(problem, kind):
         y, state = train(state)
         want, running = jbn.batch_norm(x, None, running, tau=ramp(step), **TRAIN)
         np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
-    assert train._cache_size() == 1
+    assert train._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
     if kind == "linen":
         # Inference changes nothing, and needs no step.
         del state["batch_stats"]["step"]

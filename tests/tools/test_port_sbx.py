@@ -1,5 +1,7 @@
 """Statistics of sbx's `BatchRenorm`, by a layer that keeps them as it does."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +28,9 @@ def critics(mapped):
         return Critic()
     axes = {"params": 0, "batch_stats": 0}
     split = {"params": True}
-    options = {"variable_axes": axes, "split_rngs": split, "axis_size": 2}
-    return nn.vmap(Critic, in_axes=(None, None), **options)()
+    options: Any = {"variable_axes": axes, "split_rngs": split, "axis_size": 2}
+    options["in_axes"] = None, None
+    return nn.vmap(Critic, **options)()
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -50,7 +50,8 @@ def by_jbn(x, scale, bias, share, ids: Any = IDS, num: Any = NUM, **options) -> 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_values_are_those_of_the_paper(rng, weighted):
-    x, *params = problem(rng)
+    x, scale, bias, share = problem(rng)
+    params = scale, bias, share
     w = rng.integers(0, 3, len(x)).astype(float) if weighted else np.ones(len(x))
     got = jax.jit(by_jbn)(x, *params, weights=jnp.asarray(w[:, None]))
     np.testing.assert_allclose(got, loop(x, *params, IDS, w), rtol=1e-12, atol=1e-12)

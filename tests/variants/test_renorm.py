@@ -821,6 +821,7 @@ def test_warmup_steps_are_the_two_schedules(rng):
     runs = []
     for layer in (short, long):
         variables = {"params": params._asdict(), "batch_stats": linen_stats(stats)}
+        y = None
         for _ in range(2):
             y, updated = layer.apply(variables, x, mutable=["batch_stats"])
             variables = {**variables, **updated}
@@ -834,7 +835,8 @@ def test_inference_and_warmup_need_no_step(rng):
     layer = jbn.BatchRenorm(use_running_average=True, warmup_steps=5)
     variables = {"params": params._asdict(), "batch_stats": linen_stats(stats)}
     y: Any = layer.apply(variables, x)
-    want = oracle.normalize(x, stats.mean, stats.var, *params, -1, 1e-5)
+    scale, bias = params
+    want = oracle.normalize(x, stats.mean, stats.var, scale, bias, -1, 1e-5)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="`warmup_steps` needs `step`"):
         jbn.batch_renorm(x, params, stats, use_running_average=False, warmup_steps=5)

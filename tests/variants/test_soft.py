@@ -108,7 +108,6 @@ def test_one_hot_shares_are_ids(rng, mix, options):
 
     got, want = run(jnp.asarray(shares)), run(ids)
     there = ids >= 0
-    got[1][0], want[1][0]
     np.testing.assert_allclose(got[1][0][there], want[1][0][there], 1e-9, 1e-9)
     for g, v in zip(
         jax.tree.leaves((got[0], got[1][1])),
