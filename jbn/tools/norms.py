@@ -219,6 +219,8 @@ class Norm:
         return cls(**options, rngs=nnx.Rngs(0))
 
 
+# Modules that hold others. Flax before 0.12 has none.
+_CONTAINERS = tuple(getattr(nnx, n) for n in ("Dict", "List") if hasattr(nnx, n))
 _KNOWN = Norm()
 
 
@@ -256,7 +258,7 @@ class Norms:
                 return f"no {_listed(lack)} in them" if lack else norm
         if isinstance(layer, (*LINEN_NORMS, *NNX_NORMS)):
             return _KNOWN
-        if isinstance(layer, nnx.Dict | nnx.List):  # such as our pending moments
+        if isinstance(layer, _CONTAINERS):  # such as our pending moments
             return None
         why = _why_not(layer)
         return why if why is None or why else Norm({}, True)
