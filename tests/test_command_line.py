@@ -470,7 +470,7 @@ BAD = [
     ("inspect strange", r"strange/config\.json is not the configuration of a run"),
     ("inspect list", r"list/config\.json is not the configuration of a run"),
     ("inspect range", "--epochs=0 is out of range"),
-    ("inspect nonesuch", "TFDS knows no data set called"),
+    ("inspect nonesuch", "has no images"),
     ("inspect model", "there is no model 'nonesuch'"),
     ("inspect unsaved", "unsaved has no checkpoints yet"),
     ("inspect less", "is of another model: it has no batch_stats/BatchNorm_1/mean"),

@@ -193,7 +193,7 @@ def fed_bn(
     found = norms.nodes(own["batch_stats"])
     unknown = norms.unknown(own["batch_stats"])
     paths = {path for path in found if chosen("/".join(path), where)}
-    if not paths:
+    if not paths and where != []:  # An empty list means none.
         has = ["/".join(path) for path in found]
         text = f"`fed_bn` found no batch norm layer that is meant; {where=}, and the"
         text += f" variables have {has or 'none'}."

@@ -558,8 +558,8 @@ def load_config(path: Path) -> Config:
     for name in types:
         if name in _IN_0_2_0 and name not in values:
             raise wrong(f"{name!r} is missing. Its default is {_shown(name)}.")
-    for name in ("data_dir", "manual_dir", "workdir"):
-        if isinstance(values.get(name), str):
+    for name, kind in types.items():
+        if Path in get_args(kind) and isinstance(values.get(name), str):
             values[name] = Path(values[name])
     options = values.get("norm_options", {})
     if not isinstance(options, dict):

@@ -21,6 +21,7 @@ from jbn.training.config import (
     preset,
 )
 from jbn.training.errors import UsageError
+from jbn.training.workdir import reserved
 
 
 def test_every_field_is_explained(capsys: pytest.CaptureFixture[str]):
@@ -228,8 +229,8 @@ def test_paths_to_data_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert config.dataset == str(tmp_path / "set")
         assert config.data_dir == tmp_path / "data"
     assert parse_config(["--dataset=mnist"]).dataset == "mnist"
-    workdir = claim_workdir(parse_config(["--dataset=set"]))
-    assert workdir.name.startswith("set-mlp-seed0-")
+    with reserved(parse_config(["--dataset=set"])) as workdir:
+        assert workdir.name.startswith("set-mlp-seed0-")
 
 
 def test_a_run_of_several_processes_is_resumed_by_one(tmp_path: Path):
@@ -258,7 +259,7 @@ def written(path: Path, **changes: Any) -> Path:
         ({"epochs": True}, "true is not a value of 'epochs'"),
         ({"flip": 1}, "1 is not a value of 'flip'"),
         ({"workdir": 3}, "3 is not a value of 'workdir'"),
-        ({"model": "vgg"}, "\"vgg\" is not a model of 'model'"),
+        ({"model": "vgg"}, "--model=vgg is not known"),
         ({"learning_rte": 1.0}, "no flag 'learning_rte'. Did you mean 'learning_rate'"),
         ({"zzz": 1.0}, "there is no flag 'zzz'. Is it newer than this"),
         ({"seed": ...}, "'seed' is missing. Its default is 0"),

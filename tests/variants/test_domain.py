@@ -646,7 +646,7 @@ def test_a_mistake_gets_one_clear_error(kwargs, error, came, fix):
 @pytest.mark.usefixtures("untyped")
 def test_ids_as_a_list():
     jax.tree.map(np.testing.assert_array_equal, run(domain=IDS.tolist()), run())
-    with pytest.raises(TypeError, match="`domain` must be of integers; got float"):
+    with pytest.raises(ValueError, match="must have a share for each of the"):
         run(domain=0.5)
 
 

@@ -221,7 +221,7 @@ def test_inference_has_no_groups(rng):
 @pytest.mark.parametrize(
     ("masked", "affine"), [(False, False), (False, True), (True, True)]
 )
-def test_one_group_is_batch_norm_bit_for_bit(rng, masked, affine):
+def test_one_group_is_batch_norm(rng, masked, affine):
     x = rows_like(rng, (6, 5, 3))
     params, stats = make(rng)
     options: Any = {
@@ -234,7 +234,9 @@ def test_one_group_is_batch_norm_bit_for_bit(rng, masked, affine):
     params = params if affine else None
     got = ghost(x, params, stats, num_groups=1, **options)
     want = batch_norm(x, params, stats, **options)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    # XLA may sum in another order: the rows of a group are an axis of their own.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, got, want)
 
 
 def test_groups_of_one_row_that_is_too_little(rng):
