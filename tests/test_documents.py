@@ -78,6 +78,7 @@ def test_python_runs_and_prints_what_is_shown(code, tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.slow
 def test_commands_run(command, tmp_path):
     python, script, *flags = shlex.split(command)
     assert (python, script) == ("python", "train.py")

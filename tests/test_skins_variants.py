@@ -559,6 +559,7 @@ def stats_of(model):
 
 @pytest.mark.usefixtures("standard_promotion")
 class TestLinen:
+    @pytest.mark.slow
     def test_remat_updates_once(self):
         variables, y, new, grads = chain()
         again = gradients(nn.remat(Chain)(), variables)
@@ -572,6 +573,7 @@ class TestLinen:
             largest = [float(abs(v).max()) for v in jax.tree.leaves(leaves)]
             assert (min(largest) > 1e-3) == (max(largest) > 0) == (layer != "frozen")
 
+    @pytest.mark.slow
     def test_vmap_over_an_ensemble_of_scans_over_layers(self):
         class Layer(nn.Module):
             @nn.compact
@@ -669,6 +671,7 @@ class TestNnx:
         np.testing.assert_allclose(layer(X), X / np.sqrt(1 + 1e-5), rtol=1e-6)
         np.testing.assert_array_equal(layer.mean[...], np.zeros(3))
 
+    @pytest.mark.slow
     def test_vmap_over_an_ensemble_and_scan_over_layers(self):
         @nnx.split_rngs(splits=2)
         @nnx.vmap

@@ -399,6 +399,7 @@ def killed_again_and_again(
 @pytest.mark.parametrize(
     "kills", [3, pytest.param(12, marks=pytest.mark.slow)], ids=["few", "many"]
 )
+@pytest.mark.slow
 def test_sigkill(
     rng: np.random.Generator,
     data_dir: Path,
@@ -500,6 +501,7 @@ def test_steps_that_are_not_finite_are_skipped(
         ),
     ],
 )
+@pytest.mark.slow
 def test_too_many_that_are_not_finite(
     train: Train,
     spoil: Callable[..., None],
@@ -581,6 +583,7 @@ def moments_of_first_layer(found: OpenRun, params: Any) -> tuple[Any, Any]:
     return hidden.mean(0), hidden.var(0)
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated(
     train: Train, tmp_path: Path, opened: Callable[..., OpenRun]
 ):
@@ -624,6 +627,7 @@ def test_bf16(
         assert leaf.dtype in (np.float32, np.int32)
 
 
+@pytest.mark.slow
 def test_profile(train: Train, tmp_path: Path):
     args = ("--profile", "--epochs=1", "--steps-per-dispatch=8", "--workdir=run")
     assert train(*args)[0] == 0
@@ -691,6 +695,7 @@ def test_by_minutes(train: Train, tmp_path: Path):
     assert [line["step"] for line in history(tmp_path / "run")] == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_patience(train: Train, tmp_path: Path):
     """With a vanishing learning rate nothing becomes better, also when resumed."""
     args = ("--learning-rate=1e-30", "--momentum=1", "--patience=2", "--workdir=run")

@@ -309,6 +309,7 @@ def digits():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_tent_moves_norms_alone_and_lowers_the_entropy(digits):
     """The recipe of the docstring, on digits whose contrast and offset have changed."""
     images, labels, shifted, answers = map(jnp.asarray, digits)

@@ -335,6 +335,7 @@ def test_cold(rng: np.random.Generator, norm: Any, steps: int):
     assert inspect(applied(model), new, batches).findings == ()
 
 
+@pytest.mark.slow
 def test_updates_that_layers_keep(rng: np.random.Generator):
     batches = data(rng)
 
@@ -400,6 +401,7 @@ def test_noisy(rng: np.random.Generator):
     assert "momentum nearer to 1" in finding.advice
 
 
+@pytest.mark.slow
 def test_statistics_of_one_replica(rng: np.random.Generator):
     """Of data that are sorted; the merged ones are right."""
     layer = jbn.linen.BatchNorm(use_running_average=False)
@@ -692,6 +694,7 @@ class Classifier(nn.Module):
         pytest.param("conv", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_model_trained_well_gives_no_alarm(kind: str):
     images, labels = load_digits(return_X_y=True)
     x = jnp.asarray(images[:1792].reshape(28, 64, 8, 8, 1) / 16, jnp.float32)

@@ -432,6 +432,7 @@ def test_segmentation_masks(sets: Any, rng: np.random.Generator):
         load_masks(target="segmentation_mask", loader="grain", image_size=3)
 
 
+@pytest.mark.slow
 def test_digit_trimaps(data_dir: Path):
     dataset = load_dataset(
         "digit_trimaps", data_dir=data_dir, target="segmentation_mask"

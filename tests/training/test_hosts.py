@@ -193,6 +193,7 @@ def both_ways(home: Path, parallel: str) -> None:
     assert (np.diff(found[:, 0]) < 0).all()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(home: Path):
     """And what either has saved, the other goes on from."""
     both_ways(home, "pmap")

@@ -187,6 +187,7 @@ def test_curves_of_a_gan_are_named():
 
 
 @pytest.mark.parametrize("size", [2, 10, 40])
+@pytest.mark.slow
 def test_confusion(tmp_path: Path, size: int):
     counts = np.diag(np.arange(size) + 1)
     counts[0, 1] = 1234

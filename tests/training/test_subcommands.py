@@ -184,6 +184,7 @@ def mlp(variables: Any, images: np.ndarray) -> np.ndarray:
         ("gan", "frechet", "samples"),
     ],
 )
+@pytest.mark.slow
 def test_eval_of_each_task_with_pictures(
     standing: Path, tmp_path: Path, name: str, metric: str, picture: str
 ):

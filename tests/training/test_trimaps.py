@@ -43,6 +43,7 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
         return archive["images"][rows], archive["labels"][rows]
 
 
+@pytest.mark.slow
 def test_features_are_those_of_oxford_iiit_pet(splits: dict[str, list[Any]]):
     assert {split: len(examples) for split, examples in splits.items()} == {
         "train": 2874,

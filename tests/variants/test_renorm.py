@@ -749,6 +749,7 @@ class TestCrossQ:
                     got = getattr(getattr(critic, layer), name)[...]
                     np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.slow
     def test_three_hundred_updates_find_the_values(self):
         # Not from any start: some learn by differences of the size of a rounding error,
         # and end elsewhere with another compiler.
