@@ -693,15 +693,15 @@ def _write(layer: BatchNorm, batch_stats: BatchStats) -> None:
 def _numbers(layer: BatchNorm, call: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a call that may be schedules."""
     found = {}
+    step: Any = layer.step
     for name in _SCHEDULED:
         setting, value = getattr(layer, name, None), call.get(name)
         if value is None and callable(setting):
-            step: Any = layer.step
             value = setting(step[...])
         if value is not None or setting is not None:
             found[name] = setting if value is None else value
     if warmup_steps := getattr(layer, "warmup_steps", 0):
-        found |= {"warmup_steps": warmup_steps, "step": layer.step[...]}
+        found |= {"warmup_steps": warmup_steps, "step": step[...]}
     return found
 
 

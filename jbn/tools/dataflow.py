@@ -382,7 +382,7 @@ def _trace_nnx(model: nnx.Module, inputs, kwargs, recorder) -> Flow:
     marked = nnx.clone(model)
     for path, node in nnx.iter_graph(marked):
         layer: Any = node
-        if isinstance(layer, nnx.Module) and layers.names(layer) is not None:
+        if isinstance(node, nnx.Module) and layers.names(node) is not None:
             # A static attribute, so that `nnx.jit` does not take one layer's trace for
             # that of another.
             layer._dataflow_mark = _Mark(recorder, "/".join(map(str, path)))
