@@ -471,7 +471,7 @@ BAD = [
     ("inspect list", r"list/config\.json is not the configuration of a run"),
     ("inspect range", "--epochs=0 is out of range"),
     ("inspect nonesuch", "has no images"),
-    ("inspect model", "there is no model 'nonesuch'"),
+    ("inspect model", "--model=nonesuch is not known"),
     ("inspect unsaved", "unsaved has no checkpoints yet"),
     ("inspect less", "is of another model: it has no batch_stats/BatchNorm_1/mean"),
     ("inspect more", "is of another model: it has params/Dense_7/bias, which"),
