@@ -192,24 +192,6 @@ FAULTS = [
         options("batch norm"),
     ),
     Fault(
-        "rows of no domain take part",
-        "call.py",
-        "weights = where(there, counted, False if counted.dtype == bool else 0)",
-        "weights = counted",
-        of("variants/test_domain", "test_rows_of_no_domain_are_padding"),
-    ),
-    Fault(
-        "an absent domain counts",
-        "call.py",
-        "            and self.segments is None\n",
-        "",
-        contract("test_a_domain_that_is_absent_keeps_its_statistics[domain]")
-        + of(
-            "variants/test_domain",
-            "test_a_domain_that_is_absent_keeps_its_statistics_bit_for_bit",
-        ),
-    ),
-    Fault(
         "no rows count as some",
         "call.py",
         "            and 0 not in rows\n",
@@ -256,20 +238,6 @@ FAULTS = [
     ),
     # --- Linen ---
     Fault(
-        "Linen drops tau",
-        "linen.py",
-        "for name in options_of(Settings)} | call",
-        'for name in options_of(Settings) if name != "tau"} | call',
-        options("batch norm"),
-    ),
-    Fault(
-        "Linen drops an option of the call",
-        "linen.py",
-        "for name in options_of(Settings)} | call",
-        "for name in options_of(Settings)} | call\n    given['residual'] = None",
-        options("batch norm"),
-    ),
-    Fault(
         "Linen does not read its update_stats",
         "linen.py",
         'given["update_stats"] = layer.update_stats',
@@ -282,16 +250,6 @@ FAULTS = [
         '"update_stats": False, "axis_name": None, ',
         '"axis_name": None, ',
         settings("batch norm"),
-    ),
-    Fault(
-        "Linen needs axis_name as it is initialized",
-        "linen.py",
-        '"axis_name": None, "axis_index_groups": None}',
-        "}",
-        of(
-            "test_skins",
-            "test_linen_initialization_updates_nothing_and_needs_no_axis",
-        ),
     ),
     Fault(
         "Linen makes variables where it cannot",
@@ -356,45 +314,13 @@ FAULTS = [
         "",
         gradients("frozen"),
     ),
-    Fault(
-        "Linen drops the call's options of one module",
-        "linen.py",
-        "            num_domains=self.num_domains,\n            **call,\n",
-        "            num_domains=self.num_domains,\n",
-        options("domain"),
-    ),
     # --- NNX ---
-    Fault(
-        "NNX drops trim",
-        "nnx.py",
-        "for name in options_of(Settings)} | call",
-        'for name in options_of(Settings) if name != "trim"} | call',
-        options("batch norm"),
-    ),
     Fault(
         "NNX does not read its update_stats",
         "nnx.py",
         'options["update_stats"] = layer.update_stats',
         "pass",
         settings("batch norm"),
-    ),
-    Fault(
-        "NNX casts statistics to what they were",
-        "nnx.py",
-        "variables[name].set_value(value)",
-        "variables[name][...] = value",
-        of(
-            "test_nnx_statistics",
-            "test_training_in_16_bits",
-            "test_training_on_complex_data",
-        ),
-    ),
-    Fault(
-        "NNX casts pending moments to what they were",
-        "nnx.py",
-        "variables[name][k].set_value(v)",
-        "variables[name][k][...] = v",
-        of("test_nnx_statistics", "test_commit"),
     ),
     Fault(
         "NNX does not count its steps",
@@ -416,13 +342,6 @@ FAULTS = [
         "params_front = front if own_affine else ()",
         "params_front = ()",
         settings("domain"),
-    ),
-    Fault(
-        "NNX ignores the limit of a call",
-        "nnx.py",
-        "d_max=limit(d_max, self.d_max),",
-        "d_max=limit(None, self.d_max),",
-        own("renorm"),
     ),
     Fault(
         "NNX ignores freeze_affine",
