@@ -342,8 +342,7 @@ def row_ids(ids: Any, name: str, lay: Layout) -> AtRank:
         raise TypeError(f"`{name}` must be of integers; got {ids.dtype}.")
     shape, rank = tuple(ids.shape), len(lay.shape)
     if len(shape) == rank:
-        allowed = _row_shape(lay)
-        fits = all(n in (1, m) for n, m in zip(shape, allowed, strict=True))
+        fits = _broadcasts(shape, _row_shape(lay))
     else:
         fits = shape == lay.rows[: len(shape)]
     if not fits:
@@ -355,6 +354,10 @@ def row_ids(ids: Any, name: str, lay: Layout) -> AtRank:
     if len(shape) < rank:
         shape = _leading(lay, shape)
     return AtRank(ids, shape)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return all(n in (1, m) for n, m in zip(shape, to, strict=True))
 
 
 def row_shares(shares: Any, name: str, lay: Layout, number: int) -> AtRank:
@@ -373,11 +376,10 @@ def row_shares(shares: Any, name: str, lay: Layout, number: int) -> AtRank:
         )
     front = shape[:-1]
     at_rank = front if len(front) == rank else _leading(lay, front)
-    wanted = _row_shape(lay)
     if len(front) == len(lay.rows):
-        fits = all(n in (1, m) for n, m in zip(front, lay.rows, strict=True))
+        fits = _broadcasts(front, lay.rows)
     elif len(front) == rank:
-        fits = all(n in (1, m) for n, m in zip(front, wanted, strict=True))
+        fits = _broadcasts(front, _row_shape(lay))
     else:
         fits = front == lay.rows[: len(front)]
     if not fits:

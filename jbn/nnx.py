@@ -156,11 +156,11 @@ class BatchNorm(nnx.Module):
         for name, value in given.items():
             setattr(self, name, value)
         self.step = nnx.data(None)
-        self._count(given["tau"])
+        self._count(callable(given["tau"]))
 
-    def _count(self, *numbers: Any) -> None:
-        """Counts training calls, if one of the numbers is a schedule."""
-        if any(map(callable, numbers)):
+    def _count(self, needed: bool) -> None:
+        """Counts training calls, where a schedule or a warm-up needs it."""
+        if needed:
             self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     @documented(LayerCallOptions)
@@ -235,9 +235,7 @@ class BatchRenorm(BatchNorm):
         self.r_max = r_max
         self.d_max = d_max
         self.warmup_steps = warmup_steps
-        self._count(r_max, d_max)
-        if warmup_steps:
-            self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self._count(callable(r_max) or callable(d_max) or bool(warmup_steps))
 
     @documented(LayerCallOptions)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -598,11 +596,8 @@ class GraphNorm(nnx.Module):
         Returns:
             The normalized array, of the shape of `x`.
         """
-        names = "scale", "bias", "mean_scale"
-        found = {k: getattr(self, k) for k in names}
-        scale, bias, mean_scale = (
-            None if v is None else v[...] for v in found.values()
-        )
+        variables = self.scale, self.bias, self.mean_scale
+        scale, bias, mean_scale = (None if v is None else v[...] for v in variables)
         settings = {name: getattr(self, name) for name in options_of(RowSettings)}
         return graph_norm(
             axes.as_inexact(x, self.dtype),
@@ -676,18 +671,23 @@ def _read(layer: BatchNorm) -> BatchStats:
 
 
 def _write(layer: BatchNorm, batch_stats: BatchStats) -> None:
-    """Sets the statistics, in the dtype that they have.
-
-    `variable[...] = value` would cast them to the dtype that the variable had, and Flax
-    before 0.12.1 has no `set_value`.
-    """
+    """Sets the statistics, in the dtype that they have."""
     variables = _variables(layer)
     for name, value in batch_stats_dict(batch_stats).items():
         if name == "pending":
             for k, v in value.items():
-                variables[name][k].copy_from(variables[name][k].replace(v))
+                assign(variables[name][k], v)
         else:
-            variables[name].copy_from(variables[name].replace(value))
+            assign(variables[name], value)
+
+
+def assign(variable: nnx.Variable, value: Any) -> None:
+    """Sets the value of a variable, and its dtype.
+
+    `variable[...] = value` would cast to the dtype that the variable had, and Flax
+    before 0.12.1 has no `set_value`.
+    """
+    variable.copy_from(variable.replace(value))
 
 
 def _numbers(layer: BatchNorm, call: dict[str, Any]) -> dict[str, Any]:

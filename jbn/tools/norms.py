@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -272,23 +272,19 @@ class Norms:
 
     def in_nnx(self, model: nnx.Module) -> dict[str, tuple[Any, Norm]]:
         """The batch norms of an NNX model by path; a shared one only once."""
-        found = {}
-        for path, layer in nnx.iter_graph(model):
-            if isinstance(layer, nnx.Module):
-                norm = self.of(layer)
-                if isinstance(norm, Norm):
-                    found["/".join(map(str, path))] = layer, norm
-        return found
+        seen = self._seen_in_nnx(model)
+        return {path: (v, norm) for path, v, norm in seen if isinstance(norm, Norm)}
 
     def unknown_in_nnx(self, model: nnx.Module) -> dict[str, str]:
         """Why layers of an NNX model with statistics are not recognized, by path."""
-        found = {}
+        seen = self._seen_in_nnx(model)
+        return {path: unrecognized(v, s) for path, v, s in seen if isinstance(s, str)}
+
+    def _seen_in_nnx(self, model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
+        """Path and module, and how it calls things, or why that is not known."""
         for path, layer in nnx.iter_graph(model):
             if isinstance(layer, nnx.Module):
-                why = self.of(layer)
-                if isinstance(why, str):
-                    found["/".join(map(str, path))] = unrecognized(layer, why)
-        return found
+                yield "/".join(map(str, path)), layer, self.of(layer)
 
     def nodes(self, batch_stats: Mapping) -> dict[tuple[str, ...], dict[str, Any]]:
         """The parts of Linen's `batch_stats` of one layer each, in our names."""

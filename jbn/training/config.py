@@ -569,12 +569,12 @@ def load_config(path: Path) -> Config:
     except TypeError as error:
         raise wrong(f"'norm_options': {error}.") from error
     for name, value in values.items():
-        boolean = isinstance(value, bool) and types[name] is not bool
+        fits = not isinstance(value, bool) or types[name] is bool
         try:
             typeguard.check_type(value, types[name])
         except typeguard.TypeCheckError:
-            boolean = True
-        if boolean:
+            fits = False
+        if not fits:
             what = "a model" if name == "model" else "a value"
             raise wrong(f"{json.dumps(value, default=str)} is not {what} of {name!r}.")
     try:

@@ -78,18 +78,15 @@ def _fields() -> list[tuple[str, Any, Any]]:
     return fields
 
 
-def _record() -> type:
-    fields = _fields()
-    body = {
+NormOptions: Any = dataclasses.make_dataclass(
+    "NormOptions",
+    _fields(),
+    frozen=True,
+    namespace={
         "__module__": __name__,
         "__doc__": "Options of the norm layers, by the names that they have in jbn.",
-        "__annotations__": {name: type_ for name, type_, _ in fields},
-        **{name: default for name, _, default in fields},
-    }
-    return dataclasses.dataclass(frozen=True)(type("NormOptions", (), body))
-
-
-NormOptions: Any = _record()
+    },
+)
 
 
 def check(norm: str, options: Any) -> None:
@@ -105,10 +102,10 @@ def check(norm: str, options: Any) -> None:
     for field in dataclasses.fields(options):
         given = getattr(options, field.name)
         if given != field.default and field.name not in _OF[norm]:
-            flag = f"--norm.{field.name.replace('_', '-')}"
             having = [name for name, names in _OF.items() if field.name in names]
             raise UsageError(
-                f"{flag} is not for --norm={norm}: only for {', '.join(having)}."
+                f"{flag(field.name)} is not for --norm={norm}: only for "
+                f"{', '.join(having)}."
             )
     groups = options.num_groups
     if norm == "ghost" and groups is None:
@@ -137,10 +134,15 @@ def check_values(norm: str, options: Any) -> None:
             ) from error
 
 
+def flag(name: str) -> str:
+    """The flag of an option."""
+    return f"--norm.{name.replace('_', '-')}"
+
+
 def first_difference(old: Any, new: Any) -> tuple[str, Any, Any]:
     """The flag of the first option in which two records differ, and both values."""
     return next(
-        (f"--norm.{name.replace('_', '-')}", value, getattr(new, name))
+        (flag(name), value, getattr(new, name))
         for name, value in dataclasses.asdict(old).items()
         if value != getattr(new, name)
     )

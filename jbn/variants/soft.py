@@ -1,7 +1,7 @@
 """Soft domains: rows that belong to several domains, each by a share."""
 
 import functools
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +73,7 @@ class _Table:
         features = self.lay.features if any(n > 1 for n in kept) else [1] * len(kept)
         v = jnp.transpose(v, self.order)
         v = jnp.broadcast_to(v, (*self.lay.rows, *features))
-        columns = [n for n in v.shape[self.rank :]]
-        return v.reshape(_product(self.lay.rows), _product(columns))
+        return v.reshape(math.prod(self.lay.rows), math.prod(features))
 
     def shares(self, v: jax.Array) -> jax.Array:
         """Shares at the rank of the input and one more, the domains, as a matrix."""
@@ -90,20 +89,13 @@ class _Table:
 
     def stat(self, v: jax.Array) -> jax.Array:
         """A statistic of each domain, at the rank of the input and one more."""
-        v = jnp.broadcast_to(v, (v.shape[0], _product(self.lay.features)))
+        v = jnp.broadcast_to(v, (v.shape[0], math.prod(self.lay.features)))
         return self.lay.expand(v.reshape(-1, *self.lay.features))
 
     def flat(self, v: jax.Array) -> jax.Array:
         """The opposite of `stat`."""
         v = jnp.broadcast_to(v, (self.num, *v.shape[1:]))
         return v.reshape(self.num, -1)
-
-
-def _product(shape: Any) -> int:
-    number = 1
-    for n in shape:
-        number = number * n
-    return number
 
 
 def _by_output(call, x, shares, weights, mean, var, gain, bias, shift):
