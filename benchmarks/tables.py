@@ -28,7 +28,7 @@ def load(name):
 
 
 def dumped(content, depth=0, width=160):
-    """JSON with a record on one line: what is short, or a list of numbers."""
+    """Formats JSON with short records and lists of numbers on one line each."""
     line = json.dumps(content, allow_nan=False)
     nested = isinstance(content, dict) or any(
         isinstance(value, dict | list)
