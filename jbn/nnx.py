@@ -676,12 +676,12 @@ def _write(layer: BatchNorm, batch_stats: BatchStats) -> None:
     for name, value in batch_stats_dict(batch_stats).items():
         if name == "pending":
             for k, v in value.items():
-                assign(variables[name][k], v)
+                _assign(variables[name][k], v)
         else:
-            assign(variables[name], value)
+            _assign(variables[name], value)
 
 
-def assign(variable: nnx.Variable, value: Any) -> None:
+def _assign(variable: nnx.Variable, value: Any) -> None:
     """Sets the value of a variable, and its dtype.
 
     `variable[...] = value` would cast to the dtype that the variable had, and Flax

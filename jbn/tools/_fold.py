@@ -17,7 +17,7 @@ from jax import lax
 import jbn.linen
 import jbn.nnx
 from jbn import axes
-from jbn.nnx import assign
+from jbn.nnx import _assign
 from jbn.ops import numeric
 from jbn.tools import dataflow
 from jbn.tools.fold_into import (
@@ -818,8 +818,8 @@ def _fold_nnx(model: Any, plan: _Plan) -> Any:
             layer.use_bias = True
         else:
             bias = _placed(bias, layer.bias[...], old)
-            assign(layer.bias, bias)
-        assign(layer.kernel, _placed(kernel, old, old))
+            _assign(layer.bias, bias)
+        _assign(layer.kernel, _placed(kernel, old, old))
     skips = plan.skips()
     for path in plan.folded:
         layer = layers[path]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jbn.nnx import assign
+from jbn.nnx import _assign
 from jbn.running import widened
 from jbn.tools._convert import convert_nnx, swapping
 from jbn.tools.layers import Where, chosen
@@ -191,7 +191,7 @@ def with_moments(variables: State, found: Mapping[str, Moments], norms: Norms) -
             there = norm.variables(layer)
             old = {n: there[n][...] for n in Moments._fields if n in there}
             for name, value in _settled(old, moments).items():
-                assign(there[name], value)
+                _assign(there[name], value)
         return model
     stats = variables["batch_stats"]
     nodes = norms.nodes(stats)
