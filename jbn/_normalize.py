@@ -17,6 +17,7 @@ from jbn.lowering.formula import compiled_formula
 from jbn.lowering.inline import broadcast_to, where
 from jbn.lowering.mesh import sharded_by_compiler
 from jbn.lowering.passes import (
+    add_up,
     gate,
     hoist,
     materialize,
@@ -380,8 +381,7 @@ def _tangent(
         )
         if term is not None
     ]
-    zero = jnp.zeros(x.shape, numeric.wide_dtype(x.dtype))
-    return sum(dy, zero).astype(form.dtype)
+    return add_up(dy, form.dtype) if dy else jnp.zeros(x.shape, form.dtype)
 
 
 def _row_terms(

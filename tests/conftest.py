@@ -175,6 +175,7 @@ def lowering(
     if request.param == "eight shards":
         lower_for(monkeypatch, "cpu", shards=8)
     if request.param == "split":
+        monkeypatch.setattr("jbn.lowering.cpu._FUSES_SUMS", False)
         monkeypatch.setattr("jbn.lowering.cpu._LEAST_ELEMENTS", 1)
         monkeypatch.setattr("jbn.lowering.cpu._LEAST_RUN", 1)
         monkeypatch.setattr("jbn.lowering.cpu._SHORT", 0)

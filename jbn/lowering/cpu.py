@@ -11,11 +11,23 @@ import operator
 from typing import Any
 
 import jax
+import jaxlib.version
 from jax import lax
 
 from jbn.axes import is_static
 from jbn.lowering.inline import total
 from jbn.lowering.late import Target
+
+
+# Since jaxlib 0.10.2, XLA on CPU computes the terms of a sum in the loop that adds them,
+# as fast over several axes as over one, if nothing else reads these terms or a part of
+# them. Before, it materialized the terms, and `Merged` and `Split` avoid that.
+_FUSES_SUMS = jaxlib.version.__version_info__ >= (0, 10, 2)
+
+
+def fuses_sums(target: Target) -> bool:
+    """Whether a sum is computed in the same loop as its terms, unless others read them."""
+    return target.platform == "cpu" and _FUSES_SUMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Merged:
         for a in range(len(shapes[0])):
             if (
                 target.one_cpu
+                and not fuses_sums(target)
                 and a in axes
                 and a - 1 in axes
                 and all((shape[a] == 1) == (shape[a - 1] == 1) for shape in shapes)
@@ -94,7 +107,9 @@ class Split:
         cls, target: Target, shape: tuple[int, ...], axes: tuple[int, ...]
     ) -> "Split | None":
         """How to split a sum of an array over `axes`; `None` if it gains nothing."""
-        if not target.one_cpu or not shape or not is_static(shape):
+        if not target.one_cpu or fuses_sums(target):
+            return None
+        if not shape or not is_static(shape):
             return None
         if math.prod(shape) < _LEAST_ELEMENTS or shape[-1] < _LEAST_RUN:
             return None

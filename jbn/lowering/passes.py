@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbn.lowering.cpu import hoisted
+from jbn.lowering.cpu import fuses_sums, hoisted
 from jbn.lowering.inline import where
 from jbn.lowering.late import Target, expected_platform, linear
 
@@ -28,6 +28,15 @@ def separate(arrays: Any, views: int = 1) -> list[Any]:
     found = linear(_Separate(views, len(leaves)), *leaves)
     parts = [found[i : i + len(leaves)] for i in range(0, len(found), len(leaves))]
     return [jax.tree.unflatten(tree, part) for part in parts]
+
+
+def add_up(terms: list[jax.Array], dtype: np.dtype) -> jax.Array:
+    """The sum of `terms`, which have one shape and dtype, rounded to `dtype`.
+
+    Where XLA fuses sums over rows with what they sum, the transpose gives each term a
+    view of the cotangent, or the cast of it would be materialized.
+    """
+    return linear(_AddUp(terms[0].dtype, jnp.dtype(dtype)), *terms)[0]
 
 
 def rematerialized(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,11 +102,11 @@ class _Separate:
         first = barrier(arrays)
         if self.views == 1:
             return first
-        if target.platform == "cpu":
+        if target.platform == "cpu" and not fuses_sums(target):
             return [*first, *barrier(arrays) * (self.views - 1)]
-        # XLA on GPU fuses sums over the same arrays, but decides for each of them
-        # before that what to compute in it: nothing that both read. Barriers around the
-        # same arrays would be merged, so each is around the one before.
+        # XLA decides what to compute in the loop of a sum before it fuses sums over the
+        # same arrays: nothing that both read. Barriers around the same arrays would be
+        # merged, so each is around the one before.
         found = [first]
         for _ in range(self.views - 1):
             found.append(barrier(found[-1]))
@@ -124,6 +133,48 @@ class _Together:
 
     def transpose(self, operands: list[Any], results: int) -> _Separate:
         return _Separate(self.views, self.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AddUp:
+    wide: np.dtype
+    dtype: np.dtype
+    constants = 0
+
+    def avals_out(self, *avals: Any) -> list[Any]:
+        return [avals[0].update(dtype=self.dtype)]
+
+    def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
+        return [functools.reduce(operator.add, arrays).astype(self.dtype)]
+
+    def transpose(self, operands: list[Any], results: int) -> "_Spread":
+        return _Spread(len(operands), self.wide, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """The transpose of `_AddUp`."""
+
+    views: int
+    wide: np.dtype
+    dtype: np.dtype
+    constants = 0
+
+    def avals_out(self, *avals: Any) -> list[Any]:
+        return [avals[0].update(dtype=self.wide)] * self.views
+
+    def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
+        (ct,) = arrays
+        if not fuses_sums(target):
+            return [ct.astype(self.wide)] * self.views
+        found = []
+        for _ in range(self.views):
+            ct = lax.optimization_barrier(ct)
+            found.append(ct.astype(self.wide))
+        return found
+
+    def transpose(self, operands: list[Any], results: int) -> _AddUp:
+        return _AddUp(self.wide, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

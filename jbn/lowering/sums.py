@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jbn.lowering import inline
-from jbn.lowering.cpu import Merged, Split
+from jbn.lowering.cpu import Merged, Split, fuses_sums
 from jbn.lowering.gpu import Blocks
 from jbn.lowering.late import Target, linear
 
@@ -52,27 +52,31 @@ def sum_rows(target: Target, v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def power_sums(
     target: Target,
+    deviation: Callable[..., jax.Array],
+    of: tuple[Any, ...],
     term: Callable[..., jax.Array],
-    d: jax.Array,
-    operands: Any,
+    operands: tuple[Any, ...],
     axes: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """The sums of `term(d, *operands)` and `term(abs(d)**2, *operands)` over `axes`.
 
     Args:
         target: What this is lowered for.
+        deviation: An elementwise function: `d = deviation(*of)`, real or complex.
+        of: Its arguments: an array, and arrays that broadcast to it, or `None`.
         term: An elementwise function that is linear in its first argument.
-        d: Real or complex array.
         operands: Arrays that broadcast to `d`, or `None`.
         axes: Axes to sum over; they stay at size 1.
     """
+    of, operands = apart(target, (of, operands))
+    d = deviation(*of)
     split = Split.of(target, d.shape, axes)
     if split is None or jnp.iscomplexobj(d):
+        first = sum_rows(target, term(d, *operands), axes)
+        of, operands = apart(target, (of, operands))
+        d = deviation(*of)
         square = d.real * d.real + d.imag * d.imag if jnp.iscomplexobj(d) else d * d
-        return (
-            sum_rows(target, term(d, *operands), axes),
-            sum_rows(target, term(square, *operands), axes),
-        )
+        return first, sum_rows(target, term(square, *operands), axes)
     # Both in one loop: `d` times 1, and times `d`. The constants depend on the data, or
     # JAX would hoist them out of a `scan`, and what they are broadcast to.
     first, one = np.array([[True], [False]]), np.ones((), d.dtype)
@@ -81,6 +85,14 @@ def power_sums(
     factor = inline.where(lax.expand_dims(first, range(d.ndim - 2)), one, d)
     both = split.total(term(d * factor, *operands))
     return both[..., 0, :], both[..., 1, :]
+
+
+def apart(target: Target, operands: Any) -> Any:
+    """The same operands, for a sum over what is computed from them.
+
+    Where XLA fuses sums with their terms, it would materialize what others read, too.
+    """
+    return lax.optimization_barrier(operands) if fuses_sums(target) else operands
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jbn.axes import is_static
 from jbn.lowering import inline
 from jbn.lowering.late import Target
 from jbn.lowering.passes import hoist
-from jbn.lowering.sums import power_sums, sum_rows
+from jbn.lowering.sums import apart, power_sums, sum_rows
 from jbn.ops import numeric
 from jbn.ops.segments import Segments, spread, total
 
@@ -70,8 +70,8 @@ def summarize(
     else:
         per_weight = spread(numeric.reciprocal(weight), segments)
 
-    def mean(v: jax.Array) -> jax.Array:
-        terms = _share(v, weights, per_weight)
+    def mean(v: jax.Array, weights: jax.Array | None) -> jax.Array:
+        terms = _share(numeric.wide(v), weights, per_weight)
         if segments is not None:
             return total(terms, axes, segments)
         return sum_rows(target, terms, axes)
@@ -82,22 +82,34 @@ def summarize(
         shift = numeric.coarse(_sample_mean(x, axes))
     else:
         # Of all rows, since any few could be padding.
-        shift = numeric.coarse(mean(numeric.wide(x)))
-    d = numeric.wide(x) - spread(hoist(shift, x.shape), segments)
-    lift = _lift(d, weights, axes) if tiny else None
-    if lift is not None:
-        d = d * lift.astype(d.dtype)
+        shift = numeric.coarse(mean(*apart(target, (x, weights))))
+    center = hoist(shift, x.shape)
+    lift = None
+    if tiny:
+        far = _deviation(*apart(target, (x, center)), None, segments)
+        lift = _lift(far, weights, axes).astype(far.dtype)
     if segments is None:
-        operands = weights, per_weight
-        offset, square = power_sums(target, _share, d, operands, axes)
+        of, operands = (x, center, lift), (weights, per_weight)
+        offset, square = power_sums(target, _deviation, of, _share, operands, axes)
     else:
-        offset, square = mean(d), mean(numeric.abs_square(d))
+        d = _deviation(x, center, lift, segments)
+        offset, square = mean(d, weights), mean(numeric.abs_square(d), weights)
     var = numeric.difference(square, numeric.abs_square(offset))
     if lift is not None:
         lift = lift if segments is None else lift[None]
-        offset, var = offset / lift.astype(d.dtype), var / lift / lift
+        offset, var = offset / lift, var / lift.real / lift.real
     weight = weight if down == 1 else numeric.scaled_up(weight)
     return weight, shift, offset, var
+
+
+def _deviation(
+    x: jax.Array,
+    center: jax.Array,
+    lift: jax.Array | None,
+    segments: Segments | None = None,
+) -> jax.Array:
+    d = numeric.wide(x) - spread(center, segments)
+    return d if lift is None else d * lift
 
 
 def _share(v: jax.Array, weights: jax.Array | None, per_weight: Any) -> jax.Array:

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import scipy.special
 from PIL import Image
 
 from jbn.training.build import make_task, open_dataset
@@ -155,7 +156,7 @@ def test_eval_of_an_average(standing: Path):
     run = opened(Path("ema"))
     x = run.dataset.test.rows(np.arange(360))
     logits: Any = mlp(run.state.average, x["image"])
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_p = scipy.special.log_softmax(logits, -1)
     loss = -log_p[np.arange(360), x["label"]].mean()
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     last = {"params": run.state.params, "batch_stats": run.state.batch_stats}
@@ -259,7 +260,7 @@ def test_predict_classes(standing: Path, tmp_path: Path):
     test = run.dataset.test.rows(np.arange(70))
     paths = write_images(tmp_path, test["image"])
     logits = mlp(run.variables, test["image"])
-    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    probability = scipy.special.softmax(logits, -1)
     before = files(standing)
     status, out, err = main(["predict", "mlp", *paths])
     assert (status, err) == (0, "")
@@ -279,7 +280,7 @@ def test_predict_the_most_probable_as_json(standing: Path, tmp_path: Path):
     status, out, err = main(["predict", "mlp", *paths, "--top=3", "--json"])
     assert (status, err) == (0, "")
     logits = mlp(run.variables, run.dataset.test.rows(np.arange(3))["image"])
-    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    probability = scipy.special.softmax(logits, -1)
     for line, path, row in zip(out.splitlines(), paths, probability, strict=True):
         found = json.loads(line)
         assert found["file"] == str(path)
