@@ -249,12 +249,14 @@ def _summarize_blocks(
         parts = shifted.summarize(target, x, weights, axes, near=near, tiny=tiny)
         return Summary(*(merged.stat(v)[None] for v in parts))
 
+    cut_axes = [a for a in axes if counts[a] > 1]
+
     def cut(v: Any) -> Any:
         if v is None:
             return None
         shape: list[int] = []
         for a, n in enumerate(v.shape):
-            if a not in axes:
+            if a not in cut_axes:
                 shape.append(n)
             elif n == x.shape[a]:
                 shape += [counts[a], n // counts[a]]
@@ -262,18 +264,19 @@ def _summarize_blocks(
                 shape += [1, 1]
         return v.reshape(shape)
 
-    block_axes = [a + i for i, a in enumerate(axes)]
-    within = tuple(a + 1 for a in block_axes)
+    block_axes = [a + i for i, a in enumerate(cut_axes)]
+    within = tuple(a + sum(c <= a for c in cut_axes) for a in axes)
     near = cut(merged.view(near))
     parts = shifted.summarize(
         target, cut(x), cut(weights), within, near=near, tiny=tiny
     )
-    per_axis = [counts[a] for a in axes]
+    per_axis = [counts[a] for a in cut_axes]
 
     def stack(stat: jax.Array) -> jax.Array:
-        stat = jnp.moveaxis(stat, block_axes, range(len(axes)))
-        stat = jnp.broadcast_to(stat, (*per_axis, *stat.shape[len(axes) :]))
-        stat = stat.reshape(math.prod(per_axis), *stat.shape[len(axes) :])
+        first = range(len(cut_axes))
+        stat = jnp.moveaxis(stat, block_axes, first)
+        stat = jnp.broadcast_to(stat, (*per_axis, *stat.shape[len(cut_axes) :]))
+        stat = stat.reshape(math.prod(per_axis), *stat.shape[len(cut_axes) :])
         return merged.stat(stat, lead=1)
 
     return Summary(*map(stack, parts))

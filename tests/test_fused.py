@@ -369,10 +369,10 @@ def test_temporary_memory_of_a_stack(dtype, scanned):
     )
     # What was measured, and a little: docs/benchmarks.md has the figures.
     if dtype == jnp.bfloat16:
-        limits = (0.76, 0.69) if scanned else (0.85, 0.69)
+        limits = (0.76, 0.69) if scanned else (0.87, 0.72)
     else:
         # Unrolled, XLA finds the same for Flax's by itself, but for one more array.
-        limits = (0.76, 0.69) if scanned else (1.07, 1.07)
+        limits = (0.76, 0.70) if scanned else (1.07, 1.07)
     assert plain <= limits[0] * flax
     assert fused <= limits[1] * flax
 

@@ -3,6 +3,7 @@
 import math
 
 from jbn.axes import is_static
+from jbn.lowering.cpu import fuses_sums
 from jbn.lowering.late import SHAPES, Target
 
 
@@ -36,8 +37,9 @@ def block_counts(
         return {a: 1 for a in axes}
     rows = math.prod(shape[a] for a in axes)
     number = None
-    if target.platform == "gpu":
-        number = shards  # Thousands of threads add: no sum is long.
+    if target.platform == "gpu" or fuses_sums(target):
+        # Thousands of threads add, or vectors that are added in pairs: no sum is long.
+        number = shards
     elif target.platform == "tpu":
         if rows <= _SPLIT_BLOCK_ROWS * shards:
             number = shards

@@ -19,14 +19,14 @@ from jbn.lowering.inline import total
 from jbn.lowering.late import Target
 
 
-# Since jaxlib 0.10.2, XLA on CPU computes the terms of a sum in the loop that adds them,
-# as fast over several axes as over one, if nothing else reads these terms or a part of
-# them. Before, it materialized the terms, and `Merged` and `Split` avoid that.
+# Since jaxlib 0.10.2, XLA on CPU computes the terms of a sum in the loop that adds
+# them, as fast over several axes as over one, if nothing else reads these terms or a
+# part of them. Before, it materialized the terms, and `Merged` and `Split` avoid that.
 _FUSES_SUMS = jaxlib.version.__version_info__ >= (0, 10, 2)
 
 
 def fuses_sums(target: Target) -> bool:
-    """Whether a sum is computed in the same loop as its terms, unless others read them."""
+    """Whether a sum and its terms share a loop, where nothing else reads the terms."""
     return target.platform == "cpu" and _FUSES_SUMS
 
 

@@ -81,7 +81,7 @@ def power_sums(
     # JAX would hoist them out of a `scan`, and what they are broadcast to.
     first, one = np.array([[True], [False]]), np.ones((), d.dtype)
     d, first, one = lax.optimization_barrier((d, first, one))
-    d, *operands = map(split.view, (d, *operands))
+    d, operands = split.view(d), tuple(map(split.view, operands))
     factor = inline.where(lax.expand_dims(first, range(d.ndim - 2)), one, d)
     both = split.total(term(d * factor, *operands))
     return both[..., 0, :], both[..., 1, :]

@@ -177,9 +177,25 @@ def _plain(rows: Rows, x, shares, weights, shift) -> tuple[Moments, jax.Array]:
     weight, first, second, squares = sums
     per_weight = numeric.reciprocal(weight)
     offset = first * per_weight.astype(first.dtype)
-    var = numeric.difference(second * per_weight, numeric.abs_square(offset))
+    var = _variance(second * per_weight, numeric.abs_square(offset))
     mean = jnp.where(weight > 0, shift[None] + offset, 0)
     return Moments(weight, mean, var), squares
+
+
+@jax.custom_jvp
+def _variance(square: jax.Array, of_mean: jax.Array) -> jax.Array:
+    """`square - of_mean`, not negative.
+
+    Its derivative does not depend on the sign of the difference. Where one row is all
+    of a domain, that is the sign of a rounding error, and two loops of one program may
+    round differently.
+    """
+    return numeric.difference(square, of_mean)
+
+
+@_variance.defjvp
+def _variance_jvp(primals, tangents):
+    return _variance(*primals), tangents[0] - tangents[1]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -15,9 +15,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec as P
 from ways import on
 
 import jbn
-from jbn.lowering import cpu
+from jbn.lowering import cpu, late
 from jbn.lowering.cpu import Merged, Split, hoisted
-from jbn.lowering import late
 from jbn.lowering.late import PLAIN, Target
 from jbn.lowering.passes import hoist
 from jbn.lowering.sums import repeat

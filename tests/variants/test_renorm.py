@@ -783,7 +783,7 @@ def test_warmup_steps_are_batch_norm_and_then_the_limits(rng):
     xs = [2 * rng.normal(size=(6, 3)).astype(np.float32) + 4 for _ in range(4)]
     options: Any = {"r_max": 1.2, "d_max": 0.4, "momentum": 0.5}
     linen = jbn.BatchRenorm(use_running_average=False, warmup_steps=2, **options)
-    layer = jbn.nnx.BatchRenorm(3, warmup_steps=2, rngs=nnx.Rngs(0), **options)
+    layer: Any = jbn.nnx.BatchRenorm(3, warmup_steps=2, rngs=nnx.Rngs(0), **options)
     variables = {"params": params._asdict(), "batch_stats": linen_stats(stats)}
     nnx.update(layer, nnx.State({**params._asdict(), **linen_stats(stats)}))
     for step, x in enumerate(xs):
