@@ -39,19 +39,20 @@ def batch_renorm(
         d = clip((mean - running_mean) / running_sd, -d_max, d_max)
         y = scale * ((x - mean) / sd * r + d) + bias
 
-    No gradient passes through r and d. r and d use the running statistics before they
-    are updated by this batch. Within the limits, y is the output of inference, so it
-    does not depend on the other rows of the batch: for small batches, batches that are
-    not drawn at random, and reinforcement learning. (As in batch norm, the part that
-    all rows of a batch have in common, such as their class, gets no gradient, because
-    the gradient goes through the batch's mean. `jbn.batch_norm` with a large `tau`
-    keeps it.) The output of an element of weight zero that is not finite is
+    where the running statistics are those before this batch updates them, and no
+    gradient passes through r and d. Within the limits, y is the output of inference, so
+    it does not depend on the other rows of the batch: for small batches, batches that
+    are not drawn at random, and reinforcement learning. (As in batch norm, the part
+    that all rows of a batch have in common, such as their class, gets no gradient,
+    because the gradient goes through the batch's mean. `jbn.batch_norm` with a large
+    `tau` keeps it.) The output of an element of weight zero that is not finite is
     `scale * d + bias`.
 
     With `r_max=1` and `d_max=0` this is batch norm; with both infinite it normalizes by
     the running statistics. Training starts as batch norm and widens the limits: Ioffe
     increases `r_max` to 3 between steps 5,000 and 40,000, and `d_max` to 5 between
     5,000 and 25,000. Pass values of schedules as arrays, which do not recompile.
+
     `warmup_steps=n` is batch norm for n steps, then the full limits:
 
         r_max = 1 if step < n else r_max

@@ -398,7 +398,7 @@ def test_noisy(rng: np.random.Generator):
     _, new = layer.apply(variables, x[0], mutable=["batch_stats"])
     finding = only(inspect(applied(layer), {**variables, **new}, x))
     assert finding.kind == "noisy"
-    assert "momentum nearer to 1" in finding.advice
+    assert "momentum closer to 1" in finding.advice
 
 
 @pytest.mark.slow
