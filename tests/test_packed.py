@@ -400,7 +400,7 @@ MISTAKES = {
         lambda: jbn.segment_ids(np.asarray(3), num_rows=3),
         ValueError,
         "got shape ()",
-        "`lengths` must have one axis, of one entry for each segment",
+        "`lengths` must have one axis, with one entry per segment",
     ),
     "a matrix of row_splits": (
         lambda: jbn.segment_ids(row_splits=np.zeros((2, 2), int), num_rows=3),

@@ -71,8 +71,8 @@ def merge(
         if len(sizes) != 1 or () in sizes:
             raise ValueError(
                 "A single `batch_stats` must hold parts stacked along a first axis of"
-                f" the same size in all arrays; got sizes {sorted(sizes)}. Pass a list of"
-                " collections if they are not stacked."
+                f" the same size in all arrays; got sizes {sorted(sizes)}. Pass a list"
+                " of collections if they are not stacked."
             )
         count = sizes.pop()[0]
         parts = [

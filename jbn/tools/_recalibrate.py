@@ -118,8 +118,8 @@ def recalibrator(
     def run(variables: State, batches: Iterable[Any]) -> State:
         if passes != 1 and isinstance(batches, Iterator):
             raise ValueError(
-                "`batches` must be iterated once for each pass; got an iterator, which"
-                " is empty after one. Pass a list, or an object that makes a new iterator."
+                "`batches` must be iterated once per pass; got an iterator, which is"
+                " empty after one. Pass a list, or an object that makes new iterators."
             )
         if not made:
             made.append(_gatherer("recalibrate", apply, variables, where, norms, {}))

@@ -208,10 +208,10 @@ def _few_rows(m: Measured) -> Iterable[Finding]:
             "warning",
             every,
             f"{_rows(rows)} per {'group' if groups > 1 else 'batch'}: the statistics"
-            " are mostly noise, and the running variance lacks the scatter of the means.",
+            " are mostly noise, and the running variance lacks the scatter of means.",
             "Shrink them towards the running ones with `tau=`, or use `BatchRenorm`;"
-            " share statistics over devices with `axis_name=`; `second_moment=True` for the"
-            " running variance.",
+            " share statistics over devices with `axis_name=`; for the running"
+            " variance, set `second_moment=True`.",
         )
     elif m.least_rows <= 1:
         yield _finding(

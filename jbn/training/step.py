@@ -1,9 +1,9 @@
 """The training step: a pure function of state and batch, whatever is trained.
 
 A batch is a dict of arrays with one row per example: `image`, uint8; `weight`; `index`,
-the row of the data set; and what else the task needs. Rows of weight zero only fill it
-up: they take no part in the loss, the gradient, the metrics or the batch statistics. A
-batch of nothing but such rows leaves the state as it was.
+the row of the data set; and further arrays of the task. Rows of weight zero are
+padding: they do not affect the loss, the gradient, the metrics or the batch statistics.
+A batch with only such rows does not change the state.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Objective = Callable[[Any, Any, Batch], tuple[jax.Array, tuple[Any, Metrics]]]
 
 @runtime_checkable
 class Updates(Protocol):
-    """What the step needs of a task (see `tasks`)."""
+    """The part of a task that the step uses (see `tasks`)."""
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Makes `params`, `batch_stats` and `opt_state`."""
@@ -37,7 +37,7 @@ class Updates(Protocol):
     def update(
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        """Makes new ones of a batch."""
+        """Updates them with a batch."""
         ...
 
 
@@ -45,7 +45,7 @@ def create_state(task: Updates, seed: int, *, averaged: bool = False) -> TrainSt
     """Initializes the model and the optimizer.
 
     Args:
-        task: What is trained.
+        task: The task.
         seed: Everything that is random follows from this.
         averaged: Whether to keep an average over the steps.
 
@@ -60,7 +60,7 @@ def create_state(task: Updates, seed: int, *, averaged: bool = False) -> TrainSt
         )
         if not averaged:
             return state
-        # A copy: donated buffers must not be given twice.
+        # A copy: a buffer cannot be donated twice.
         copy = lambda tree: jax.tree.map(jnp.array, tree)
         return dataclasses.replace(state, average=copy(state.variables))
 
@@ -68,10 +68,10 @@ def create_state(task: Updates, seed: int, *, averaged: bool = False) -> TrainSt
 
 
 def initialize(task: Updates, seed: int, *, averaged: bool = False) -> TrainState:
-    """`create_state`, compiled for a single use; not to be traced.
+    """`create_state`, compiled for a single use; do not trace it.
 
-    With less effort, XLA's compiler for CPUs makes the same numbers, for a U-Net in two
-    seconds instead of nine.
+    With reduced effort, XLA on CPU computes the same numbers, and compiles a U-Net in
+    two seconds instead of nine.
     """
     on_cpu = jax.default_backend() == "cpu"
     create = jax.jit(
@@ -91,7 +91,7 @@ def make_train_step(
     whole: parameters, statistics, optimizer and average stay as they were.
 
     Args:
-        task: What is trained.
+        task: The task.
         seed: What is random in a step follows from this, the step's number and the rows
             of the data set, and from nothing else.
         ema_decay: Weight of the old in the average of the parameters, once the run is
@@ -172,7 +172,7 @@ def gradient(
             (_, (_, metrics)), grads = differentiate(params, batch_stats, part)
             return grads, metrics
 
-        # Every k-th row: cutting it into blocks would move rows between devices.
+        # Every k-th row: contiguous blocks would move rows between devices.
         parts = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0),
             batch,
@@ -192,25 +192,25 @@ def gradient(
 def descend(
     optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
 ) -> tuple[Any, Any]:
-    """New parameters, and the new state of the optimizer."""
+    """The new parameters and the new optimizer state."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 
 def sum_rows(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Sums everything, over all devices."""
+    """Sums all elements, over all devices."""
     total = jnp.sum(x)
     return total if axis_name is None else lax.psum(total, axis_name)
 
 
 def by_row(key: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """A key for each row, which does not depend on which device has it."""
+    """A key for each row, independent of the device."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
 
 
 def _all_finite(tree: Any) -> jax.Array:
-    # A parameter and its moments have one shape: a reduction for each shape is a third
-    # of those for each array, which XLA compiles and runs one by one.
+    # A parameter and its moments have the same shape: one reduction per shape needs a
+    # third of the reductions per array, which XLA compiles and runs one by one.
     finite: dict[tuple[int, ...], jax.Array] = {}
     for x in jax.tree.leaves(tree):
         if jnp.issubdtype(x.dtype, jnp.inexact):

@@ -814,7 +814,7 @@ KEPT: dict[str, tuple[Any, str, str]] = {
             Linen(name="norm")(nn.max_pool(nn.Conv(4, (3, 3))(x), (2, 2)))
         ),
         "norm",
-        "the operation before it is `reduce_window_max`; the operation after it is `max`",
+        "it is `reduce_window_max`; the operation after it is `max`",
     ),
     "residual": (
         residual,
@@ -1109,7 +1109,7 @@ def test_nnx_layers_that_are_kept(rng):
     x = normal(rng, 3, 4)
     assert foldable(Tied(), x) == {
         "norm": "kept: 'b' has a `kernel` that is also used elsewhere; its output is"
-        " the model's",
+        " that of the model",
         "other": "kept: it is not called",
     }
     shared = "kept: 'linear' is called 2 times; "

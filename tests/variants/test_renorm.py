@@ -347,7 +347,7 @@ def run(**kwargs: Any) -> Any:
         ({"batch_stats": None}, "batch_stats=None", "Make them with `init`"),
         ({"tau": 0.5}, "does not take `tau`", "Drop `tau`, or use `batch_norm`"),
         ({"tau": np.float32(1)}, "does not take `tau`", "Drop `tau`"),
-        ({"r_max": 0.9}, "`r_max` must be at least 1; got 0.9", "batch's deviation"),
+        ({"r_max": 0.9}, "`r_max` must be at least 1; got 0.9", "batch's standard dev"),
         ({"r_max": float("nan")}, "got nan", "1 keeps the batch's standard deviation"),
         ({"d_max": -0.1}, "`d_max` must be at least 0; got -0.1", "batch's mean"),
         ({"r_max": np.ones(2)}, "`r_max` must be one number", r"shape \(2,\)"),
