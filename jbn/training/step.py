@@ -84,24 +84,24 @@ def initialize(task: Updates, seed: int, *, averaged: bool = False) -> TrainStat
 def make_train_step(
     task: Updates, *, seed: int = 0, ema_decay: float | None = None
 ) -> Step:
-    """Makes the one training step, whichever way it is then run.
+    """Makes the training step, the same for every way to run it.
 
-    With the task's `axis_name`, `batch` is one device's share of the rows, and sums go
-    over all the devices. A step that makes anything infinite or not a number is skipped
-    whole: parameters, statistics, optimizer and average stay as they were.
+    With the task's `axis_name`, `batch` is one device's share of the rows, and sums are
+    over all devices. A step with a non-finite result is skipped entirely: parameters,
+    statistics, optimizer and average do not change.
 
     Args:
         task: The task.
-        seed: What is random in a step follows from this, the step's number and the rows
-            of the data set, and from nothing else.
-        ema_decay: Weight of the old in the average of the parameters, once the run is
-            long enough: it is at most `(1 + step) / (10 + step)`, so that the average
-            soon forgets the initial parameters.
+        seed: Random numbers in a step only depend on this, the number of the step, and
+            the rows of the data set.
+        ema_decay: Decay of the average of the parameters. It is limited to
+            `(1 + step) / (10 + step)`, so that the average soon forgets the initial
+            parameters.
 
     Returns:
         The function `(state, batch) -> (state, metrics)`. The metrics are sums over all
         rows of all devices: those of the task, and `skipped`: 1 if the `loss` was not
-        finite, 2 if anything else was not. Of a skipped step they are 0.
+        finite, 2 if anything else was not. Those of a skipped step are 0.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -149,11 +149,11 @@ def gradient(
         batch_stats: Running statistics.
         batch: The batch, or one device's share of it.
         axis_name: The mapped axis over the devices, if there is one.
-        microbatches: Into how many parts to cut the batch, one after the other, so that
-            the memory of one is enough. Each is normalized by itself. The norm layers
-            must then gather moments (`accumulate=True`).
-        momentum: With several microbatches, that of the running statistics, which move
-            once, by the moments of all.
+        microbatches: Number of parts of the batch, processed one after the other to
+            save memory. Each is normalized separately, and norm layers must collect
+            moments (`accumulate=True`).
+        momentum: With several microbatches, the momentum of the single update of the
+            running statistics.
 
     Returns:
         The gradient, the new statistics, and the metrics.
@@ -182,9 +182,9 @@ def gradient(
         (batch_stats, (grads, metrics)), _ = lax.scan(body, (batch_stats, zeros), parts)
         batch_stats = jbn.commit(batch_stats, momentum=momentum)
     if axis_name is not None:
-        # The loss is already the sum over the devices, and under pmap its gradient with
-        # respect to this device's copy of the parameters counts each of them: the mean
-        # of these gradients is the gradient of the loss.
+        # The loss is already summed over the devices, so under pmap each device's
+        # gradient with respect to its own copy of the parameters includes all of them:
+        # the mean of these gradients is the gradient of the loss.
         grads = lax.pmean(grads, axis_name)
     return grads, batch_stats, metrics
 
