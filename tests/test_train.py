@@ -733,7 +733,7 @@ def test_weights_of_another_run(train: Train, tmp_path: Path, opened: Any):
     assert line["test_accuracy"] == history(tmp_path / "old")[0]["test_accuracy"]
     status, _, err = train(*args, "--init-from=nothing", "--workdir=other")
     assert status == 2
-    assert "--init-from=nothing is not there" in err
+    assert "--init-from=nothing does not exist" in err
 
 
 def test_one_row_for_a_batch_norm(train: Train, tmp_path: Path):

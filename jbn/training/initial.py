@@ -78,7 +78,9 @@ def _read(source: Path, checkpoint: str) -> Variables:
         raise UsageError(
             f"--init-from={source} cannot be read ({type(error).__name__}: {line})."
         ) from error
-    what = "is not there" if not source.exists() else "is not an .npz or .msgpack file"
+    what = (
+        "does not exist" if not source.exists() else "is not an .npz or .msgpack file"
+    )
     raise UsageError(
         f"--init-from={source} {what}. Pass the folder of a run, or a file from "
         "`jbn fold`."

@@ -81,7 +81,7 @@ def test_what_cannot_be_used(tmp_path: Path):
         (tmp_path / "text.npz", "text.npz cannot be read"),
         (tmp_path / "text.txt", "is not an .npz or .msgpack"),
         (tmp_path / "nothing.npz", "nothing.npz cannot be read"),
-        (tmp_path / "nothing", "nothing is not there"),
+        (tmp_path / "nothing", "nothing does not exist"),
         (tmp_path, "is not a run: it has no config.json"),
     ):
         with pytest.raises(UsageError, match=match):
