@@ -436,13 +436,13 @@ MISTAKES = {
         lambda: jbn.segment_ids(row_splits=np.asarray([0, 3, 2]), num_rows=3),
         ValueError,
         "got [0 3 2]",
-        "`row_splits` must begin with 0 and not fall",
+        "`row_splits` must start with 0 and not decrease",
     ),
     "row_splits that begin late": (
         lambda: jbn.segment_ids(row_splits=np.asarray([1, 3]), num_rows=3),
         ValueError,
         "got [1 3]",
-        "`row_splits` must begin with 0 and not fall",
+        "`row_splits` must start with 0 and not decrease",
     ),
     "too many rows": (
         lambda: jbn.segment_ids(np.asarray([2, 2]), num_rows=3),

@@ -550,7 +550,7 @@ def test_too_many_that_are_not_finite(
             marks=pytest.mark.devices,
         ),
         (["--bn-group-size=2"], "--bn-group-size=2 must divide .*, 1"),
-        (["--crop", "--image-size=8"], "--crop is for sets that are read with"),
+        (["--crop", "--image-size=8"], "--crop needs a set that is read with"),
         (["--model=unet", "--dataset=digits"], "is not a segmentation set"),
         (["--model=dcgan", "--image-size=12"], "makes square images of 8, 16, 32"),
     ],

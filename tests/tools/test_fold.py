@@ -904,7 +904,7 @@ KEPT: dict[str, tuple[Any, str, str]] = {
             nn.DenseGeneral(4, axis=-1, batch_dims=(0,), name="dense")(x)
         ),
         "norm",
-        "'dense' has another kernel for each index of a batch axis",
+        "'dense' has a different kernel for each index of a batch axis",
     ),
     "mask": (
         lambda x: Linen(name="norm")(nn.Dense(4)(x), mask=jnp.ones((2, 1, 1, 1), bool)),
