@@ -54,7 +54,7 @@ def text(x, y, words, kind="note"):
 def picture():
     """The whole drawing, from the top layer down."""
     layers, without_flax = contracts()
-    parts, y = [text(10, 18, "Blue needs JAX alone, yellow Flax or Equinox too.")], 30
+    parts, y = [text(10, 18, "Blue only needs JAX, yellow also Flax or Equinox.")], 30
     for modules in layers:
         if y > 30:
             parts.append(f'<path class="arrow" d="M{WIDTH / 2} {y}v{GAP - 2}"/>')

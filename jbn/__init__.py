@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Imported on first use, so that `import jbn` needs nothing but JAX, and is quick.
+# Imported on first use, so that `import jbn` only needs JAX, and is fast.
 _LATE = {
     **dict.fromkeys(
         (
@@ -76,7 +76,7 @@ _LATE = {
 _MODULES = "equinox", "linen", "models", "nnx", "tools", "training"
 
 
-if not TYPE_CHECKING:  # With it, no misspelled name would be an error to pyright.
+if not TYPE_CHECKING:  # Pyright would accept any misspelled name.
 
     def __getattr__(name: str):
         if name in _LATE:

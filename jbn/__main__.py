@@ -20,11 +20,10 @@ def main(
 
 
 def quiet_reads() -> None:
-    """Leaves one message where a checkpoint cannot be read.
+    """Silences secondary errors when a checkpoint cannot be read.
 
-    Orbax leaves the reads of other arrays behind, which fail as well, and complain
-    below the message that says so: as they are collected, in a loop that has ended or
-    not.
+    Orbax does not await the reads of the other arrays, which fail as well and would
+    print errors below our message when they are garbage-collected.
     """
     sys.unraisablehook = _unless_closed
     logging.getLogger("asyncio").addFilter(

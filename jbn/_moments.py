@@ -1,4 +1,4 @@
-"""Moments: what rows are summarized into, how they merge, how they vary with data."""
+"""Moments: weight, mean and variance of rows, their merge, and their derivative."""
 
 import functools
 from typing import Any, cast
@@ -39,8 +39,8 @@ def moments(
         mean = sum(w * x) / weight
         var = sum(w * abs(x - mean)**2) / weight
 
-    computed in float32 or wider, to a relative error of the variance below 1e-5 at
-    any mean up to 1e4 standard deviations. Differentiable in `x` and `weights`.
+    computed in float32 or wider. The relative error of the variance is below 1e-5 for
+    means of up to 1e4 standard deviations. Differentiable in `x` and `weights`.
 
     Args:
         x: Input of shape (..., features, ...) and any floating or complex dtype.
@@ -48,10 +48,10 @@ def moments(
         mask: Boolean; which elements count. See `jbn.batch_norm`.
         weights: Non-negative real weight of each element. See `jbn.batch_norm`.
         axis_name: Mapped axis or axes to take the moments over as well.
-        axis_index_groups: Groups of indices of `axis_name` to do so within.
-        segment_ids: Integers that say which segment (sample, sequence, graph) each row,
-            or entry of the leading axes, belongs to, in any order; each segment then
-            has moments of its own. A row whose id is not from 0 to `num_segments - 1`
+        axis_index_groups: Groups of indices of `axis_name` to take them within.
+        segment_ids: The segment (sample, sequence, graph) that each row, or entry of
+            the leading axes, belongs to: integers, in any order. The moments are then
+            those of each segment. A row whose id is not from 0 to `num_segments - 1`
             belongs to none, as padding. See `jbn.segment_ids`.
         num_segments: Number of segments; static. Goes with `segment_ids`.
 
@@ -63,8 +63,8 @@ def moments(
         TypeError: If `x` is of integers or booleans, `segment_ids` are not of integers,
             or only one of `segment_ids` and `num_segments` is given.
         ValueError: If axes or shapes do not fit, if weights are known to be negative or
-            infinite, a mask to hold anything else than 0 and 1, or `num_segments` is
-            below 1.
+            infinite, if a mask is known to hold values other than 0 and 1, or if
+            `num_segments` is below 1.
         NameError: If `axis_name` is not a mapped axis here.
 
     Example:
@@ -94,7 +94,7 @@ def moments(
 
 
 def merge(*parts: Moments) -> Moments:
-    """Merges the moments of disjoint rows into those of all of them.
+    """Merges the moments of disjoint sets of rows into those of all rows.
 
     With W_k, mean_k and var_k those of part k (Chan, Golub and LeVeque, 1979),
 
@@ -102,11 +102,11 @@ def merge(*parts: Moments) -> Moments:
         mean = sum_k W_k * mean_k / weight
         var = sum_k W_k * (var_k + abs(mean_k - mean)**2) / weight
 
-    This is an identity, not an average of averages: but for rounding, the result does
-    not depend on the order of the parts, or on how they were merged before. (A mean is
-    rounded to float32 in each part. At 1e3 standard deviations that shows as 1e-5 of
-    the variance. Within `moments`, across blocks and devices, nothing is rounded.) A
-    part of zero weight changes nothing.
+    This is an identity, not an average of averages: up to rounding, the result does not
+    depend on the order of the parts, or on how they were merged before. (The mean of
+    each part is rounded to float32. At 1e3 standard deviations this changes the
+    variance by 1e-5. Within `moments`, across blocks and devices, means are not
+    rounded.) A part of zero weight changes nothing.
 
     Args:
         *parts: One or more moments of the same features.
@@ -115,8 +115,8 @@ def merge(*parts: Moments) -> Moments:
         The moments of all rows.
 
     Raises:
-        TypeError: If there is nothing to merge, or something else than `Moments` of
-            floating or complex means.
+        TypeError: If there are no parts, or one of them is not `Moments` with floating
+            or complex means.
         ValueError: If the features differ.
 
     Example:
@@ -202,7 +202,7 @@ def row_summary(
     segments: Segments | None,
     guess: Guess | None,
 ) -> Summary:
-    """Like `row_moments`, before the mean is rounded, so that it can be merged."""
+    """Like `row_moments`, but with an unrounded mean, so that it can be merged."""
     return summary.summarize(x, weights, rows, segments, guess, tiny)
 
 
@@ -216,7 +216,7 @@ def _row_summary_jvp(rows, tiny, primals, tangents):
 
     moments = as_moments(parts)
     dx, dweights = map(nonzero, tangents[:2])
-    # Of the arguments that are saved, only `x` and the weights are large.
+    # Only `x` and the weights are large among the saved arguments.
     run = rematerialized(tangent)
     dmean, dvar, dweight = run(*primals[:3], moments, dx, dweights)
     dweight = jnp.zeros_like(parts.weight) if dweight is None else dweight
@@ -239,7 +239,7 @@ def row_moments_tangent(
         dmean = <dx> + sum(dw * d) / W
         dvar = 2 * <re(conj(d) * dx)> + sum(dw * (abs(d)**2 - var)) / W
 
-    in one all-reduce. `parts` are the moments of `x`, and `None` is a zero tangent.
+    with one all-reduce. `parts` are the moments of `x`. A tangent of `None` is zero.
     """
     d = numeric.center(x, parts.mean, weights, segments)
     ignored = numeric.no_part(x, weights)
@@ -248,7 +248,7 @@ def row_moments_tangent(
     def weighed(v: jax.Array) -> jax.Array:
         if weights is None or ignored is None or weights.dtype == bool:
             return numeric.weigh(v, weights)
-        # At a weight of zero, too, this varies with the weight (in second derivatives).
+        # Second derivatives need this to depend on the weight, even at weight zero.
         v = weights.astype(v.dtype) * v
         return where(ignored, 0, v)
 
@@ -274,11 +274,11 @@ def row_moments_tangent(
 
 
 def nonzero(tangent):
-    """The tangent, or `None` in place of one that is known to be zero."""
+    """The tangent, or `None` if it is known to be zero."""
     is_zero = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
     return None if is_zero else tangent
 
 
 def as_moments(parts: Summary) -> Moments:
-    """The moments that a summary describes, its mean rounded."""
+    """The moments of a summary, with the mean rounded."""
     return Moments(parts.weight, parts.shift + parts.offset, parts.var)

@@ -65,11 +65,10 @@ def normalize(
         axis: Feature axis or axes.
         epsilon: Added to the variance, inside the square root.
         dtype: Dtype of the output; that of `x` by default.
-        segment_ids: Integers that say which segment each row (or entry of the leading
-            axes) belongs to, each with a mean and variance of its own: `stats` then
-            have one entry per segment and feature, and `params` may. A row of no
-            segment is normalized by the last one, and comes out as `bias` if it is not
-            finite.
+        segment_ids: The segment that each row (or entry of the leading axes) belongs
+            to: integers. `stats` then have one entry per segment and feature, and
+            `params` may. A row of no segment is normalized by the last one; its output
+            is `bias` if it is not finite.
 
     Returns:
         The normalized array, of the shape of `x`.
@@ -147,7 +146,7 @@ def expand_stats(stats, lay: axes.Layout, dtype: DType) -> Moments:
     wide = numeric.wide_dtype(dtype)
     mean = lay.expand(jnp.asarray(stats.mean).astype(wide))
     var = lay.expand(jnp.asarray(stats.var).astype(numeric.real_dtype(wide)))
-    return Moments(var, mean, var)  # No reader looks at the weight.
+    return Moments(var, mean, var)  # The weight is not used.
 
 
 def check_affine(
@@ -199,13 +198,13 @@ def as_statistic(v: jax.Array, dtype: DType) -> jax.Array:
 
 
 def check_epsilon(epsilon: float | int | ArrayLike) -> axes.Number:
-    """Refuses an epsilon that is no number, or known to be negative."""
+    """Refuses an epsilon that is not a number, or known to be negative."""
     why = "It is added to the variance inside the square root, 1e-5 by default."
     return axes.Number.of(axes.check_number(epsilon, "epsilon", 0, why))
 
 
 def check_activation(activation: Activation | None) -> Activation | None:
-    """Refuses what is not a hashable function."""
+    """Refuses an activation that is not a hashable function."""
     if activation is None:
         return None
     if not callable(activation):
@@ -225,14 +224,14 @@ def check_activation(activation: Activation | None) -> Activation | None:
 
 
 def closes_over_tracers(activation: Activation | None) -> bool:
-    """Whether an activation reads values of an enclosing trace."""
+    """Whether an activation closes over values of an enclosing trace."""
     if activation is None or getattr(activation, "__module__", "").startswith("jax."):
         return False
     number = jax.ShapeDtypeStruct((), jnp.float32)
     try:
         consts = jax.make_jaxpr(activation)(number).consts
     except (TypeError, ValueError):
-        return False  # It is called, and fails, later.
+        return False  # It fails later, when it is called.
     return any(isinstance(v, Tracer) for v in consts)
 
 
@@ -287,7 +286,7 @@ class Form(NamedTuple):
     """The static part of the formula.
 
     Attributes:
-        rows: Which rows of `x` the statistics are of; `None` if they are not of `x`.
+        rows: The rows of `x` that the statistics come from; `None` if they do not.
         dtype: Dtype of the output.
         activation: An elementwise function, or `None`.
         guarded: Whether `var + epsilon` may be 0.
@@ -303,10 +302,9 @@ class Form(NamedTuple):
 def apply(form: Form, operands: Operands) -> Inexact[Array, "..."]:
     """`activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual)`.
 
-    With the project's derivative. If the form has rows, `stats` must be the moments of
-    `x` over them, and the derivative goes through those moments. The tangent of
-    `stats` is then ignored, since it is part of that. Otherwise `stats` are
-    independent of `x`.
+    With a custom derivative. If the form has rows, `stats` must be the moments of `x`
+    over them, and the derivative goes through these moments, so the tangent of `stats`
+    is ignored. Otherwise `stats` are independent of `x`.
 
     Args:
         form: The static part.
@@ -323,45 +321,46 @@ def apply(form: Form, operands: Operands) -> Inexact[Array, "..."]:
 @functools.partial(apply.defjvp, symbolic_zeros=True)
 def _apply_jvp(form, primals, tangents):
     (read,), (tangents,) = primals, tangents
-    # The function itself, not its formula, or second derivatives would miss the rule.
+    # Calls the function, not its formula, so that second derivatives use the rule.
     y = apply(form, read)
     # Without weights and activation, the derivative does not depend on the residual.
-    # A ReLU's depends on the sign of the output, or of the value before, alike.
+    # A ReLU's slope depends only on the sign of the output, or of its argument.
     by_output = False
     if read.residual is not None and read.weights is None:
         by_output = form.activation is jax.nn.relu and saves_output()
         if by_output or form.activation is None:
             read = read._replace(residual=y if by_output else None)
     run = functools.partial(_tangent, form, by_output)
-    # Of the arguments that are saved, only `x`, the weights and the residual are large.
+    # Only `x`, the weights and the residual are large among the saved arguments.
     return y, rematerialized(run)(read, jax.tree.map(nonzero, tangents))
 
 
 def _tangent(
     form: Form, by_output: bool, primals: Operands, tangents: Operands
 ) -> Inexact[Array, "..."]:
-    """The derivative, linear in `tangents`, in which `None` stands for zero.
+    """The derivative, linear in `tangents`, where `None` is zero.
 
     With d = x - mean, xh = d * rstd and slope = rstd * scale, before the activation
 
         dy = slope * (dx - dmean - xh * rstd * dvar / 2) + xh * dscale + dbias
 
-    With the mean's and variance's own derivatives, <dx> and 2 * <d * dx>, this is
+    With the derivatives of mean and variance, <dx> and 2 * <d * dx>, this is
 
         dy = slope * (dx - <dx> - xh * <xh * dx>) + xh * dscale + dbias
 
-    whose operator on dx is self-adjoint: its transpose is the backward pass of Ioffe
-    and Szegedy (2015) with its terms collected. Per-feature terms are collected first,
-    so that the transpose takes two sums over the rows and no more.
+    The operator on dx is self-adjoint, and its transpose is the backward pass of Ioffe
+    and Szegedy (2015) with terms collected. Per-feature terms are collected first, so
+    that the transpose only needs two sums over the rows.
 
-    It passes over memory twice: it takes the sums, then computes the cotangent of `x`.
-    So the terms stay separate up to the end, and each reads `x` by a view of its own.
+    The backward pass reads memory twice: for the sums, and for the cotangent of `x`. So
+    the terms stay separate up to the end, and each reads its own view of `x`.
 
     If `by_output`, the residual of `primals` is the output.
     """
     x, _, _, stats, *_, last = primals
     if tangents.x is not None:
-        # Cast once, so that its cotangent is summed in wide arithmetic, rounded once.
+        # Cast once, so that its cotangent is summed in wide arithmetic and rounded
+        # once.
         tangents = tangents._replace(x=numeric.wide(tangents.x))
     large = (x, hoist(stats.mean, x.shape), last)
     of_element, of_shift, of_gain = (
@@ -387,7 +386,7 @@ def _tangent(
 def _row_terms(
     form: Form, of_element: Operands, of_gain: Operands, tangents: Operands
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The terms of the derivative that belong to a feature, given to each row.
+    """The per-feature terms of the derivative, broadcast to the rows.
 
     shift = dbias - slope * dmean
     gain = d * rstd * (dscale - slope * rstd * dvar / 2)
@@ -395,8 +394,8 @@ def _row_terms(
     x, weights, segments, stats, scale, bias, epsilon, _ = of_element
     wide = stats.mean.dtype
     dmean, dvar = _stats_tangent(form.rows, of_element, tangents)
-    # Products of per-feature values are given to each row, not the other way round,
-    # unless the affine varies by row already.
+    # Multiply per-feature values before they are broadcast to the rows, unless scale
+    # and bias already vary by row.
     by_row = segments is None and any(
         v is not None and v.shape != stats.mean.shape for v in (scale, bias)
     )
@@ -449,7 +448,7 @@ def _stats_tangent(
 def _element_terms(
     form: Form, operands: Operands, tangents: Operands, by_output: bool
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The terms that belong to an element, `slope * dx + dresidual`, and the latter."""
+    """The elementwise terms, `slope * dx + dresidual`, and `dresidual`."""
     x, weights, segments, stats, scale, *_ = operands
     scaled = skipped = None
     wide = stats.mean.dtype
@@ -461,7 +460,7 @@ def _element_terms(
         residual = None if weights is None else operands.residual
         skipped = _skipped(tangents.residual, residual, weights, wide)
         if by_output and scaled is not None:
-            # Its cotangent is that of the residual, which is an array anyway.
+            # Its cotangent is that of the residual, which is materialized anyway.
             scaled = materialize(scaled, form.dtype)
     if scaled is None or skipped is None:
         return scaled if skipped is None else skipped, skipped
@@ -475,7 +474,7 @@ def _finish(
     tangent: jax.Array,
     where_ignored: jax.Array | None,
 ) -> Inexact[Array, "..."]:
-    """The tangent of the output from one before the activation."""
+    """The tangent of the output, given that of the activation's argument."""
     x, wide = operands.x, operands.stats.mean.dtype
     tangent = broadcast_to(tangent, x.shape)
     ignored = numeric.no_part(x, operands.weights)
@@ -495,7 +494,7 @@ def _finish(
 
 
 def _each_row(stat: jax.Array, operands: Operands) -> Inexact[Array, "..."]:
-    """Gives each row a per-feature value; the transpose is a sum over the rows."""
+    """Broadcasts a per-feature value to the rows; its transpose sums over the rows."""
     stat = stat.astype(operands.stats.mean.dtype)
     if operands.segments is not None:
         return spread(stat, operands.segments)
@@ -525,7 +524,7 @@ def _formula(
 def _before(
     form: Form, operands: Operands, hoist: Callable[..., jax.Array]
 ) -> Inexact[Array, "..."]:
-    """The argument of the activation, in wide arithmetic."""
+    """The value before the activation, in wide arithmetic."""
     x, weights, segments, stats, scale, bias, epsilon, residual = operands
     y = numeric.center(x, stats.mean, weights, segments)
     gain = hoist(gain_of(stats.var, epsilon, scale, form.guarded), x.shape)
@@ -538,7 +537,7 @@ def _before(
 
 
 def _skipped(v, residual, weights, dtype):
-    """`v`, of the residual; zero where that is weightless and not finite."""
+    """`v`, but zero where the residual has no weight and is not finite."""
     v = numeric.wide(v).astype(dtype)
     ignored = None if weights is None else numeric.no_part(residual, weights)
     return v if ignored is None else where(ignored, 0, v)
@@ -551,8 +550,8 @@ def rstd_of(
     total = var + epsilon.astype(var.dtype)
     if not guarded:
         return lax.rsqrt(total)
-    # For a constant feature without epsilon, 0 / 0 is 0. Two selections, for the
-    # derivatives.
+    # For a constant feature without epsilon, 0 / 0 is 0. Derivatives need both
+    # selections.
     zero = total == 0
     return where(zero, 0, lax.rsqrt(where(zero, 1, total)))
 
@@ -563,6 +562,6 @@ def gain_of(
     scale: jax.Array | None,
     guarded: bool = True,
 ) -> Inexact[Array, "..."]:
-    """`scale / sqrt(var + epsilon)`: the factor of an input."""
+    """`scale / sqrt(var + epsilon)`: the factor of the input."""
     rstd = rstd_of(var, epsilon, guarded)
     return rstd if scale is None else rstd.astype(scale.dtype) * scale

@@ -1,4 +1,4 @@
-"""Shrinkage: what is known before stands in for rows that a small batch lacks."""
+"""Shrinkage of the moments of a small batch towards known statistics."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ def shrink(
     effective_weight: ArrayLike | None = None,
     scatter: bool = True,
 ) -> Moments:
-    """Draws the moments of a few rows towards `prior`, as `tau` more rows of it would.
+    """Shrinks the moments of a few rows towards `prior`, which counts as `tau` rows.
 
     With n the effective weight and a = n / (n + tau),
 
@@ -25,25 +25,25 @@ def shrink(
         var = (1 - a) * prior.var + a * moments.var
               + a * (1 - a) * abs(moments.mean - prior.mean)**2
 
-    which are the moments of the mixture: `tau` rows of the prior merged with n of the
-    batch. Methods are rules for `tau`: a method that gives the batch a share of a has
+    which are the moments of `tau` rows of the prior merged with n rows of the batch.
+    Many published methods are rules for `tau`: one that gives the batch a share `a` has
     `tau = n * (1 - a) / a`.
 
     Args:
-        moments: Moments of the rows at hand.
-        prior: Mean and variance to draw them to, of the same features.
+        moments: Moments of the rows.
+        prior: Mean and variance to shrink towards, of the same features.
         tau: Weight of the prior, in rows. 0 leaves the moments as they are, infinity
             gives the prior. One number, or an array that broadcasts to the moments
             without being larger, such as one entry per feature. May be traced.
         effective_weight: How many rows of equal weight the moments are worth:
             `sum(w)**2 / sum(w**2)` (Kish, 1965). By default `moments.weight`, which is
             that where the weights are all 0 or 1.
-        scatter: Whether the variance has its last term. Blends of the variances alone,
-            as in alpha-BN, are without it.
+        scatter: Whether the variance includes the last term. Methods that only blend
+            the variances, as alpha-BN does, omit it.
 
     Returns:
-        Moments with the weight of `moments`. Where that is 0, the prior. Differentiable
-        in all arguments.
+        Moments with the weight of `moments`; the prior where that weight is 0.
+        Differentiable in all arguments.
 
     Raises:
         ValueError: If `tau` is known to be negative, or does not fit the moments.

@@ -17,14 +17,14 @@ from jbn.typing import ArrayLike, Axes, AxisIndexGroups, AxisName, DType
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The shape of an input and the axes of it that hold features, in rising order."""
+    """The shape of an input, and its feature axes in increasing order."""
 
     shape: tuple[int, ...]
     feature_axes: tuple[int, ...]
 
     @property
     def reduction_axes(self) -> tuple[int, ...]:
-        """The axes that statistics are taken over: all but the feature axes."""
+        """The axes to take statistics over: all but the feature axes."""
         return tuple(a for a in range(len(self.shape)) if a not in self.feature_axes)
 
     @property
@@ -34,20 +34,20 @@ class Layout:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The shape of one value a row: that of the input without its features."""
+        """The shape of one value per row: the input's, without the feature axes."""
         return tuple(self.shape[a] for a in self.reduction_axes)
 
     def expand(self, stat: jax.Array) -> jax.Array:
         """Reshapes `features` so that it broadcasts against the input.
 
-        Axes in front of the features, as that of the domains, stay in front.
+        Leading axes, such as that of domains, stay in front.
         """
         extra = stat.ndim - len(self.feature_axes)
         axes = [extra + a for a in self.reduction_axes]
         return lax.expand_dims(stat, axes) if axes else stat
 
     def squeeze(self, stat: jax.Array) -> jax.Array:
-        """Undoes `expand`, filling features that `stat` has only one entry for."""
+        """Undoes `expand`, and broadcasts along feature axes of size 1."""
         extra = stat.ndim - len(self.shape)
         shape = (*stat.shape[:extra], *self.features)
         stat = lax.squeeze(stat, [extra + a for a in self.reduction_axes])
@@ -58,7 +58,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The set of rows that share one mean: array axes here, mapped axes elsewhere.
+    """The set of rows that share one mean: local array axes, and mapped axes.
 
     Static and hashable, so that it can parametrize a derivative rule.
     """
@@ -112,7 +112,7 @@ def check_features(
 ) -> None:
     """Raises unless `stat` has one entry per feature.
 
-    With `front` it must have as many for each of what that names, as `("domain", 3)`.
+    With `front=("domain", 3)`, it must have one entry per domain and feature.
     """
     if front is not None:
         what, number = front
@@ -134,7 +134,7 @@ def check_features(
 
 
 def check_record(record: Any, name: str, kind: type) -> None:
-    """Raises if `record` lacks the fields of `kind`, as one of Flax's dicts does."""
+    """Raises if `record` is not of `kind`, such as one of Flax's dicts."""
     if not hasattr(record, kind._fields[0]):
         raise TypeError(
             f"`{name}` must be a `jbn.{kind.__name__}`; got {type(record).__name__}."
@@ -143,7 +143,7 @@ def check_record(record: Any, name: str, kind: type) -> None:
 
 
 def check_real(stat: ArrayLike, name: str, real: bool) -> None:
-    """Raises if `stat` is of integers, or complex where it has to be `real`."""
+    """Raises if `stat` has an integer dtype, or a complex one where `real`."""
     allowed = jnp.floating if real else jnp.inexact
     if not jnp.issubdtype(stat.dtype, allowed):
         raise TypeError(
@@ -159,7 +159,7 @@ def check_inexact(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct: ...
 def check_inexact(x: Any) -> Any:
     """Converts `x` to an array, refusing integers and booleans.
 
-    What is only described, as sparse arrays are, is checked and returned as it is.
+    A `ShapeDtypeStruct`, which describes a sparse array, is checked and returned.
     """
     x = as_array(x, "x")
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -171,7 +171,7 @@ def check_inexact(x: Any) -> Any:
 
 
 def output_dtype(dtype: DType | None, of_x: np.dtype, name: str = "dtype") -> np.dtype:
-    """The dtype asked for, or that of `x`, refused if it cannot hold the output."""
+    """The requested dtype, or that of `x`; refused if it cannot hold the output."""
     if dtype is None:
         return of_x
     try:
@@ -194,14 +194,14 @@ def as_inexact(x: ArrayLike, dtype: DType | None) -> jax.Array:
 
 
 def is_count(flag: Any) -> bool:
-    """Whether what should be a flag looks like a number of features."""
+    """Whether a flag is really an integer, such as a number of features."""
     return isinstance(flag, int | np.integer | Sequence) and not isinstance(flag, bool)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AtRank:
-    """A checked array, and the shape that it has at the rank of the input.
+    """A checked array, and its shape at the rank of the input.
 
     Checks run outside of the compiled program of a call. The reshape runs inside.
     """
@@ -232,7 +232,7 @@ class Weights(AtRank):
 def element_weights(
     mask: ArrayLike | None, weights: ArrayLike | None, lay: Layout
 ) -> Weights | None:
-    """Checks `mask` or `weights`; `None` where every element counts alike."""
+    """Checks `mask` or `weights`; `None` if all elements count the same."""
     if mask is not None and weights is not None:
         raise ValueError(
             "`mask` and `weights` both say which elements count; got both. Pass"
@@ -266,12 +266,12 @@ def element_weights(
 
 
 def _boolean(mask: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """A mask as booleans; one of numbers is taken if it holds only 0 and 1."""
+    """A mask as booleans; a numeric one is accepted if it only holds 0 and 1."""
     if mask.dtype == bool:
         return mask
     values = known(mask)
     if values is None:
-        # Its values are unknown, and with 0 and 1 a weight is the same as a mask.
+        # Traced: its values are unknown. Weights of 0 and 1 act like a mask.
         return mask
     if not np.all((values == 0) | (values == 1)):
         raise ValueError(
@@ -282,10 +282,10 @@ def _boolean(mask: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 
 
 def _weights_shape(weights: Any, name: str, lay: Layout) -> tuple[int, ...]:
-    """The shape of `weights` at the rank of the input: each size is its, or 1.
+    """The shape of `weights` at the rank of the input; each size is the input's or 1.
 
-    Two readings of a lower rank are taken where only one of them fits: one entry a
-    row, and NumPy's broadcasting against the last axes (which is Flax's).
+    A lower rank may mean one entry per row, or NumPy broadcasting against the last
+    axes, as in Flax. It is accepted if only one of the two fits.
     """
     shape, rank = tuple(weights.shape), len(lay.shape)
     wanted, whose = _row_shape(lay), "a row"
@@ -322,7 +322,7 @@ def _weights_shape(weights: Any, name: str, lay: Layout) -> tuple[int, ...]:
 
 
 def size(value: Any, name: str) -> int:
-    """A static number of something, at least 1."""
+    """A static integer, at least 1."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -333,9 +333,9 @@ def size(value: Any, name: str) -> int:
 
 
 def row_ids(ids: Any, name: str, lay: Layout) -> AtRank:
-    """Checks integers of which each row has one.
+    """Checks integer ids, one per row.
 
-    They may have fewer axes than the rows: those in front, as one id an image.
+    They may have only the leading axes of the rows, such as one id per image.
     """
     ids = as_array(ids, name)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -361,7 +361,7 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def row_shares(shares: Any, name: str, lay: Layout, number: int) -> AtRank:
-    """Checks real numbers of which each row has so many, along one more axis."""
+    """Checks `number` real shares per row, along one more axis."""
     shape, rank = tuple(shares.shape), len(lay.shape)
     if not shape or shape[-1] != number:
         raise ValueError(
@@ -398,7 +398,7 @@ def check_number(
     why: str,
     features: tuple[int, ...] | None = None,
 ) -> Any:
-    """Refuses what is not one number, or is known to be below `least`, or NaN.
+    """Refuses a value that is not one number, or known to be below `least` or NaN.
 
     With `features` it may also be an array of that shape.
     """
@@ -416,9 +416,10 @@ def check_number(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A checked number: a Python number is a constant of the program, others are not.
+    """A checked number. A Python number becomes a constant of the program.
 
-    For numbers that stay the same over a training: each value has its own program.
+    Use it for numbers that do not change during training: each value needs its own
+    program.
     """
 
     traced: Any
@@ -426,7 +427,7 @@ class Number:
 
     @classmethod
     def of(cls, value: Any) -> "Number":
-        """Of a Python number, or anything that may be a scalar array."""
+        """Makes one of a Python number, or of anything like a scalar array."""
         if isinstance(value, bool | int | float):
             return cls(None, value)
         return cls(value, None)
@@ -445,7 +446,7 @@ class Number:
 
 
 def as_number(value: Any, name: str) -> Any:
-    """Refuses what is neither a real number nor an array of such."""
+    """Refuses a value that is neither a real number nor an array of real numbers."""
     if isinstance(value, bool | int | float):
         return value
     value = as_array(value, name, "a number")
@@ -471,7 +472,7 @@ def as_array(value: Any, name: str, what: str = "an array") -> Any:
 
 
 def _leading(lay: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what has an entry for each image, say, at the rank of the input."""
+    """The shape, at the rank of the input, of one entry per image (leading axes)."""
     sizes = iter(shape)
     return tuple(
         1 if a in lay.feature_axes else next(sizes, 1) for a in range(len(lay.shape))
@@ -518,7 +519,7 @@ def rows(
 
 
 def is_static(shape: Sequence[Any]) -> bool:
-    """Whether all sizes are known, as they are not in an export with symbolic ones."""
+    """Whether all sizes are known; an export may have symbolic ones."""
     return all(isinstance(n, int) for n in shape)
 
 

@@ -1,10 +1,10 @@
-"""One call of any batch norm: its arguments are checked, then one program runs.
+"""One call of any batch norm: checks its arguments, then runs one program.
 
-The functions differ in which statistics a row is normalized by, and by which scale and
-bias. `prepare` checks the arguments, outside of any compiled program. `run` runs the
-body of a method as one jitted program, which JAX caches by shapes and static options:
-the second layer of a shape costs nothing to trace or lower. The methods of `Call` are
-the steps that bodies are made of.
+Methods differ in the statistics, scale and bias that they apply to each row. `prepare`
+checks the arguments, outside of any compiled program. `run` runs the body of a method
+as one jitted program, which JAX caches by shapes and static options: a second layer of
+the same shape costs nothing to trace or lower. A body is composed of the methods of
+`Call`.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from jbn.typing import Activation, ArrayLike, BatchStats, DType, Moments, Params
 from jbn.weighting.trim import check_trim, trimmed
 
 
-# Statistics come out where they came in, and only there.
+# `BatchStats` give `BatchStats`, and `None` gives `None`.
 Stats = TypeVar("Stats", bound=BatchStats | None)
 
 
@@ -56,10 +56,10 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Checked arguments: arrays, and static options that select the program.
+    """Checked arguments: arrays, and the static options of the program.
 
-    Outside of the program arrays are as they were given. `expanded` gives them the rank
-    of `x`. `x` is only described where the function has its own elements to look at.
+    Outside of the program, arrays have the shapes that were given; `expanded` gives
+    them the rank of `x`. For sparse input, `x` is only a `ShapeDtypeStruct`.
     """
 
     x: Any
@@ -82,7 +82,7 @@ class Call:
     update_stats: bool = dataclasses.field(metadata=_STATIC)
     tiny: bool = dataclasses.field(
         metadata=_STATIC
-    )  # whether variances may be as small as float32 allows
+    )  # whether variances may be close to the smallest float32
     segments: Segments | None = None
     running: Any = None
     scale: Any = None
@@ -105,7 +105,7 @@ class Call:
         if self.ids is not None:
             assert self.num_segments is not None
             segments = segments_of(self.ids.array(), self.num_segments)
-            weights = members(weights, segments)  # Rows of no segment take no part.
+            weights = members(weights, segments)  # Rows of no segment are ignored.
         running = expand_stats(known, self.lay, self.x.dtype)
         tau = None if self.tau is None else jnp.asarray(self.tau)
         if tau is not None and tau.ndim:
@@ -141,7 +141,7 @@ class Call:
 
     @property
     def summarizes(self) -> bool:
-        """Whether the batch is looked at: everywhere but at inference."""
+        """Whether the call needs the batch's statistics: except at inference."""
         return self.update_stats or not self.use_running_average
 
     @property
@@ -169,19 +169,19 @@ class Call:
         return self.by_stats(self.running)
 
     def by_stats(self, stats: Moments) -> Inexact[Array, "..."]:
-        """The output normalized by statistics that are operands like any other."""
+        """The output normalized by the given statistics."""
         return self._apply(None, stats)
 
     def by_batch(self, batch: Summary) -> Inexact[Array, "..."]:
         """The output normalized by the batch."""
-        # Shrunk statistics vary with `x` in their own way: left to autodiff.
+        # Shrunk statistics depend on `x` in another way, which is left to autodiff.
         rows = self.rows if self.tau is None else None
         return self._apply(rows, self.settled(as_moments(batch)))
 
     def settled(
         self, moments: Moments, effective_weight: jax.Array | None = None
     ) -> Moments:
-        """The statistics to normalize by: the running ones where there is no weight."""
+        """The statistics to normalize by: the running ones where the weight is zero."""
         if self.always_some and self.tau is None:
             return moments
         running = lax.stop_gradient(self.running)
@@ -207,13 +207,13 @@ class Call:
         assert self.batch_stats is not None
         assert self.rule is not None
         if self.batch_stats.pending is None:
-            # Of microbatches, every row counts: together they may be enough.
+            # Microbatches may be large enough together, so every row counts.
             moments = self.enough(moments)
         moments = jax.tree.map(self.lay.squeeze, moments)
         return update(self.batch_stats, moments, self.rule, self.always_some)
 
     def enough(self, moments: Moments) -> Moments:
-        """Moments, without weight where they have too little to be used."""
+        """The moments, with weight zero where they have too little weight."""
         if self.min_weight is None:
             return moments
         least = jnp.asarray(self.min_weight).astype(moments.weight.dtype)
@@ -244,14 +244,14 @@ class Call:
         return jax.tree.map(lambda v: v[None], as_moments(summary.merge(parts)))
 
     def _effective_weight(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
-        """`sum(w)**2 / sum(w**2)`: how many equal rows the weighted ones are worth."""
+        """The effective number of rows, `sum(w)**2 / sum(w**2)`."""
         if self.weights is None or self.weights.dtype == bool:
             return weight
         squares = numeric.abs_square(numeric.wide(self.weights))
         rows = self.rows.axes
         total = numeric.total_weight(self.described, squares, rows, self.segments)
         if self.rows.axis_name is not None:
-            # Squares of the weights, not of shares: this sum waits for no other.
+            # Squares of weights, not of shares, so that this sum needs no other first.
             total = summary.psum(total, self.rows)
         return weight * weight * numeric.reciprocal(total).astype(weight.dtype)
 
@@ -271,9 +271,9 @@ def prepare(
 ) -> Call:
     """Checks the arguments of the batch norm that is called `function`.
 
-    With `num_domains`, statistics have an axis of that size in front, and `domain`
-    says which of them each row belongs to. So it is with segments, whose ids may be
-    out of range.
+    With `num_domains`, statistics have a leading axis of that size, and `domain` gives
+    the entry of each row. Segments work the same way, but their ids may be out of
+    range.
     """
     given = cast(dict[str, Any], completed(Options, options, function))
     use_running_average = flag(use_running_average, "use_running_average")
@@ -314,7 +314,7 @@ def prepare(
     check_affine(params, lay, axis, x.dtype, front)
     axis_name, groups = given["axis_name"], given["axis_index_groups"]
     if not summarizes:
-        # Inference needs no other device, so it may stand outside of the mapped axis.
+        # Inference needs no other device, so it may run outside of the mapped axis.
         axis_name = groups = None
     epsilon = check_epsilon(given["epsilon"])
     each = () if front is None else (front[1],)
@@ -323,7 +323,7 @@ def prepare(
         given["min_weight"],
         "min_weight",
         0,
-        "A feature of no more weight is not updated.",
+        "A feature with at most this weight is not updated.",
     )
     return Call(
         x=x,
@@ -354,16 +354,16 @@ def run(
     """Runs `body(call, *arrays, **static)` as one program.
 
     Args:
-        body: A function of a module. It returns the output, and the new statistics or
-            `None` if these are not updated.
+        body: A module-level function. It returns the output, and the new statistics, or
+            `None` if they are not updated.
         call: A checked call.
         *arrays: Pytrees of arrays.
         **static: Hashable arguments.
     """
-    # Inference is a few operations: inlined, they are those of the formula.
+    # Inference is only a few operations, which are inlined.
     program = _training if call.summarizes else _inference
     if closes_over_tracers(call.activation):
-        program = _program  # A cached program would keep the tracers.
+        program = _program  # A cached program would leak the tracers.
     y, batch_stats = program(body, tuple(static.items()), call, arrays)
     return y, call.batch_stats if batch_stats is None else batch_stats
 
@@ -383,7 +383,7 @@ _inference = jax.jit(_program, static_argnums=(0, 1), inline=True)
 
 
 def thread(call: Call) -> tuple[Inexact[Array, "..."], BatchStats | None]:
-    """The plain body: normalizes and updates as the flags say, and nothing more."""
+    """The body of `batch_norm`: normalizes and updates as the flags say."""
     if not call.summarizes:
         return call.by_running(), None
     batch = call.summarize()
@@ -392,7 +392,7 @@ def thread(call: Call) -> tuple[Inexact[Array, "..."], BatchStats | None]:
 
 
 def flag(value: Any, name: str) -> bool:
-    """A flag that is known when the function is traced."""
+    """Refuses a flag that is not known when the function is traced."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
             f"`{name}` must be True or False when the function is traced; got"

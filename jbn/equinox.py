@@ -19,7 +19,7 @@ from jbn.typing import ArrayLike, BatchStats, Params
 from jbn.variants.batch_norm import batch_norm, init
 
 
-# Arguments that Equinox's layer has as well, or that are otherwise by default.
+# Arguments that Equinox's layer also has, or whose defaults differ.
 _NAMED = {"axis", "axis_name", "debias", "dtype", "epsilon", "momentum", "param_dtype"}
 
 _hints = get_type_hints(LayerOptions, include_extras=True)
@@ -39,11 +39,12 @@ else:
 class BatchNorm(_Fields):
     """Normalizes each feature by the batch: `jbn.batch_norm` as an Equinox module.
 
-    Takes the place of `equinox.nn.BatchNorm(..., mode="batch")`: the same arguments in
-    the same order, `weight` and `bias`, an `equinox.nn.State` that is passed through,
-    `equinox.nn.inference_mode`. The differences: the output has the dtype of `x`,
-    evaluation is right from the first update on, and `axis_name` may be left out where
-    the layer sees the whole batch. All options of `jbn.batch_norm` are there.
+    Replaces `equinox.nn.BatchNorm(..., mode="batch")`: it has the same arguments in the
+    same order and the parameters `weight` and `bias`, takes and returns an
+    `equinox.nn.State`, and supports `equinox.nn.inference_mode`. The differences: the
+    output has the dtype of `x`, evaluation is right from the first update on, and
+    `axis_name` may be omitted if the layer sees the whole batch. All options of
+    `jbn.batch_norm` are available.
     """
 
     weight: jax.Array | None
@@ -80,11 +81,12 @@ class BatchNorm(_Fields):
             momentum: Weight of the *old* running statistic; `None`: cumulative.
             inference: Whether to normalize by the running statistics.
             dtype: Dtype of `weight` and `bias`. Statistics are float32 or wider.
-            mode: `"batch"`; training by running statistics (`"ema"`) is not offered.
+            mode: `"batch"`; Equinox's mode `"ema"`, which trains by running statistics,
+                is not offered.
             axis: Feature axis or axes of `x`, without the axes of `vmap`.
-            debias: Whether running statistics do not lean towards initial values.
+            debias: Whether to remove the initial values from the running statistics.
             output_dtype: Dtype of the output; that of `x` by default.
-            **settings: Replaced by one entry an option.
+            **settings: Replaced by one entry per option.
         """
         if mode != "batch":
             raise ValueError(f'`BatchNorm` takes `mode="batch"` alone; got {mode!r}.')
@@ -126,7 +128,7 @@ class BatchNorm(_Fields):
             state: Holds the running statistics.
             key: Not used; Equinox's containers pass it.
             inference: Whether to normalize by the running statistics.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`, and the new state.
@@ -148,5 +150,5 @@ class BatchNorm(_Fields):
 
 
 def _hashable(value: Any) -> Any:
-    """Lists, of axes or groups, as tuples: Equinox compares what is static."""
+    """Lists of axes or groups as tuples: Equinox compares static fields."""
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value

@@ -38,7 +38,7 @@ from jbn.variants.graph import graph_norm
 from jbn.variants.renorm import batch_renorm, next_step
 
 
-# Numbers of a layer that may be schedules.
+# Options of a layer that may be schedules.
 _SCHEDULED = "tau", "r_max", "d_max"
 
 
@@ -55,7 +55,7 @@ class _LinenOptions(LayerOptions, total=False):
     ]
 
 
-# The arguments of `flax.linen.BatchNorm` in its order, and then ours.
+# The arguments of `flax.linen.BatchNorm` in the same order, then ours.
 _ORDER = dict.fromkeys(
     (
         "axis",
@@ -108,21 +108,21 @@ else:
 class BatchNorm(_Fields):
     """Normalizes each feature by the batch: `jbn.batch_norm` as a Linen module.
 
-    Takes the place of `flax.linen.BatchNorm`: the same arguments in the same order,
-    the same variables (`params/{scale,bias}`, `batch_stats/{mean,var}`, so that
-    checkpoints go both ways), the same update (none during initialization). The
-    differences: the output has the dtype of `x` unless `dtype` is given (float32 for
-    integers), devices are merged by how many elements count on each, and a mask never
-    makes a NaN.
+    Replaces `flax.linen.BatchNorm`: it has the same arguments in the same order, the
+    same variables (`params/{scale,bias}`, `batch_stats/{mean,var}`, so checkpoints fit
+    both), and the same update (none during initialization). The differences: the output
+    has the dtype of `x` unless `dtype` is given (float32 for integers), devices are
+    weighted by the number of elements that count on each, and a mask never causes a
+    NaN.
 
-    A variable that is missing where `batch_stats` is immutable is not needed:
-    inference reads `mean` and `var` alone. In training, statistics without `weight`
-    count as fully trained, and a missing `step` starts at 0.
+    Inference only reads `mean` and `var`, so other statistics may be missing from an
+    immutable `batch_stats`. In training, statistics without `weight` count as fully
+    trained, and a missing `step` starts at 0.
 
     Attributes:
-        use_running_average: Whether to normalize by the running statistics; either
-            here or in the call.
-        **settings: Replaced by one entry an option.
+        use_running_average: Whether to normalize by the running statistics; set it here
+            or in the call.
+        **settings: Replaced by one entry per option.
     """
 
     if TYPE_CHECKING:
@@ -140,8 +140,8 @@ class BatchNorm(_Fields):
         if axes.is_count(self.use_running_average):
             raise TypeError(
                 f"`{type(self).__name__}` takes `use_running_average`, True or False;"
-                f" got {self.use_running_average!r}. A Linen module finds the number of"
-                " features in its input: leave it out."
+                f" got {self.use_running_average!r}. A Linen module infers the number"
+                " of features from its input: leave it out."
             )
         super().__post_init__()
 
@@ -158,7 +158,7 @@ class BatchNorm(_Fields):
         Args:
             x: Input of shape (..., features, ...); integers and booleans are cast.
             use_running_average: Whether to normalize by the running statistics.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -167,7 +167,7 @@ class BatchNorm(_Fields):
 
 
 class _RenormFields(nn.Module):
-    # Fields of a base that stands last come first: `BatchRenorm(3.0, 5.0)`.
+    # Fields of the last base class come first: `BatchRenorm(3.0, 5.0)`.
     r_max: float | Schedule = 3.0
     d_max: float | Schedule = 5.0
 
@@ -181,9 +181,10 @@ class BatchRenorm(BatchNorm, _RenormFields):
             `optax.linear_schedule(1.0, 3.0, 35_000, 5_000)`. A schedule adds this
             number as `batch_stats/step`. (With `accumulate` it counts microbatches.)
         d_max: Limit of the distance of the means, at least 0, or a schedule.
-        warmup_steps: How many training calls are batch norm, counted in `step`: short
-            for the schedules `lambda step: jnp.where(step < warmup_steps, 1.0, r_max)`
-            and `lambda step: jnp.where(step < warmup_steps, 0.0, d_max)`.
+        warmup_steps: Number of first training calls that are plain batch norm, counted
+            in `step`. Equivalent to the schedules
+            `lambda step: jnp.where(step < warmup_steps, 1.0, r_max)` and
+            `lambda step: jnp.where(step < warmup_steps, 0.0, d_max)`.
 
     All other attributes are those of `BatchNorm`.
     """
@@ -222,7 +223,7 @@ class BatchRenorm(BatchNorm, _RenormFields):
             use_running_average: As for `BatchNorm`.
             r_max: In place of the attribute, for this call.
             d_max: In place of the attribute, for this call.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -250,7 +251,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
     Attributes:
         num_groups: Number of groups (on each device, with `axis_name`).
         devices_per_group: How many devices of `axis_name` share their groups.
-        interleaved: Whether groups take turns, instead of being contiguous.
+        interleaved: Whether groups are interleaved instead of contiguous.
 
     All other attributes are those of `BatchNorm`.
     """
@@ -285,7 +286,7 @@ class GhostBatchNorm(BatchNorm, _GhostFields):
         Args:
             x: As for `BatchNorm`.
             use_running_average: As for `BatchNorm`.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -307,15 +308,16 @@ class _DomainFields(nn.Module):
 
 
 class DomainBatchNorm(BatchNorm, _DomainFields):
-    """Normalizes each domain by itself: `jbn.domain_batch_norm` as a Linen module.
+    """Normalizes each domain separately: `jbn.domain_batch_norm` as a Linen module.
 
     Statistics have shape (num_domains, *features).
 
     Attributes:
         num_domains: Number of domains.
         own_affine: Whether each domain has its own scale and bias, of that shape.
-        mix: How a floating `domain`, the shares of each row, mixes domains.
-        shrink_to: What `tau` draws to: each domain's running statistics, or the pool.
+        mix: How to mix domains if `domain` holds each row's shares (a floating dtype).
+        shrink_to: Where `tau` shrinks to: each domain's running statistics, or the
+            pool.
 
     All other attributes are those of `BatchNorm`.
     """
@@ -354,9 +356,9 @@ class DomainBatchNorm(BatchNorm, _DomainFields):
         Args:
             x: As for `BatchNorm`.
             use_running_average: As for `BatchNorm`.
-            domain: Which domain each row, or image, or the whole batch belongs to; or
-                its shares of all domains.
-            **call: Replaced by one entry an option.
+            domain: The domain of each row, of each image, or of the whole batch; or the
+                shares of each row in all domains.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -425,10 +427,10 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
         Args:
             x: As for `BatchNorm`.
             use_running_average: As for `BatchNorm`.
-            labels: The label of each row, or image, or of the whole batch.
+            labels: The label of each row, of each image, or of the whole batch.
             scale: Without `num_classes`: scale that broadcasts to `x`.
             bias: Without `num_classes`: bias that broadcasts to `x`.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -453,12 +455,12 @@ class ConditionalBatchNorm(BatchNorm, _ConditionalFields):
 class FrozenBatchNorm(BatchNorm):
     """Normalizes by fixed statistics: `jbn.frozen_batch_norm` as a Linen module.
 
-    Takes the place of a `BatchNorm`, with its variables, in a model that trains.
+    Replaces a `BatchNorm`, with the same variables, in a model that is trained.
 
     Attributes:
         freeze_affine: Whether no gradient reaches scale and bias.
         freeze_stats: Whether the running statistics are never updated.
-        freeze_mode: Whether to normalize by them in any case.
+        freeze_mode: Whether to always normalize by the running statistics.
 
     All other attributes are those of `BatchNorm`.
     """
@@ -493,8 +495,8 @@ class FrozenBatchNorm(BatchNorm):
 
         Args:
             x: As for `BatchNorm`.
-            use_running_average: What to normalize by; needed unless `freeze_mode`.
-            **call: Replaced by one entry an option.
+            use_running_average: As for `BatchNorm`; needed unless `freeze_mode`.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -513,14 +515,14 @@ class FrozenBatchNorm(BatchNorm):
 
 @described(RowLayerOptions)
 class GraphNorm(_RowFields):
-    """Normalizes each graph by itself: `jbn.graph_norm` as a Linen module.
+    """Normalizes each graph separately: `jbn.graph_norm` as a Linen module.
 
-    Its parameters are `scale`, `bias` and `mean_scale`. It has no statistics, and
-    training and inference are the same.
+    Its parameters are `scale`, `bias` and `mean_scale`. It has no running statistics,
+    and training and inference are the same.
 
     Attributes:
-        **settings: Replaced by one entry an option.
-        use_mean_scale: Whether to learn which share of the mean is removed. Without it
+        **settings: Replaced by one entry per option.
+        use_mean_scale: Whether to learn the share of the mean to remove. Without it
             this is instance norm of packed rows.
         mean_scale_init: Initializer of that share.
     """
@@ -553,9 +555,9 @@ class GraphNorm(_RowFields):
 
         Args:
             x: Input of shape (..., features, ...); integers and booleans are cast.
-            segment_ids: Which graph each node belongs to.
+            segment_ids: The graph of each node.
             num_segments: Number of graphs.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -599,7 +601,7 @@ def _mode(
 def _variable(
     layer: BatchNorm, name: str, fresh: Callable[[], Any]
 ) -> nn.Variable | None:
-    """A statistic; `None` if it is missing and cannot be made."""
+    """A statistic; `None` if it is missing and cannot be created."""
     there = layer.has_variable("batch_stats", name)
     if there or layer.is_mutable_collection("batch_stats"):
         return layer.variable("batch_stats", name, fresh)
@@ -609,7 +611,7 @@ def _variable(
 def _numbers(
     layer: BatchNorm, use_running_average: bool | None, call: dict[str, Any]
 ) -> tuple[dict[str, Any], nn.Variable | None]:
-    """The numbers of a call that may be schedules, and the step of these."""
+    """The options of a call that may be schedules, and the step of these."""
     settings = {k: getattr(layer, k) for k in _SCHEDULED if hasattr(layer, k)}
     warmup_steps = getattr(layer, "warmup_steps", 0)
     step = None
@@ -623,7 +625,7 @@ def _numbers(
         if not callable(setting):
             return setting
         if use_running_average:
-            return 1.0  # Inference does not read it.
+            return 1.0  # Inference does not read the step.
         return setting(count)
 
     numbers = {name: number(name, v) for name, v in settings.items()}
@@ -666,7 +668,7 @@ def _thread(
     }
     optional = ["weight"] if layer.debias or layer.momentum is None else []
     if layer.momentum is None and trained:
-        # How many rows they have seen, nobody knows: the function says so.
+        # Their number of rows is unknown: the function raises.
         there = layer.has_variable("batch_stats", "weight")
         optional = optional if there else []
     optional += ["pending"] if layer.accumulate else []
@@ -699,8 +701,7 @@ def _thread(
     y, batch_stats = function(
         x, params, running, use_running_average=use_running_average, **given
     )
-    # Statistics that come back as they were have not been updated, and may be
-    # immutable.
+    # Statistics returned unchanged were not updated, and may be immutable.
     if batch_stats is not running:
         for name, value in batch_stats_dict(batch_stats).items():
             variables[name].value = value

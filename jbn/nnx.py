@@ -41,7 +41,7 @@ from jbn.variants.graph import graph_norm
 from jbn.variants.renorm import batch_renorm, next_step
 
 
-# Numbers of a layer that may be schedules.
+# Options of a layer that may be schedules.
 _SCHEDULED = "tau", "r_max", "d_max"
 
 
@@ -60,9 +60,9 @@ class _NNXOptions(LayerOptions, total=False):
         Callable[..., Any],
         Option(
             dtypes.promote_dtype,
-            "Function from `(x, mean, var, scale, bias)` and the keyword `dtype` to the"
-            " five to compute with. Flax's own, the default, is not called: it would"
-            " round statistics and parameters to `dtype`.",
+            "Function that casts `(x, mean, var, scale, bias)`, given the keyword"
+            " `dtype`, before the computation. Flax's own, the default, is not called,"
+            " because it would round statistics and parameters to `dtype`.",
         ),
     ]
     bias_metadata: Annotated[
@@ -79,18 +79,18 @@ class _NNXOptions(LayerOptions, total=False):
 class BatchNorm(nnx.Module):
     """Normalizes each feature by the batch: `jbn.batch_norm` as an NNX module.
 
-    Takes the place of `flax.nnx.BatchNorm`: the same arguments by the same names, the
-    same variables (`scale` and `bias` are `nnx.Param`, `mean` and `var`
-    `nnx.BatchStat`), the same modes (`train()`, `eval()`, `nnx.view`). The
-    differences: the output has the dtype of `x` unless `dtype` is given (float32 for
-    integers), nothing is rounded to 16 bits before it, statistics are float32 or wider
-    after an update, devices are merged by how many elements count on each, and a mask
-    never makes a NaN.
+    Replaces `flax.nnx.BatchNorm`: it has the same keyword arguments, the same variables
+    (`scale` and `bias` are `nnx.Param`, `mean` and `var` are `nnx.BatchStat`), and the
+    same modes (`train()`, `eval()`, `nnx.view`). The differences: the output has the
+    dtype of `x` unless `dtype` is given (float32 for integers), only the output is
+    rounded to 16 bits, statistics are float32 or wider after an update, devices are
+    weighted by the number of elements that count on each, and a mask never causes a
+    NaN.
 
     Args:
         num_features: How many features; for several feature axes their sizes.
         rngs: Random number generators; `params` makes scale and bias.
-        **settings: Replaced by one entry an option.
+        **settings: Replaced by one entry per option.
     """
 
     if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class BatchNorm(nnx.Module):
         """
         if isinstance(num_features, bool):
             raise TypeError(
-                "`num_features` comes first, the number of features; got"
+                "The first argument is `num_features`, the number of features; got"
                 f" {num_features!r}. Pass flags by name."
             )
         given = completed(_NNXOptions, settings, type(self).__name__)
@@ -140,7 +140,7 @@ class BatchNorm(nnx.Module):
             self.weight = nnx.BatchStat(fresh.weight)
         if fresh.pending is not None:
             pending = fresh.pending._asdict()
-            # Before Flax 0.12 a module holds a plain dictionary.
+            # Before Flax 0.12, a module stored a plain dictionary.
             variables = {k: nnx.BatchStat(v) for k, v in pending.items()}
             self.pending = getattr(nnx, "Dict", dict)(variables)
         for name in ("scale", "bias"):
@@ -175,7 +175,7 @@ class BatchNorm(nnx.Module):
         Args:
             x: Input of shape (..., features, ...); integers and booleans are cast.
             use_running_average: Whether to normalize by the running statistics.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -191,9 +191,9 @@ class BatchNorm(nnx.Module):
 
         Args:
           use_running_average: Whether to normalize by the running statistics.
-          update_stats: Whether to fold the batch into them.
+          update_stats: Whether to update them.
         """
-        # `nnx.view_info` only finds arguments that are indented by two spaces.
+        # `nnx.view_info` only finds arguments indented by two spaces.
         if use_running_average is not None:
             self.use_running_average = use_running_average
         if update_stats is not None:
@@ -211,9 +211,10 @@ class BatchRenorm(BatchNorm):
             number as the `nnx.BatchStat` `step`. (With `accumulate` it counts
             microbatches.)
         d_max: Limit of the distance of the means, at least 0, or a schedule.
-        warmup_steps: How many training calls are batch norm, counted in `step`: short
-            for the schedules `lambda step: jnp.where(step < warmup_steps, 1.0, r_max)`
-            and `lambda step: jnp.where(step < warmup_steps, 0.0, d_max)`.
+        warmup_steps: Number of first training calls that are plain batch norm, counted
+            in `step`. Equivalent to the schedules
+            `lambda step: jnp.where(step < warmup_steps, 1.0, r_max)` and
+            `lambda step: jnp.where(step < warmup_steps, 0.0, d_max)`.
         rngs: As for `BatchNorm`.
 
     All other arguments are those of `BatchNorm`.
@@ -254,7 +255,7 @@ class BatchRenorm(BatchNorm):
             use_running_average: As for `BatchNorm`.
             r_max: In place of the constructor's, for this call.
             d_max: In place of the constructor's, for this call.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -279,7 +280,7 @@ class GhostBatchNorm(BatchNorm):
         num_features: As for `BatchNorm`.
         num_groups: Number of groups (on each device, with `axis_name`).
         devices_per_group: How many devices of `axis_name` share their groups.
-        interleaved: Whether groups take turns, instead of being contiguous.
+        interleaved: Whether groups are interleaved instead of contiguous.
         rngs: As for `BatchNorm`.
 
     All other arguments are those of `BatchNorm`.
@@ -314,7 +315,7 @@ class GhostBatchNorm(BatchNorm):
         Args:
             x: As for `BatchNorm`.
             use_running_average: As for `BatchNorm`.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -332,7 +333,7 @@ class GhostBatchNorm(BatchNorm):
 
 
 class DomainBatchNorm(BatchNorm):
-    """Normalizes each domain by itself: `jbn.domain_batch_norm` as an NNX module.
+    """Normalizes each domain separately: `jbn.domain_batch_norm` as an NNX module.
 
     Statistics have shape (num_domains, *features).
 
@@ -340,8 +341,9 @@ class DomainBatchNorm(BatchNorm):
         num_features: As for `BatchNorm`.
         num_domains: Number of domains.
         own_affine: Whether each domain has its own scale and bias, of that shape.
-        mix: How a floating `domain`, the shares of each row, mixes domains.
-        shrink_to: What `tau` draws to: each domain's running statistics, or the pool.
+        mix: How to mix domains if `domain` holds each row's shares (a floating dtype).
+        shrink_to: Where `tau` shrinks to: each domain's running statistics, or the
+            pool.
         rngs: As for `BatchNorm`.
 
     All other arguments are those of `BatchNorm`.
@@ -382,9 +384,9 @@ class DomainBatchNorm(BatchNorm):
         Args:
             x: As for `BatchNorm`.
             use_running_average: As for `BatchNorm`.
-            domain: Which domain each row, or image, or the whole batch belongs to; or
-                its shares of all domains.
-            **call: Replaced by one entry an option.
+            domain: The domain of each row, of each image, or of the whole batch; or the
+                shares of each row in all domains.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -450,10 +452,10 @@ class ConditionalBatchNorm(BatchNorm):
         Args:
             x: As for `BatchNorm`.
             use_running_average: As for `BatchNorm`.
-            labels: The label of each row, or image, or of the whole batch.
+            labels: The label of each row, of each image, or of the whole batch.
             scale: Without `num_classes`: scale that broadcasts to `x`.
             bias: Without `num_classes`: bias that broadcasts to `x`.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -474,13 +476,13 @@ class ConditionalBatchNorm(BatchNorm):
 class FrozenBatchNorm(BatchNorm):
     """Normalizes by fixed statistics: `jbn.frozen_batch_norm` as an NNX module.
 
-    Takes the place of a `BatchNorm`, with its variables, in a model that trains.
+    Replaces a `BatchNorm`, with the same variables, in a model that is trained.
 
     Args:
         num_features: As for `BatchNorm`.
         freeze_affine: Whether no gradient reaches scale and bias.
         freeze_stats: Whether the running statistics are never updated.
-        freeze_mode: Whether to normalize by them in any case.
+        freeze_mode: Whether to always normalize by the running statistics.
         rngs: As for `BatchNorm`.
 
     All other arguments are those of `BatchNorm`.
@@ -514,8 +516,8 @@ class FrozenBatchNorm(BatchNorm):
 
         Args:
             x: As for `BatchNorm`.
-            use_running_average: What to normalize by, unless `freeze_mode`.
-            **call: Replaced by one entry an option.
+            use_running_average: As for `BatchNorm`; not needed with `freeze_mode`.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -534,18 +536,18 @@ class FrozenBatchNorm(BatchNorm):
 
 @described(RowLayerOptions)
 class GraphNorm(nnx.Module):
-    """Normalizes each graph by itself: `jbn.graph_norm` as an NNX module.
+    """Normalizes each graph separately: `jbn.graph_norm` as an NNX module.
 
-    Its parameters are `scale`, `bias` and `mean_scale`. It has no statistics, and
-    training and inference are the same.
+    Its parameters are `scale`, `bias` and `mean_scale`. It has no running statistics,
+    and training and inference are the same.
 
     Args:
         num_features: How many features; for several feature axes their sizes.
-        use_mean_scale: Whether to learn which share of the mean is removed. Without it
+        use_mean_scale: Whether to learn the share of the mean to remove. Without it
             this is instance norm of packed rows.
         mean_scale_init: Initializer of that share.
         rngs: Random number generators; `params` makes the parameters.
-        **settings: Replaced by one entry an option.
+        **settings: Replaced by one entry per option.
     """
 
     if TYPE_CHECKING:
@@ -589,9 +591,9 @@ class GraphNorm(nnx.Module):
 
         Args:
             x: Input of shape (..., features, ...); integers and booleans are cast.
-            segment_ids: Which graph each node belongs to.
+            segment_ids: The graph of each node.
             num_segments: Number of graphs.
-            **call: Replaced by one entry an option.
+            **call: Replaced by one entry per option.
 
         Returns:
             The normalized array, of the shape of `x`.
@@ -691,7 +693,7 @@ def _assign(variable: nnx.Variable, value: Any) -> None:
 
 
 def _numbers(layer: BatchNorm, call: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a call that may be schedules."""
+    """The options of a call that may be schedules."""
     found = {}
     step: Any = layer.step
     for name in _SCHEDULED:
@@ -737,7 +739,7 @@ def _thread(
     y, batch_stats = function(
         x, params, given, use_running_average=use_running_average, **options
     )
-    # Statistics that come back as they were have not been updated.
+    # Statistics returned unchanged were not updated.
     if batch_stats is not given:
         _write(layer, batch_stats)
         if layer.step is not None:

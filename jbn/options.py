@@ -1,4 +1,4 @@
-"""The options of every batch norm: type, default and text of each, declared once.
+"""The options of all batch norms: type, default and text, each declared once.
 
 Functions take `**options: Unpack[Options]`, so that type checkers know their names and
 types. `documented` gives each function the signature and the text that `help` shows.
@@ -33,7 +33,7 @@ from jbn.typing import (
 
 
 Number = float | int | ArrayLike
-# A number by the number of training calls so far, as Optax's schedules.
+# A function of the number of training calls so far, such as an Optax schedule.
 Schedule = Callable[[jax.Array], Any]
 _F = TypeVar("_F", bound=Callable[..., Any])
 _C = TypeVar("_C", bound=type)
@@ -47,11 +47,11 @@ class Option(NamedTuple):
 
 
 class RowSettings(TypedDict, total=False):
-    """Settings of what is computed from the rows at hand alone."""
+    """Settings of methods without running statistics."""
 
     axis: Annotated[
         Axes,
-        Option(-1, "Feature axis or axes. Statistics are taken over all the others."),
+        Option(-1, "Feature axis or axes. Statistics are taken over all other axes."),
     ]
     epsilon: Annotated[
         Number, Option(1e-5, "Added to the variance, inside the square root.")
@@ -64,8 +64,8 @@ class RowSettings(TypedDict, total=False):
         Option(
             None,
             "Mapped axis or axes (of `shard_map`, `pmap` or `vmap`) to take the"
-            " statistics over. Each element counts alike on every device, so shards may"
-            " be uneven, or empty. Under plain `jit` leave this unset: the statistics"
+            " statistics over. Elements count the same on every device, so shards may"
+            " be uneven or empty. Under plain `jit` leave this unset: the statistics"
             " of a sharded `x` are already those of the whole batch.",
         ),
     ]
@@ -81,10 +81,10 @@ class RowSettings(TypedDict, total=False):
         Activation | None,
         Option(
             None,
-            "An elementwise function, such as `jax.nn.relu`, applied last. Here it"
-            " saves no array of its own: the backward pass finds its slope from `x`"
+            "An elementwise function, such as `jax.nn.relu`, applied last. In the layer"
+            " it saves no further array: the backward pass computes its slope from `x`"
             " (and `residual`). It is applied in float32 or wider, before the output"
-            " is rounded. Values that it closes over are constants.",
+            " is rounded. Arrays that it closes over are constants.",
         ),
     ]
 
@@ -96,8 +96,8 @@ class Settings(RowSettings, total=False):
         Number | None,
         Option(
             0.99,
-            "Weight of the *old* running statistic, as in Flax and Keras; one minus"
-            " PyTorch's. `None` and other rules: see `jbn.update_batch_stats`.",
+            "Weight of the *old* running statistic, as in Flax and Keras; PyTorch's is"
+            " one minus this. For `None`, see `jbn.update_batch_stats`.",
         ),
     ]
     unbiased: Annotated[
@@ -111,15 +111,15 @@ class Settings(RowSettings, total=False):
         Number | None,
         Option(
             None,
-            "The weight of a batch that `momentum` is meant for; others count by their"
-            " weight. See `jbn.update_batch_stats`, also for the next option.",
+            "The batch weight that `momentum` is meant for; batches of other weights"
+            " count by theirs. See `jbn.update_batch_stats`, also for `second_moment`.",
         ),
     ]
     second_moment: Annotated[
         bool,
         Option(
             False,
-            "Let the running variance be that of all rows, with the scatter of the"
+            "Make the running variance that of all rows, including the scatter of the"
             " batches' means.",
         ),
     ]
@@ -127,13 +127,13 @@ class Settings(RowSettings, total=False):
         Number | Schedule,
         Option(
             0.0,
-            "Shrinks the statistics that normalize in training towards the running"
-            " ones, as `tau` more rows of these would: for batches, domains or groups"
-            " so small that theirs are mostly noise. 0 is batch norm, infinity"
-            " normalizes by the running statistics. One number or one for each feature,"
-            " traced or not; differentiable. The running statistics are updated by the"
-            " batch as it is. In a layer also a schedule: a function of the number of"
-            " its training calls, which it counts in the statistic `step`. See"
+            "Shrinks the statistics used to normalize in training towards the running"
+            " ones, which count as `tau` more rows: for batches, domains or groups so"
+            " small that their own statistics are mostly noise. 0 is batch norm,"
+            " infinity normalizes by the running statistics. One number or one per"
+            " feature, traced or not; differentiable. The running statistics are"
+            " updated by the batch alone. A layer also takes a schedule: a function of"
+            " the number of training calls, which it counts in `step`. See"
             " `jbn.shrink`.",
         ),
     ]
@@ -141,9 +141,9 @@ class Settings(RowSettings, total=False):
         Number,
         Option(
             0.0,
-            "A feature whose elements have no more weight than this in all is treated"
-            " as if they had none. 1 is the policy for batches of one row, whose"
-            " variance is 0 and whose output is all `bias` otherwise.",
+            "A feature whose elements have at most this total weight is treated as if"
+            " they had none. With 1, a batch of one row is normalized by the running"
+            " statistics; otherwise its variance is 0, and its output all `bias`.",
         ),
     ]
     trim: Annotated[
@@ -151,26 +151,26 @@ class Settings(RowSettings, total=False):
         Option(
             None,
             "Elements further than this many running standard deviations from the"
-            " running mean do not count in the statistics, so that an outlier cannot"
-            " move them, unless most elements are that far. Takes one more all-reduce,"
-            " and saves a mask for the backward pass (with `weights`, weights of all"
-            " elements). See `jbn.trimmed_weights`.",
+            " running mean do not count in the statistics, unless most elements are"
+            " that far. So an outlier cannot move the statistics. Takes one more"
+            " all-reduce, and saves a mask for the backward pass (with `weights`,"
+            " weights of all elements). See `jbn.trimmed_weights`.",
         ),
     ]
 
 
 class RowCallOptions(TypedDict, total=False):
-    """Options of a call that concern the rows at hand alone."""
+    """Options of a call of methods without running statistics."""
 
     mask: Annotated[
         ArrayLike | None,
         Option(
             None,
             "Boolean; which elements count. Either of the rank of `x`, with size 1"
-            " along axes where it does not vary, or one entry a row (the shape of `x`"
-            " without its features). Elements left out do not affect the others, even"
-            " if they are NaN. They are still normalized, and one that is not finite"
-            " comes out as `bias`.",
+            " along axes where it does not vary, or one entry per row (the shape of"
+            " `x` without its features). Masked elements do not affect the others,"
+            " even if they are NaN. They are still normalized; the output of one that"
+            " is not finite is `bias`.",
         ),
     ]
     weights: Annotated[
@@ -178,7 +178,7 @@ class RowCallOptions(TypedDict, total=False):
         Option(
             None,
             "Non-negative real weight of each element, shaped like a mask; an integer"
-            " weight is the same as repeating the row. Excludes `mask`.",
+            " weight is the same as repeating the row. Not together with `mask`.",
         ),
     ]
     residual: Annotated[
@@ -197,8 +197,8 @@ class CallOptions(RowCallOptions, total=False):
         bool | None,
         Option(
             None,
-            "Whether to update the running statistics by the batch. By default in"
-            " training, which is `not use_running_average`.",
+            "Whether to update the running statistics by the batch; by default"
+            " `not use_running_average`.",
         ),
     ]
 
@@ -208,7 +208,7 @@ class RowOptions(RowSettings, RowCallOptions, total=False):
 
 
 class LayerCallOptions(CallOptions, total=False):
-    """Options of a call of a layer, some of them in place of its settings."""
+    """Options of a call of a layer; some override its settings."""
 
     tau: Annotated[
         Number | None, Option(None, "In place of the layer's, for this call.")
@@ -242,8 +242,8 @@ class LayerOnly(AffineSettings, total=False):
         bool,
         Option(
             True,
-            "Accepted, and without effect: there is one variance here, which costs as"
-            " much as Flax's fast one and is right at any mean.",
+            "Accepted, without effect: there is only one variance here, which costs as"
+            " much as Flax's fast one and is accurate at any mean.",
         ),
     ]
     update_stats: Annotated[
@@ -251,14 +251,14 @@ class LayerOnly(AffineSettings, total=False):
         Option(
             None,
             "Whether to update the running statistics; by default in training only."
-            " Either here or in the call.",
+            " Set it here or in the call.",
         ),
     ]
     debias: Annotated[
         bool,
         Option(
             False,
-            "Keep running statistics that do not lean towards their initial values."
+            "Keep running statistics without bias towards their initial values."
             " Adds the statistic `weight`, as `momentum=None` does.",
         ),
     ]
@@ -266,7 +266,7 @@ class LayerOnly(AffineSettings, total=False):
         bool,
         Option(
             False,
-            "Only gather moments in training, for `jbn.commit` or `jbn.nnx.commit`."
+            "Only collect moments in training, for `jbn.commit` or `jbn.nnx.commit`."
             " Adds the statistics `pending`.",
         ),
     ]
@@ -294,7 +294,7 @@ def defaults(record: type) -> dict[str, Any]:
 
 
 def completed(record: type, given: Mapping[str, Any], function: str) -> dict[str, Any]:
-    """The options of `record` as given to `function`, and the defaults of the rest."""
+    """The options of `record` given to `function`, with defaults for the others."""
     known = defaults(record)
     for name in given:
         if name not in known:
@@ -335,7 +335,7 @@ def described(record: type) -> Callable[[_C], _C]:
 
 
 def _spelled_out(doc: str | None, record: type) -> str:
-    """A docstring with an entry for each option in place of that with two stars."""
+    """The docstring, with the entry `**options` replaced by one per option."""
     lines = inspect.cleandoc(doc or "").split("\n")
     start = next((i for i, v in enumerate(lines) if v.strip().startswith("**")), None)
     if start is None:

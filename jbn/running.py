@@ -1,4 +1,4 @@
-"""How the moments of a batch fold into the running statistics."""
+"""How the moments of a batch update the running statistics."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ def update_batch_stats(
     reference_weight: float | int | ArrayLike | None = None,
     second_moment: bool = False,
 ) -> BatchStats:
-    """Folds the moments of a batch into the running statistics.
+    """Updates the running statistics by the moments of a batch.
 
     The rule follows from `momentum` and from whether `batch_stats` has a `weight`
     (see `jbn.init`, `track_weight`):
@@ -41,44 +41,44 @@ def update_batch_stats(
     | a number | tracked | debiased exponential: the same, divided by its total weight |
     | `None` | tracked | cumulative: the moments of all rows seen so far, exactly |
 
-    A plain exponential average starts at mean 0 and variance 1 and takes some
-    `3 / (1 - momentum)` steps to forget them. A debiased one has never heard of them:
-    after one step it equals the batch, after many it equals the plain one. `weight` is
-    then `1 - momentum**steps`, and the statistics are always ready to be used.
-    Statistics without a weight count as fully trained.
+    A plain exponential average starts at mean 0 and variance 1 and takes about
+    `3 / (1 - momentum)` steps to forget them. A debiased average does not contain them:
+    after one step it equals the batch, after many steps the plain average, and it can
+    be used at any time. Its `weight` is `1 - momentum**steps`. Statistics without a
+    weight count as fully trained.
 
-    The cumulative rule counts in float32. From a weight of 2**24 on, that cannot count
-    single rows: batches of one row then move the statistics as an exponential average
-    over the last 2**24 rows would.
+    The cumulative rule counts in float32, which cannot count single rows beyond a
+    weight of 2**24. From there on, batches of one row update the statistics as an
+    exponential average over the last 2**24 rows.
 
-    Where the moments have no weight the statistics keep their values. Where
-    `batch_stats` has `pending` moments these take up the new ones, and wait for
+    Where the moments have weight zero, the statistics keep their values. If
+    `batch_stats` has `pending` moments, the new ones are only merged into these, until
     `jbn.commit`. No gradient passes.
 
     Args:
         batch_stats: The running statistics.
         moments: The moments of a batch, for the same features.
         momentum: Weight of the *old* statistics, from 0 to 1, as in Flax and Keras
-            (PyTorch's is one minus this); a traced value does not recompile, and is
-            rounded to float32, which a Python number near 1 is only after it was
-            subtracted from 1. `None` is the cumulative rule (as in PyTorch, but
+            (PyTorch's is one minus this). A traced value does not recompile, but is
+            rounded to float32 before it is subtracted from 1; a Python number is
+            rounded after that. `None` is the cumulative rule (as in PyTorch, but
             weighted by rows, not batches).
-        unbiased: Fold in the unbiased variance, `var * n / (n - 1)` with `n` the
-            weight of the moments, as PyTorch does. Where `n` is not above 1 there is
-            none, and the running variance stays as it was.
-        reference_weight: The weight of a batch that `momentum` is meant for. One of
-            another weight counts by it, as if it had come in so many parts of the
-            reference: the old statistics keep `momentum**(weight / reference_weight)`.
-            By default every batch counts alike, however little it holds.
+        unbiased: Use the unbiased variance, `var * n / (n - 1)` with `n` the weight of
+            the moments, as PyTorch does. Where `n` is at most 1, the running variance
+            is not updated.
+        reference_weight: The batch weight that `momentum` is meant for. A batch of
+            another weight counts as `weight / reference_weight` such batches: the old
+            statistics keep `momentum**(weight / reference_weight)`. By default every
+            batch counts the same, however small.
         second_moment: Average the second moment instead of the variance, so that the
-            running variance is that of all rows, with the scatter of the batches'
+            running variance is that of all rows, including the scatter of the batches'
             means: `keep * var + add * batch_var + keep * add * (batch_mean - mean)**2`
             for `keep = momentum` and `add = 1 - momentum`. An average of variances
-            misses it, and is 0 for batches of one row. (The cumulative rule has it
-            anyway.)
+            misses the scatter, and is 0 for batches of one row. (The cumulative rule
+            always includes it.)
 
     Returns:
-        The new running statistics, each of at least the precision it had, and float32.
+        The new running statistics, in float32 or wider, and no narrower than before.
 
     Raises:
         ValueError: If `momentum` is known to be outside [0, 1], if it is `None` and
@@ -124,9 +124,9 @@ class Rule:
 
     Attributes:
         momentum: Weight of the old statistics, or `None` for the cumulative rule.
-        complement: One minus the momentum as it came: in float32, 1 - 0.99 is 1e-6 off.
-            `None` where the momentum is traced.
-        log: Its logarithm, likewise.
+        complement: One minus the momentum, computed in float64: in float32, 1 - 0.99 is
+            off by 1e-6. `None` if the momentum is traced.
+        log: The logarithm of the momentum, likewise.
         reference_weight: The weight of a batch that `momentum` is meant for, or `None`.
         unbiased: Whether the running variance averages unbiased ones.
         second_moment: Whether it includes the scatter of the batches' means.
@@ -142,7 +142,7 @@ class Rule:
     inside: bool = dataclasses.field(metadata={"static": True})
 
     def shares(self, seen: Float[Array, "..."]) -> tuple[jax.Array, jax.Array]:
-        """How much of the old statistics stays, and how much of the batch is added."""
+        """The share of the old statistics that stays, and the share of the batch."""
         dtype = seen.dtype
         momentum = jnp.asarray(self.momentum, dtype)
         if self.reference_weight is None:
@@ -151,7 +151,7 @@ class Rule:
             return momentum, jnp.asarray(complement, dtype)
         log = jnp.log(momentum) if self.log is None else jnp.asarray(self.log, dtype)
         batches = seen / jnp.asarray(self.reference_weight, dtype)
-        # 0 * -inf is NaN; that share is not used.
+        # 0 * -inf is NaN, but that share is not used.
         change = log * where(seen > 0, batches, 1)
         return jnp.exp(change), -jnp.expm1(change)
 
@@ -161,7 +161,7 @@ def update(
 ) -> BatchStats:
     """`update_batch_stats` of checked arguments.
 
-    With `always_some`, no feature of the moments is without weight.
+    With `always_some`, every feature of the moments has a positive weight.
     """
     batch_stats, moments = lax.stop_gradient((batch_stats, moments))
     if batch_stats.pending is not None:
@@ -185,7 +185,7 @@ def update(
     else:
         kept, added = rule.shares(seen)
         if weight is not None:
-            # A weight above 1, of the cumulative rule, is all the weight there can be.
+            # A weight above 1 comes from the cumulative rule, and counts as 1.
             kept *= jnp.minimum(weight, 1)
     keep, add = kept, added
     if weight is not None:
@@ -195,7 +195,7 @@ def update(
         keep, add = (part * numeric.reciprocal(total) for part in (kept, added))
     if rule.momentum is None:
         # Not `keep * old + add * new`: where a float cannot count single rows any more,
-        # `keep` rounds to 1, and the two would add up to more.
+        # `keep` rounds to 1, and the two shares would exceed 1.
         first = kept == 0
         new_mean = mean + add.astype(mean.dtype) * (batch_mean - mean)
         new_mean = where(first, batch_mean, new_mean)
@@ -205,7 +205,7 @@ def update(
         new_mean = keep.astype(mean.dtype) * mean + add.astype(mean.dtype) * batch_mean
         new_var = keep * var + add * batch_var
     else:
-        # A share of zero drops the statistics, even if they are not finite.
+        # A share of zero removes the statistics, even if they are not finite.
         new_mean = numeric.weigh(mean, keep) + numeric.weigh(batch_mean, add)
         new_var = numeric.weigh(var, keep) + numeric.weigh(batch_var, add)
     if rule.momentum is None or rule.second_moment:
@@ -230,33 +230,32 @@ def commit(
     reference_weight: float | int | ArrayLike | None = None,
     second_moment: bool = False,
 ) -> _Tree:
-    """Folds the pending moments into the running statistics, and empties them.
+    """Updates the running statistics by the pending moments, and clears these.
 
     For gradient accumulation. Statistics made by `jbn.init(..., accumulate=True)`, or
-    by modules with `accumulate=True`, only gather the moments of the microbatches in
-    training. Committed once per optimizer step, they move as if the microbatches had
-    come as one batch: the moments are merged, so this is exact, and uneven or masked
-    microbatches count by their rows.
+    by modules with `accumulate=True`, only collect the moments of the microbatches in
+    training. Commit once per optimizer step: the update is then exactly that of the
+    whole batch, because the moments are merged, and uneven or masked microbatches count
+    by their rows.
 
-    That is the statistics. The output of each microbatch is normalized by its own
-    moments, so that outputs and gradients are those of `jbn.ghost_batch_norm` on the
-    whole batch with the microbatches as its groups, exactly, and not those of batch
-    norm on the whole batch. No method can have these without another pass: what the
-    first microbatch's output depends on has not been seen when it is computed. Where
-    the running statistics normalize (`use_running_average=True`, a frozen layer, or
-    `jbn.batch_renorm` with open limits) accumulation equals the whole batch in every
-    respect.
+    Only the running statistics are those of the whole batch. Each microbatch is
+    normalized by its own moments, so outputs and gradients are exactly those of
+    `jbn.ghost_batch_norm` on the whole batch, with the microbatches as groups. No
+    method can do better in one pass: the output of the first microbatch is computed
+    before the others are read. If the running statistics normalize
+    (`use_running_average=True`, a frozen layer, or `jbn.batch_renorm` with infinite
+    limits), accumulation is equivalent to the whole batch in every respect.
 
     Args:
-        batch_stats: `BatchStats`, or a tree of dicts as Linen's `batch_stats`
-            collection, in which all that is pending is committed.
-        momentum: As for `update_batch_stats`, like the rest.
-        unbiased: Fold in the unbiased variance.
-        reference_weight: The weight of a batch that `momentum` is meant for.
+        batch_stats: `BatchStats`, or a tree of dicts such as Linen's `batch_stats`
+            collection, in which all pending moments are committed.
+        momentum: As for `update_batch_stats`, like the other options.
+        unbiased: Use the unbiased variance.
+        reference_weight: The batch weight that `momentum` is meant for.
         second_moment: Average the second moment instead of the variance.
 
     Returns:
-        The same, with new running statistics, and nothing pending.
+        The same structure, with new running statistics and nothing pending.
 
     Raises:
         TypeError: If `batch_stats` is neither.
@@ -306,7 +305,7 @@ def commit(
 
 
 def as_batch_stats(variables: Mapping) -> BatchStats:
-    """The statistics that are among the variables of a Flax layer."""
+    """The statistics from the variables of a Flax layer."""
     pending = variables.get("pending")
     return BatchStats(
         variables["mean"],
@@ -317,7 +316,7 @@ def as_batch_stats(variables: Mapping) -> BatchStats:
 
 
 def batch_stats_dict(batch_stats: BatchStats) -> dict:
-    """The statistics as the variables of a Flax layer: dicts of arrays alone."""
+    """The statistics as variables of a Flax layer: dicts of arrays."""
     fields = {k: v for k, v in batch_stats._asdict().items() if v is not None}
     if batch_stats.pending is not None:
         fields["pending"] = batch_stats.pending._asdict()
@@ -336,7 +335,7 @@ def _commit(batch_stats: BatchStats, options: dict) -> BatchStats:
 
 
 def _take_up(pending: Moments, moments: Moments) -> Moments:
-    """What is pending with new moments, in dtypes that scans can carry."""
+    """Merges new moments into the pending ones, in dtypes that `scan` can carry."""
     pending = Moments(*map(widened, pending, moments))
     return Moments(
         *(
@@ -355,7 +354,7 @@ def make_rule(
     *,
     tracked: bool,
 ) -> Rule:
-    """Checks a running rule for statistics of a shape, with a weight if `tracked`."""
+    """Checks an update rule for statistics that have a weight if `tracked`."""
     if second_moment and unbiased:
         raise ValueError(
             "`second_moment=True` averages second moments, which are unbiased as they"
@@ -408,9 +407,9 @@ def make_rule(
 
 
 def widened(old: jax.Array, batch: jax.Array) -> jax.Array:
-    """The old statistic in the dtype of the new one, which scans can carry.
+    """The old statistic in the dtype of the new one, so that `scan` can carry it.
 
-    It keeps its own, unless that is of 16 bits, or real while the batch is complex.
+    It keeps its dtype, unless that has 16 bits, or is real while the batch is complex.
     """
     old = numeric.wide(jnp.asarray(old))
     if jnp.iscomplexobj(batch) and not jnp.iscomplexobj(old):

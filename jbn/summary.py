@@ -1,4 +1,4 @@
-"""Exact summaries of rows: made in blocks, merged, and carried across devices."""
+"""Exact summaries of rows: taken in blocks, and merged across blocks and devices."""
 
 import functools
 import math
@@ -20,11 +20,11 @@ from jbn.ops import numeric, shifted
 from jbn.ops.segments import Segments, in_blocks
 
 
-# How far a guess of the mean may be off, squared and in variances: with that, rounding
-# errors are twice as large as about the mean.
+# How far a guess of the mean may be off, squared, in variances. At this limit, rounding
+# errors are twice those of sums about the mean.
 _FAR = 1
-# Most summaries that travel in one all-reduce. Each has a slot of its own there, so
-# beyond this two all-reduces of fixed size are cheaper.
+# Most summaries in one all-reduce. Each has its own slot there, so beyond this number
+# two all-reduces of fixed size are cheaper.
 _MOST_SLOTS = 32
 
 
@@ -32,7 +32,7 @@ class Summary(NamedTuple):
     """Weight, mean and variance, with the mean in two parts: `shift + offset`.
 
     A mean of 1e4 standard deviations, rounded to float32, is off by 1e-3 of one. That
-    is harmless in an output, but not between the means of two parts that are merged.
+    is harmless in an output, but not in the distance of two means that are merged.
     """
 
     weight: Float[Array, "..."]
@@ -42,10 +42,10 @@ class Summary(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What the mean of a batch may be, before it is seen: such as a running mean.
+    """An estimate of the mean made before the batch is read, such as a running mean.
 
-    It is near if it is off by no more than the root of the variance and `least_var`,
-    such as epsilon, together.
+    It is near if it is off by at most `sqrt(var + least_var)`; `least_var` is, for
+    example, epsilon.
     """
 
     mean: jax.Array
@@ -68,8 +68,8 @@ def summarize(
         rows: Axes to reduce, here and over devices.
         segments: Segments to summarize one by one, or `None`.
         guess: A value that may be near the mean. With it, on a TPU, the sums fuse with
-            the operation that produces `x`, such as a convolution. Otherwise they wait
-            for it.
+            the operation that produces `x`, such as a convolution. Without it they wait
+            for that operation.
         tiny: Whether a variance below 1e-30 has to be accurate.
     """
     operands = x, weights, segments, guess
@@ -87,18 +87,18 @@ def _summarize(
     axes: tuple[int, ...],
     tiny: bool,
 ) -> list[jax.Array]:
-    """The summary of the rows of all devices but those of a mapped axis."""
+    """The summary of the local rows; mapped axes are not reduced."""
     whole = functools.partial(
         _summarize_all, target, x, weights, segments, axes=axes, tiny=tiny
     )
     if guess is None or segments is not None or target.platform != "tpu":
         return [*whole()]
-    # One pass about a guess. If that was far off in any feature, all once more. Under
+    # One pass about a guess, and a second one if that was far off in any feature. Under
     # `shard_map` and `pmap` each device decides for itself.
     summary = whole(near=guess.mean)
     off = numeric.abs_square((summary.shift - guess.mean) + summary.offset)
     least_var = guess.least_var.astype(summary.var.dtype)
-    # Infinities and NaN count as far.
+    # Infinity and NaN count as far off.
     near = (off <= _FAR * (summary.var + least_var)) & jnp.isfinite(summary.var)
     some = summary.weight > 0
     # The mean of no rows is 0, not the guess.
@@ -108,7 +108,7 @@ def _summarize(
 
 
 def _again(first: Summary, whole: Callable[[], Summary]) -> Summary:
-    """The summary without a guess."""
+    """The summary, repeated without the guess."""
     return whole()._replace(weight=first.weight)
 
 
@@ -122,11 +122,11 @@ def _summarize_all(
     axes: tuple[int, ...],
     tiny: bool,
 ) -> Summary:
-    """Summarizes rows in blocks and merges these.
+    """Summarizes rows in blocks, and merges the blocks.
 
-    Blocks keep sums short, and so accurate. Where the compiler splits `x` over devices,
-    each block lies on one device, so that no statistic needs a second round of
-    communication. With `segments`, the rows of each have a summary of their own.
+    Blocks keep sums short, and therefore accurate. If the compiler shards `x`, each
+    block is on one device, so that no statistic needs a second round of communication.
+    With `segments`, each segment has its own summary.
     """
     shards = num_shards(target, x.shape, axes)
     if segments is None:
@@ -141,8 +141,8 @@ def _summarize_all(
     )
     summary = merge(Summary(*(jnp.swapaxes(v, 0, 1) for v in summary)))
     if 1 < shards <= _MOST_SLOTS:
-        # The compiler makes this sum over the shards one all-reduce, and the merge
-        # local.
+        # The compiler turns this sum over shards into one all-reduce, and keeps the
+        # merge local.
         index = np.arange(shards)
         summary = jax.tree.map(
             lambda v: _place(v[None], index[:, None], index[None]).sum(1), summary
@@ -151,7 +151,7 @@ def _summarize_all(
 
 
 def merge(parts: Summary) -> Summary:
-    """Merges the summaries that are stacked along the first axis.
+    """Merges summaries stacked along the first axis.
 
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
     sample variances", 1979.
@@ -187,14 +187,14 @@ def psum(tree: Any, rows: Rows) -> Any:
 
 
 def _merge(parts: Summary, total: Callable[[Any], Any]) -> Summary:
-    """Merges the summaries that `total` sums over."""
-    # Times their weight, means near the largest float would overflow.
+    """Merges the summaries over which `total` sums."""
+    # Means near the largest float would overflow when multiplied by their weight.
     small = 2.0**-32
     weights = parts.weight * numeric.DOWN
     weight, moment = total((weights, numeric.weigh(parts.shift * small, weights)))
     per_weight = numeric.reciprocal(weight)
     shift = moment * per_weight.astype(moment.dtype) / small
-    # Any value near the mean will do for the common shift, so no gradient has to pass.
+    # The common shift may be any value near the mean, so it needs no gradient.
     shift = numeric.coarse(lax.stop_gradient(shift))
     offset = (parts.shift - shift) + parts.offset
     share = weights * per_weight
@@ -291,7 +291,7 @@ def _summarize_segments(
     shards: int,
     tiny: bool,
 ) -> Summary:
-    """The summaries of blocks of rows, each of all segments, stacked in front."""
+    """The summaries of blocks of rows, each with all segments, stacked in front."""
 
     def split(v: jax.Array) -> jax.Array:
         a = axes[0] if axes else 0

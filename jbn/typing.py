@@ -1,4 +1,4 @@
-"""The nouns: arrays, axes, and the three small records that functions pass around."""
+"""Types: arrays, axes, and the records `Params`, `Moments` and `BatchStats`."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -9,7 +9,7 @@ from jax.export import register_namedtuple_serialization
 from jaxtyping import Array, Float, Inexact
 
 
-# What comes in may be NumPy's; what goes out is always JAX's.
+# Arguments may be NumPy arrays; results are always JAX arrays.
 ArrayLike: TypeAlias = jax.Array | np.ndarray
 Axes: TypeAlias = int | Sequence[int]
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
@@ -19,7 +19,7 @@ Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class Params(NamedTuple):
-    """What is learned: `y = scale * xh + bias`. A field that is `None` is left out.
+    """The parameters in `y = scale * xh + bias`. A field that is `None` is left out.
 
     `Params(**d)` and `p._asdict()` convert from and to Flax's `params` dict.
     """
@@ -29,11 +29,11 @@ class Params(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What was seen: a weighted, mergeable summary of rows, one entry per feature.
+    """A weighted, mergeable summary of rows, one entry per feature.
 
-    `weight` is the total weight of the rows, their number where nothing is weighted.
+    `weight` is the total weight of the rows, or their number without weights.
     `mean` is complex if the data is, and `var` is the biased weighted variance,
-    `sum(w * abs(x - mean)**2) / sum(w)`. Both are 0 where the weight is.
+    `sum(w * abs(x - mean)**2) / sum(w)`. Both are 0 where the weight is 0.
     """
 
     weight: Float[Array, "*features"]
@@ -42,14 +42,14 @@ class Moments(NamedTuple):
 
 
 class BatchStats(NamedTuple):
-    """What is remembered: the running mean and (biased, by default) variance.
+    """The running mean and (by default biased) variance.
 
-    `weight` is there only for the running rules that need it (see
-    `jbn.update_batch_stats`): how much data the statistics have seen. `None` means a
-    plain exponential average, whose state is Flax's: `mean` and `var` alone.
+    `weight` is how much data the statistics have seen, for the update rules that need
+    it (see `jbn.update_batch_stats`). `None` means a plain exponential average, whose
+    state is only `mean` and `var`, as in Flax.
 
-    `pending` is there only where gradients are accumulated (see `jbn.commit`): the
-    moments of the microbatches that the running statistics have yet to take up.
+    `pending` is `None` unless gradients are accumulated (see `jbn.commit`): the moments
+    of the microbatches since the last update of the running statistics.
     """
 
     mean: Inexact[Array, "*features"]
@@ -58,7 +58,7 @@ class BatchStats(NamedTuple):
     pending: Moments | None = None
 
 
-# So that an exported function that takes or returns them can be serialized.
+# Exported functions that take or return them can then be serialized.
 for _record in (Params, Moments, BatchStats):
     register_namedtuple_serialization(
         _record, serialized_name=f"jbn.{_record.__name__}"

@@ -106,10 +106,10 @@ for data in (digits, trimaps):
 # %% [markdown]
 # ## The step
 #
-# Batch norm has parameters, which the optimizer moves, and running statistics, which it
-# does not. In training the layer normalizes by the batch and *returns* new statistics.
-# They come out of the gradient as auxiliary output, and go into the next step. This is
-# the whole of it, for any Linen model:
+# Batch norm has parameters, which the optimizer updates, and running statistics, which
+# it does not. In training the layer normalizes by the batch and *returns* new
+# statistics. They are an auxiliary output of the gradient, and an input of the next
+# step. This is the complete step, for any Linen model:
 
 
 # %%
@@ -134,7 +134,7 @@ def make_step(model, optimizer):
 
 
 def batches(num_rows, batch_size, epoch):
-    """Row numbers of the batches of an epoch; what does not fill one is left out."""
+    """Row numbers of the batches of an epoch; a last partial batch is dropped."""
     order = np.random.default_rng(epoch).permutation(num_rows)
     return order[: num_rows // batch_size * batch_size].reshape(-1, batch_size)
 
@@ -143,9 +143,9 @@ def batches(num_rows, batch_size, epoch):
 # ## A classifier
 #
 # A ResNet-8. Evaluation normalizes by the running statistics, an average over past
-# batches whose memory is `momentum`: 0.9 remembers some 10 steps, 0.99, the default
-# here, in Flax and in Keras, some 100. We keep both, of the same network at the same
-# time: training never reads them, so nothing else is different.
+# batches. Its length depends on `momentum`: about 10 steps for 0.9, and 100 for 0.99,
+# the default here, in Flax and in Keras. We track both for the same network at the same
+# time: training never reads them, so nothing else differs.
 
 # %%
 model = models.resnet8(norm=partial(jbn.BatchNorm, momentum=0.9))
@@ -215,14 +215,13 @@ right.set(xlim=(0.8, EPOCHS + 0.9), ylim=(0, 103))
 plt.show()
 
 # %% [markdown]
-# The two differ by nothing but the statistics they are evaluated with. What to do about
-# that comes below.
+# The two only differ in the statistics of the evaluation. The tools below fix this.
 #
 # ## Segmentation
 #
 # A U-Net finds the class of each pixel: background, digit, or the border between. The
-# step is the one from above. Nothing in it knows that there are pixels now, nor does
-# the batch norm: it takes each feature over all axes but the last.
+# step is the same as above. Neither the step nor the batch norm needs to know about
+# pixels: statistics are taken over all axes but the last.
 
 # %%
 unet = models.UNet(widths=(8, 16, 32), norm=partial(jbn.BatchNorm, momentum=0.9))
@@ -255,7 +254,8 @@ print(f"mean after {NUM_STEPS} steps                {np.mean(overlaps):.3f}")
 assert np.mean(overlaps) > 0.6
 
 # %%
-# Blue and orange are told apart with any color vision. The background gets no color.
+# Blue and orange can be distinguished with any color vision. The background gets no
+# color.
 COLORS = np.array([[230, 120, 0], [0, 0, 0], [60, 160, 255]])
 OPACITY = np.array([0.9, 0.0, 0.9])
 
@@ -285,22 +285,22 @@ plt.show()
 # %% [markdown]
 # ## A GAN
 #
-# Two networks, each with batch norms, and several passes through each in one step. Of
-# every pass two things are to be decided: what it is normalized by, and whether it
-# moves the running statistics.
+# A GAN has two networks with batch norms, and each step runs both several times. For
+# each pass, decide by which statistics it normalizes, and whether it updates the
+# running statistics.
 #
 # | pass | normalized by | running statistics |
 # |---|---|---|
-# | generator, images for the discriminator | the batch | stay |
-# | discriminator, real images | the batch of real ones (domain 0) | move |
-# | discriminator, generated images | the batch of generated ones (domain 1) | move |
-# | generator, in its own loss | the batch | move |
-# | discriminator, in the generator's loss | the batch of generated ones | stay |
+# | generator, images for the discriminator | the batch | unchanged |
+# | discriminator, real images | the batch of real ones (domain 0) | updated |
+# | discriminator, generated images | the batch of generated ones (domain 1) | updated |
+# | generator, in its own loss | the batch | updated |
+# | discriminator, in the generator's loss | the batch of generated ones | unchanged |
 #
-# A pure function changes nothing in place: statistics stay where you drop what it
-# returns (`_` below). In a layer, `update_stats=False` says the same. Real and
-# generated images are two domains of a `DomainBatchNorm`, so that neither is in the
-# other's statistics.
+# A pure function changes nothing in place: to leave the statistics unchanged, drop
+# those that it returns (`_` below). In a layer, `update_stats=False` has the same
+# effect. Real and generated images are two domains of a `DomainBatchNorm`, so they do
+# not share statistics.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -315,7 +315,7 @@ discriminator = models.Discriminator(
     width=16, norm=partial(jbn.DomainBatchNorm, num_domains=2, **norm_options)
 )
 LATENT_SIZE = 32
-# The discriminator learns at a fifth of the rate, so that it does not win at once.
+# The discriminator's learning rate is a fifth, so that it does not win at once.
 optimizers = {"g": optax.adam(1e-3, b1=0.5), "d": optax.adam(2e-4, b1=0.5)}
 
 
@@ -378,11 +378,12 @@ for i in range(GAN_STEPS):
         print("after one step, running statistics have moved once")
 
 # %% [markdown]
-# The parameters of a GAN wander, and images come from their average over the last
-# hundred steps or so. No batch has ever been through these, so no running statistics
-# are theirs: `recalibrate` takes them again, from some batches of latents. The Fréchet
-# distance of the generated and the real images (at 8x8 pixels, as Gaussians) says how
-# far apart they are; that of two halves of the real ones shows how small it could be.
+# The parameters of a GAN fluctuate, so images are generated with their average over
+# about the last hundred steps. The averaged network has never seen a batch, so no
+# running statistics belong to it: `recalibrate` takes them from some batches of
+# latents. The Fréchet distance measures how much the generated and the real images
+# differ (at 8x8 pixels, as Gaussians); the distance between two halves of the real
+# images is a lower limit.
 
 # %%
 latents = jax.random.normal(jax.random.key(2), (8, 128, LATENT_SIZE))
@@ -440,17 +441,18 @@ for ax, title, images in (
 plt.show()
 
 # %% [markdown]
-# Averaging and recalibrating gain little here, where parameters have slowed down. Most
-# of the images look like digits, and many can be read. Twice the width and 1,840 steps
-# give [better ones](https://github.com/jbn-team/jbn/blob/main/docs/samples.png), in
+# Averaging and recalibrating gain little here, because the parameters hardly change any
+# more. Most of the images look like digits, and many are legible. Twice the width and
+# 1,840 steps give [better
+# ones](https://github.com/jbn-team/jbn/blob/main/docs/samples.png), in
 # three minutes on two cores: `python train.py --model=dcgan --ema-decay=0.99`.
 #
 # ## What is wrong: `inspect`
 #
 # Back to the classifier, whose two sets of statistics gave such different accuracies.
-# `jbn.tools.inspect` runs batches through a model in training mode, and compares what
-# each layer sees with its running statistics. Tools take such an `apply`, a function of
-# variables and a batch that returns the updated variables.
+# `jbn.tools.inspect` runs a model on batches in training mode, and compares the input
+# of each layer with its running statistics. Tools take a function such as `apply`, of
+# variables and a batch, that returns the updated variables.
 
 
 # %%
@@ -477,13 +479,13 @@ with tempfile.TemporaryDirectory() as folder:
     display(Image(Path(folder) / "layers.png", width=640))
 
 # %% [markdown]
-# It is the first layer that matters most: its variance is far below the initial 1, and
-# a quarter of that 1 is still in the average.
+# The first layer matters most: its variance is far below the initial 1, which still has
+# a quarter of the weight in the average.
 #
-# Another way to break a network, and a common one in JAX: fine-tune it, and forget to
-# carry the new `batch_stats` on. The loss does not tell, since training never reads
-# them. Here the classifier learns images of half the contrast for an epoch, and keeps
-# its old statistics.
+# A common way to break a network in JAX is to fine-tune it and forget to keep the new
+# `batch_stats`. The loss does not show this, since training never reads them. Here the
+# classifier is trained for an epoch on images of half the contrast, and keeps its old
+# statistics.
 
 
 # %%
@@ -509,10 +511,10 @@ print(f"{first.message}\n-> {first.advice.partition(';')[0]}")
 assert "shifted" in {finding.kind for finding in report.findings}
 
 # %% [markdown]
-# ## What to do: `recalibrate`
+# ## Fix it: `recalibrate`
 #
-# One pass over the training images replaces the averages by the exact statistics of the
-# parameters as they are. No training, no labels.
+# One pass over the training images replaces the averages by the exact statistics for
+# the current parameters. This needs no training and no labels.
 
 # %%
 print("test accuracy         before  recalibrated")
@@ -528,11 +530,11 @@ for name, broken, data, images in (
 # %% [markdown]
 # ## Other data than in training: `adapt`
 #
-# The classifier has never seen a faded, blurred or noisy image. Where such a change
-# moves or scales what a layer sees, statistics of the new images make up for it, and
-# these need no labels. `adapt` mixes them with the statistics of training, which weigh
-# as much as `prior` rows of a layer. (Rows are pixels: here 64 of an image in the first
-# layers, and 4 in the last.)
+# The classifier has never seen a faded, blurred or noisy image. If such a change shifts
+# or scales the input of a layer, statistics of the new images compensate for it,
+# without labels. `adapt` mixes them with the statistics of training, which count as
+# `prior` rows of a layer. (Rows are pixels: here 64 per image in the first layers, and
+# 4 in the last.)
 
 
 # %%
@@ -562,10 +564,10 @@ print(f"faded images: {accuracy(healthy, faded):.1%} -> {accuracy(adapted, faded
 assert accuracy(adapted, faded) > 0.9
 
 # %% [markdown]
-# How much data does it take? To ask that for many batches, let the model adapt to each
-# batch alone: a layer with `tau=PRIOR` normalizes by the same mixture, in training
-# mode. `convert` puts such layers into the model that we have. On one batch of
-# everything it gives the logits that `adapt` gave.
+# How much data does this need? To test many batches, let the model adapt to each batch
+# separately: in training mode, a layer with `tau=PRIOR` normalizes by the same mixture.
+# `convert` puts such layers into our model. On a single batch with all images, the
+# logits are those of `adapt`.
 
 # %%
 NUMBERS = (1, 4, 20, 360)
@@ -605,16 +607,16 @@ axes[1].legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# Twenty images do as well as all 360, or nearly so. With `prior=0` fewer are no sample
-# of anything: one leaves the last layers four rows each. With the prior one image is
-# enough to gain much for contrast and blur; for noise there is little to gain at all.
-# Moved digits gain nothing and inverted ones lose, as measured in
+# Twenty images are almost as good as all 360. With `prior=0`, fewer images are not
+# enough for statistics: with one image, the last layers have four rows. With the prior,
+# one image already helps a lot for contrast and blur; for noise there is little to
+# gain. Shifted digits gain nothing and inverted ones lose, as measured in
 # [docs/evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md).
 #
 # ## For inference: `fold`
 #
-# With fixed statistics a batch norm multiplies and adds constants. The convolution in
-# front of it can do that by its own kernel and bias.
+# With fixed statistics a batch norm multiplies by constants and adds constants. The
+# convolution before it can do this with its own kernel and bias.
 
 # %%
 folded = tools.fold(model, healthy, images_test, train=False)
@@ -642,10 +644,9 @@ print("operations for an image    {:,.0f} -> {:,.0f}".format(*operations))
 assert size(folded.variables) < size(healthy)
 
 # %% [markdown]
-# The numbers saved are few, since convolutions do most of the work. What folding is for
-# is the rest: a model without batch norms, for a runtime that has none, or for
-# quantization.
+# Folding saves few parameters and little work, since convolutions dominate. Its purpose
+# is a model without batch norms, for a runtime that has none, or for quantization.
 #
 # All of this is also on the command line for a run of `train.py`: `python -m jbn
-# inspect|recalibrate|fold`. The tools one by one, with what they cost:
+# inspect|recalibrate|fold`. All tools and their cost are described in
 # [docs/tools.md](https://github.com/jbn-team/jbn/blob/main/docs/tools.md).

@@ -129,9 +129,9 @@ with np.printoptions(precision=3, suppress=True):
     print("std of y: ", np.std(y, 0), " scale:", np.asarray(params.scale))
 
 # %% [markdown]
-# Whatever the mean and the standard deviation of `x`, those of `y` are the bias and
-# the scale. `jbn.batch_norm` returns a second value, the running statistics; they
-# come below.
+# Whatever the mean and the standard deviation of `x`, those of `y` are the bias and the
+# scale. `jbn.batch_norm` also returns the running statistics, which are explained
+# below.
 #
 # ## Backward
 #
@@ -201,17 +201,16 @@ for name, a, b, c in zip(names, derived, autodiff, rule, strict=True):
     np.testing.assert_allclose(c, b, rtol=1e-10, atol=1e-12)
 
 # %% [markdown]
-# The formula, autodiff of the plain code, and jbn's rule agree to float64's rounding,
-# for a cotangent drawn at random.
+# For a random cotangent, the formula, autodiff of the plain code, and jbn's rule agree
+# to float64 precision.
 #
-# ### What goes wrong in write-ups
+# ### Common errors
 #
-# A common error is to take mean and variance for constants, so that
-# $dx = r\gamma\,dy$. Others are a term that is missing, has the wrong sign, or is
-# divided by $n-1$. And there is a check that finds hardly any of them: the gradient
-# of `y.sum()`. With $dy = 1$ everywhere, $dy - \langle dy\rangle = 0$ and
-# $\langle\hat x\rangle = 0$. The right answer is zero, and so is that of most wrong
-# formulas.
+# A common error is to treat mean and variance as constants, so that $dx = r\gamma\,dy$.
+# Others are a term that is missing, has the wrong sign, or is divided by $n-1$. The
+# gradient of `y.sum()`, a popular check, detects hardly any of them. With $dy = 1$
+# everywhere, $dy - \langle dy\rangle = 0$ and $\langle\hat x\rangle = 0$: the right
+# answer is zero, and most wrong formulas also give zero.
 
 # %%
 WRONG = {
@@ -248,27 +247,27 @@ for name, formula in WRONG.items():
 
 # %% [markdown]
 # Only the two formulas without the mean's term fail the check by `y.sum()`; the other
-# five pass it, whatever they do to a real gradient. A random cotangent finds all
+# five pass it, although their gradients are wrong. A random cotangent detects all
 # seven.
 #
-# Constant statistics look harmless here: two of 64 directions are kept that should be
+# Constant statistics look harmless here: they keep two of 64 directions that should be
 # removed, so that for random $dy$ the error is about $\sqrt{2/n}$, 18 % at $n = 64$.
-# But these two are the directions in which the output of batch norm cannot move at
-# all, and a network has several layers. The [next notebook](effects.ipynb) measures
-# the error in ten layers.
+# But in these two directions the output of batch norm cannot change at all, and a
+# network has several layers. The [next notebook](effects.ipynb) measures the error in
+# ten layers.
 #
 # ## Running statistics
 #
-# In training each row is normalized by its batch. At inference one wants an output
-# that depends on the row alone, so the mean and the variance are taken from an
-# average over training batches:
+# In training each row is normalized by its batch. At inference the output should only
+# depend on the row itself, so mean and variance come from an average over training
+# batches:
 #
 #     running = momentum * running + (1 - momentum) * batch
 #
-# which starts at mean 0 and variance 1. A batch that is $k$ steps old counts
-# $(1-m)\,m^k$. Two things follow: the start is forgotten like $m^t$, with a time
-# constant of about $1/(1-m)$ steps, and where the statistics move (the layers below
-# are learning), the average is $m/(1-m)$ steps behind.
+# which starts at mean 0 and variance 1. A batch from $k$ steps ago has the weight
+# $(1-m)\,m^k$. Two things follow. The weight of the initial values decays like $m^t$,
+# with a time constant of about $1/(1-m)$ steps. And where the statistics change
+# (because earlier layers are learning), the average lags $m/(1-m)$ steps behind.
 
 # %%
 STEPS = 400
@@ -323,10 +322,9 @@ plt.show()
 
 # %% [markdown]
 # At 0.99 a third of the running mean is still the initial value after 110 steps
-# ($0.99^{110} = 0.33$). Debiasing (`jbn.init(..., track_weight=True)`, or
-# `debias=True` in a layer) divides by the weight that was really seen. It takes away
-# the initial value, and not the lag: on the right it ends up as far behind as the
-# plain average.
+# ($0.99^{110} = 0.33$). Debiasing (`jbn.init(..., track_weight=True)`, or `debias=True`
+# in a layer) divides by the total weight of the batches. This removes the initial
+# value, but not the lag: on the right it ends up as far behind as the plain average.
 #
 # ## A network
 #
@@ -341,7 +339,7 @@ print(digits.train.image.shape, digits.test.image.shape, digits.train.image.dtyp
 
 # %% [markdown]
 # A training step takes the parameters and the running statistics, and returns both.
-# The statistics have no gradient: they come out of the loss function beside the loss.
+# The statistics have no gradient: they are an auxiliary output of the loss function.
 
 
 # %%
@@ -397,10 +395,10 @@ def fit(model, data, *, seed, epochs=5, batch_size=64):
 
 
 # %% [markdown]
-# Flax's default momentum is 0.99. An epoch of the digits is 22 steps, so that five
-# are 110, little more than one time constant. The parameters are the same for any
-# momentum, since training never reads the running statistics. What differs is the
-# evaluation.
+# Flax's default momentum is 0.99. An epoch of the digits is 22 steps, so five epochs
+# are 110 steps, little more than one time constant. The parameters are the same for any
+# momentum, since training never reads the running statistics. Only the evaluation
+# differs.
 
 # %%
 norm = functools.partial(jbn.BatchNorm, momentum=0.99)
@@ -455,9 +453,9 @@ plt.show()
 
 # %% [markdown]
 # With momentum 0.99 the network looks worse than it is. Nothing is wrong with its
-# parameters: one pass over the training images to take the statistics again, a
-# debiased average, or a shorter one all give the same accuracy. A rule of thumb:
-# `1 / (1 - momentum)` should be well below the number of steps that are trained.
+# parameters: a debiased average, a shorter one, or statistics recomputed in one pass
+# over the training images all give the same accuracy. As a rule of thumb,
+# `1 / (1 - momentum)` should be well below the number of training steps.
 #
 # On MNIST five epochs are 4,685 steps, and 0.99 is short enough.
 
@@ -550,7 +548,7 @@ ax.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# In training mode the output for an image depends on what else is in its batch. In
-# large batches of all classes that does no harm. In batches of two, or of one class,
-# it does: what these images have in common is subtracted with their mean. Training
-# mode at inference is no remedy for bad running statistics; recalibration is.
+# In training mode the output for an image depends on the other images of its batch. In
+# large batches of all classes this does no harm. In batches of two, or of one class, it
+# does: the mean that is subtracted contains what these images have in common. Training
+# mode at inference is no fix for bad running statistics; recalibration is.

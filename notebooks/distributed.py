@@ -19,8 +19,8 @@
 # %% [markdown]
 # # Batch norm on many devices
 #
-# A batch is sharded over eight devices. This notebook shows which rows a mean is taken
-# over, how to write a training step with the gradient of one device, and what XLA
+# A batch is sharded over eight devices. This notebook shows which rows share a mean,
+# how to write a training step whose gradient equals that on one device, and what XLA
 # compiles it to.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/distributed.ipynb)
@@ -64,10 +64,10 @@ if importlib.util.find_spec("jbn") is None:
 # %% [markdown]
 # ## Eight devices
 #
-# JAX can split one CPU into several virtual devices. They are slow, but programs for
-# them are written as for eight GPUs or TPU cores. A Colab machine has one GPU, which
-# cannot be split, so this notebook uses the CPU there too. Both settings have to come
-# before JAX first uses a device.
+# JAX can split one CPU into several virtual devices. They are slow, but are programmed
+# like eight GPUs or TPU cores. A Colab machine has one GPU, which cannot be split, so
+# this notebook uses the CPU there, too. Both settings must be made before JAX first
+# uses a device.
 
 # %%
 import os
@@ -116,8 +116,8 @@ print(jax.devices()[0].platform, mesh)
 # %% [markdown]
 # ## Whose rows?
 #
-# A batch of 32 rows gives each device 4. Which of them share a mean and a variance is a
-# choice, and the only one that batch norm has to make on many devices:
+# With a batch of 32 rows, each device has 4. On many devices, batch norm has only one
+# choice: which rows share a mean and a variance.
 
 # %%
 CHOICES = {"synchronized": 8, "groups of two": 2, "local": 1}
@@ -149,13 +149,13 @@ plt.show()
 # %% [markdown]
 # ## One batch, five ways
 #
-# Under `shard_map`, `pmap` and `vmap` a function sees one device's rows, and
-# `axis_name` tells batch norm to take the others' into account. Under plain `jit` it
-# sees the whole array, wherever its parts lie, so there is no axis to name.
+# Under `shard_map`, `pmap` and `vmap` a function sees the rows of one device, and with
+# `axis_name` batch norm includes those of the others. Under plain `jit` it sees the
+# whole array, however it is sharded, so there is no axis to name.
 #
 # `gradient` is written once for all of them. The loss is averaged over the devices
-# inside of the function that is differentiated, and the gradients are averaged after
-# it; the section after this one shows why.
+# inside the differentiated function, and the gradients are averaged after it. The next
+# section shows why.
 
 
 # %%
@@ -243,21 +243,21 @@ for name, found in results.items():
     assert max(listed) < 1e-5
 
 # %% [markdown]
-# The differences are those of rounding in float32. No way needs another norm layer,
-# another loss or another learning rate.
+# The results only differ by float32 rounding. All five use the same norm layer, loss
+# and learning rate.
 #
-# `vmap` needs only one device: with it such code can be tested on any machine.
+# `vmap` only needs one device: use it to test such code on any machine.
 #
 # ## How to write the training step
 #
 # A synchronized batch norm makes each device's loss depend on every device's rows, so
-# the derivative crosses devices as well. Two means are easy to forget or to misplace.
+# the derivative crosses devices as well. Two averages are easy to forget or misplace.
 # Below, the gradient of each version is compared with that of one device.
 
 
 # %%
 def compare(grads):
-    """How many times the right gradient this is, or that it is no multiple of it."""
+    """The factor to the right gradient, or "wrong" if it is not a multiple."""
     right = np.asarray(expected[2]["kernel"])
     found = np.asarray(grads["kernel"]).reshape(-1, *right.shape)
     ratio = np.vdot(found[0], right) / np.vdot(right, right)
@@ -281,24 +281,24 @@ for name in verdicts:
     assert verdicts[name] == ["1.00 x", "1.00 x", "wrong"], name
 
 # %% [markdown]
-# - Under `shard_map`, as it is by default, the gradient with respect to parameters that
-#   all devices share is summed over the devices already. If each device differentiates
-#   the mean of its own rows, that sum is 8 times too large, and the mean of 8 equal
-#   numbers does not change it. Adam hides this, since it divides by the size of the
-#   gradient; SGD and clipping do not.
+# - Under `shard_map` with its defaults, the gradient with respect to replicated
+#   parameters is already summed over the devices. If each device differentiates the
+#   mean of its own rows, that sum is 8 times too large, and the mean of 8 equal numbers
+#   does not change it. Adam hides this, since it divides by the size of the gradient;
+#   SGD and clipping do not.
 # - Elsewhere each device has the gradient with respect to its own copy of the
-#   parameters. Without a mean of the gradients the copies drift apart ("wrong" above:
-#   no multiple of the right one).
-# - With both means one step is right under all of them.
+#   parameters. Without averaging the gradients, the copies drift apart ("wrong" above:
+#   not a multiple of the right gradient).
+# - With both averages, one step is right under all of them.
 #
 # ## Synchronized, grouped, local
 #
-# Groups of devices are `axis_index_groups` under `pmap`. `shard_map` has no such
-# groups: there a mesh of two axes does it, and batch norm names one of them. Local
-# statistics take no `axis_name`.
+# Under `pmap`, `axis_index_groups` defines groups of devices. `shard_map` has no such
+# groups: use a mesh of two axes, and name one of them. Local statistics need no
+# `axis_name`.
 #
-# All of these have an analog on one device: `ghost_batch_norm` cuts the batch into
-# `num_groups` and normalizes each separately (Hoffer, Hubara and Soudry, 2017).
+# All of these have an analog on one device: `ghost_batch_norm` splits the batch into
+# `num_groups` groups, and normalizes each separately (Hoffer, Hubara and Soudry, 2017).
 
 # %%
 train = functools.partial(jbn.batch_norm, use_running_average=False)
@@ -373,15 +373,15 @@ for name, found in [("1 device", ghost_8_stats), ("8 devices", ghost_map_stats)]
     assert error < 1e-5
 
 # %% [markdown]
-# One thing differs. With local or grouped statistics every device, or group, has
-# *running* statistics of its own, and which of them a checkpoint gets is an accident.
-# Those of `ghost_batch_norm` are of all rows, with the scatter between the groups (the
-# last lines of the cell). With an `axis_name` and one group it is local batch norm
-# without that flaw.
+# One thing differs. With local or grouped statistics, every device or group has its own
+# *running* statistics, and it is arbitrary which of them a checkpoint saves. The
+# running statistics of `ghost_batch_norm` are those of all rows, including the scatter
+# between groups (the last lines of the cell). With an `axis_name` and one group, it is
+# local batch norm without this flaw.
 #
-# What do few rows cost? On the left one row, always the same, is normalized together
-# with others that are drawn 2,000 times. On the right the package's 8x8 digits are
-# learned by a small network in batches of 32, three seeds each.
+# What is the cost of few rows? On the left, one fixed row is normalized together with
+# 2,000 random choices of other rows. On the right, a small network learns the package's
+# 8x8 digits in batches of 32, three seeds each.
 
 # %%
 data = load_dataset("digits")
@@ -477,18 +477,18 @@ right.set_xlabel("test accuracy, %")
 plt.show()
 
 # %% [markdown]
-# The fewer rows, the more the output depends on the company. With 2 rows it is +1 for
-# the larger and -1 for the smaller, and nothing else is left of the input. Inference
-# normalizes by running statistics: the noisier training was, the more it differs from
-# training. (One learning rate for all, not tuned.) What helps where batches have to be
-# tiny is in
+# The fewer rows, the more the output depends on the other rows. With 2 rows it is +1
+# for the larger and -1 for the smaller, whatever the values. Inference normalizes by
+# running statistics: the noisier the statistics of training, the more it differs from
+# training. (One learning rate for all, not tuned.) Methods for small batches are in
 # [uneven.ipynb](https://github.com/jbn-team/jbn/blob/main/notebooks/uneven.ipynb).
 #
 # ## Uneven shards
 #
-# Shards seldom have the same number of rows: the last batch of an epoch, sequences of
-# different lengths, a filter in the data pipeline. Pad them to one shape and pass a
-# mask. Rows then count alike wherever they are, and a device may have none.
+# Often shards have different numbers of rows: in the last batch of an epoch, with
+# sequences of different lengths, or after a filter in the data pipeline. Pad them to
+# one shape and pass a mask. Rows then count the same on every device, and a device may
+# have none.
 #
 # The loss needs the same care as the norm: the sum over all devices divided by the
 # number of rows on all of them. A mean of the devices' means would count the row of
@@ -543,8 +543,8 @@ assert max(jax.tree.leaves(errors)) < 1e-5
 # %% [markdown]
 # ## What XLA compiled
 #
-# Communication can be read in the compiled program. These are its lines that
-# communicate, for a norm layer of 64 features, forward and with its backward pass.
+# The compiled program shows the communication. These are the lines that communicate,
+# for a norm layer of 64 features, forward and with its backward pass.
 
 
 # %%
@@ -580,7 +580,7 @@ def collectives(f, *args):
 
 
 def described(rows, features):
-    """Arguments by their shapes alone: what is compiled need not be run."""
+    """Arguments given as shapes, to compile without running."""
     by_row = NamedSharding(mesh, P("data"))
     x = jax.ShapeDtypeStruct((rows, features), jnp.float32, sharding=by_row)
     return x, *jax.eval_shape(lambda: jbn.init(features))
@@ -607,8 +607,8 @@ for found in (both, plain):
     assert [kind for _, kind, _ in found] == ["all-reduce", "all-reduce"]
 
 # %% [markdown]
-# One all-reduce forward, one more backward; it is the same with plain `jit`. Their size
-# depends on the number of features and not on the number of rows:
+# There is one all-reduce forward and one backward, also with plain `jit`. Their size
+# depends on the number of features, not on the number of rows:
 
 # %%
 print("    rows  features   bytes forward    bytes backward")
@@ -626,12 +626,12 @@ assert sizes[1024, 64] == sizes[65536, 64]
 assert sizes[1024, 256] == [4 * size for size in sizes[1024, 64]]
 
 # %% [markdown]
-# Forward each device puts its weight, mean (in two parts) and variance into a slot of
-# its own, 16 bytes a feature for each of 8 devices (12 with plain `jit`), so that the
-# summaries can be merged exactly, with the scatter between the devices' means. Sums of
-# squares would take fewer bytes and lose digits where the mean is large. Backward two
-# sums go around, 8 bytes a feature. (Beyond 32 devices the slots would grow too large,
-# and two all-reduces of constant size take their place.)
+# In the forward pass each device puts its weight, mean (in two parts) and variance into
+# its own slot, 16 bytes per feature for each of 8 devices (12 with plain `jit`). So the
+# summaries can be merged exactly, including the scatter between the devices' means.
+# Sums of squares would take fewer bytes, but lose accuracy if the mean is large. The
+# backward pass sends two sums, 8 bytes per feature. (Beyond 32 devices the slots would
+# become too large, and two all-reduces of constant size replace them.)
 #
 # ## The loss curve of one device
 #
@@ -711,14 +711,14 @@ right.set(xlabel="step", ylabel="absolute difference", title="where they differ"
 plt.show()
 
 # %% [markdown]
-# The curves lie on each other. What is left is rounding: a sum of eight parts rounds
-# otherwise than one sum. How far that grows depends on the optimizer and the network.
-# An earlier trial, with Adam and two norm layers, parted by 2e-3 in the loss and by
-# two of the 360 test images (95.56 and 96.11 %).
+# The curves coincide up to rounding: a sum in eight parts rounds differently. How far
+# the difference grows depends on the optimizer and the network. In an earlier trial,
+# with Adam and two norm layers, the losses differed by 2e-3, and the accuracies by two
+# of the 360 test images (95.56 and 96.11 %).
 #
 # ## In short
 #
-# | you write | and batch norm gets |
+# | you write | you pass to batch norm |
 # |---|---|
 # | `jit` on a sharded batch | nothing |
 # | `shard_map`, `pmap`, `vmap` | `axis_name` |
@@ -728,6 +728,6 @@ plt.show()
 # | local statistics | `ghost_batch_norm(num_groups=1, axis_name=...)` |
 # | small groups on one device | `ghost_batch_norm(num_groups=...)` |
 #
-# Where there is an `axis_name`, the step takes the `pmean` of the loss inside of the
-# function that it differentiates (with a mask, the `psum` of the losses over the `psum`
-# of the rows), and the `pmean` of the gradients after it.
+# With an `axis_name`, the step takes the `pmean` of the loss inside the differentiated
+# function (with a mask, the `psum` of the losses divided by the `psum` of the rows),
+# and the `pmean` of the gradients after it.

@@ -166,9 +166,9 @@ def layer_norms(w):
 # %% [markdown]
 # ## Gradients
 #
-# Without batch norm the scale of the weights goes into the gradient once for each
-# layer. With it the scale does not matter but for a factor: the gradient of a weight
-# is divided by what the weight is multiplied by.
+# Without batch norm, each layer multiplies the gradient by the scale of its weights.
+# With batch norm, the scale only affects the layer itself: if a weight is multiplied by
+# a factor, its gradient is divided by it.
 
 # %%
 batch = X[:256], labels[:256]
@@ -214,23 +214,23 @@ assert off.min() > 0.5
 
 # %% [markdown]
 # Batch norm does not make the gradients of all layers equal. They grow from the last
-# layer to the first, at any gain: in deep networks without skip connections it is
-# itself the cause of exploding gradients (Yang et al.,
-# [2019](https://arxiv.org/abs/1902.08129)). A network without it that is initialized
-# well (gain 1) has gradients that are more even. What batch norm gives is that this
-# does not depend on the initial scale.
+# layer to the first, at any gain: in deep networks without skip connections, batch norm
+# itself causes exploding gradients (Yang et al.,
+# [2019](https://arxiv.org/abs/1902.08129)). A well initialized network without it (gain
+# 1) has more even gradients. The benefit of batch norm is that the gradients do not
+# depend on the initial scale.
 #
 # On the right, the gradient treats mean and variance as constants, a common error in
 # hand-written backward passes: the error is about as large as the gradient.
 #
 # ## Loss surface
 #
-# Santurkar et al. ([2018](https://arxiv.org/abs/1805.11604)) hold that batch norm
-# helps since it makes the loss smoother, and measured two things in training: how the
-# loss varies along the direction of the gradient, and how far the gradient itself
-# changes on the way. Here is the same for the ten layers: at each step of gradient
-# descent at learning rate 0.1, the loss and the gradient of the batch after steps of
-# half to four times that rate.
+# Santurkar et al. ([2018](https://arxiv.org/abs/1805.11604)) argue that batch norm
+# helps because it makes the loss smoother. They measured how the loss varies along the
+# direction of the gradient during training, and how much the gradient itself changes.
+# Here is the same for the ten layers: at each step of gradient descent at learning rate
+# 0.1, the loss and the gradient of the batch after steps of half to four times that
+# rate.
 
 
 # %%
@@ -314,10 +314,10 @@ plt.show()
 # The measurement agrees with theirs. With batch norm the loss varies less along the
 # gradient; the gradient changes by about its own norm, and by several times that
 # without; and the norm of the first layer's gradient swings less from step to step.
-# It is so at the rate of 0.1, near which the network without batch norm becomes
-# unstable, and at 0.02. One caution: the two losses are functions of parameters that
-# mean different things, so that this compares training at one learning rate, and not
-# two surfaces over one distance.
+# This holds at a rate of 0.1, near which the network without batch norm becomes
+# unstable, and at 0.02. One caution: the parameters of the two networks have different
+# meanings, so this compares training at the same learning rate, not two surfaces over
+# the same distance.
 #
 # ## Learning rates
 #
@@ -365,18 +365,19 @@ assert usable["with"] > 3 * usable["without"]
 
 # %% [markdown]
 # Batch norm widens the range of rates that work, by more than a factor of ten at its
-# upper end. One reason is under Weight decay: a step that is too long makes the
-# weights longer, and the next ones turn them less. It does not make the best loss
-# better here: in ten layers that are initialized well, at a rate that suits, batch
-# norm is not needed, and at the smallest rates the network without it is ahead.
+# upper end. One reason is explained under "Weight decay": too long a step makes the
+# weights longer, so the next steps turn them less. Batch norm does not improve the best
+# loss here: ten well initialized layers do not need it at a suitable rate, and at the
+# smallest rates the network without it is ahead.
 #
 # ## Cost
 #
 # The forward and the backward pass of one layer on 256 rows, with batch norm and with
-# a bias in its place. A product of $n$ rows by a matrix of $w^2$ weights takes work
-# in proportion to $n w^2$, batch norm to $n w$: the wider a layer, the smaller the
-# share of batch norm. XLA's count of operations shows it. The times (the shortest of
-# 40) include what the count does not, memory, and vary by a fifth on a busy machine.
+# a bias in its place. Multiplying $n$ rows by a matrix of $w^2$ weights takes work
+# proportional to $n w^2$, and batch norm work proportional to $n w$: the wider a layer,
+# the smaller the share of batch norm. XLA's count of operations shows this. The times
+# (the shortest of 40) also include memory access, and vary by a fifth on a busy
+# machine.
 
 
 # %%
@@ -441,22 +442,22 @@ assert KEPT["jbn, ReLU in the layer"] <= KEPT["bias, ReLU"] < KEPT["jbn, ReLU"]
 assert KEPT["jbn, ReLU"] < KEPT["batch norm by hand, ReLU"]
 
 # %% [markdown]
-# Memory: by hand, autodiff saves several arrays of the size of the input. jbn's rule
-# saves the input only, 4 bytes an element in float32, and with the ReLU in the layer
-# nothing more, which is less than a ReLU after a bias saves.
+# For batch norm written by hand, autodiff saves several arrays of the size of the
+# input. jbn's rule only saves the input, 4 bytes per element in float32, also with the
+# ReLU in the layer. That is less than a ReLU after a bias saves.
 #
 # ## Dropout
 #
-# Dropout at rate $q$ divides what it keeps by $1-q$. The mean stays, the variance
-# does not: a unit of mean $m$ and variance $v$ has, in training,
+# Dropout at rate $q$ divides the units that it keeps by $1-q$. This preserves the mean,
+# but not the variance: in training, a unit of mean $m$ and variance $v$ has the
+# variance
 #
 # $$\frac{v + m^2}{1-q} - m^2 .$$
 #
-# A batch norm after it learns that variance, and is applied at inference, where
-# there is no dropout, to units of variance $v$ (Li et al.,
+# The running variance of a batch norm after it has this value. At inference there is no
+# dropout, so the norm is applied to units of variance $v$ (Li et al.,
 # [2018](https://arxiv.org/abs/1801.05134)). Three layers of product, ReLU and batch
-# norm are trained on the digits, with dropout before each norm, or after the last
-# one.
+# norm are trained on the digits, with dropout before each norm, or after the last one.
 
 
 # %%
@@ -538,22 +539,21 @@ for before in (False, True):
             np.testing.assert_allclose(shift, 1, atol=0.15)
 
 # %% [markdown]
-# The shift is there in each layer, and in the first it is what the formula says. What
-# it costs depends on the rate: nearly nothing at a quarter, nearly everything at
-# three quarters. Statistics taken again without dropout (`jbn.tools.recalibrate`) win
-# back a part. After the last norm dropout shifts nothing, and at no rate does it
-# cost accuracy here: put it there.
+# The shift occurs in each layer, and in the first it agrees with the formula. Its cost
+# depends on the rate: almost nothing at a quarter, almost everything at three quarters.
+# Recalibration without dropout (`jbn.tools.recalibrate`) recovers part of it. After the
+# last norm, dropout shifts nothing and costs no accuracy here at any rate: put it
+# there.
 #
 # ## Weight decay
 #
-# Batch norm takes out the scale of what it gets, so that the weights before it can be
-# multiplied by any $a > 0$. The loss stays as it is, and its gradient is divided by
-# $a$. It follows (van Laarhoven, [2017](https://arxiv.org/abs/1706.05350)) that what
-# a step changes is the direction of $w$, by an effective learning rate of
-# $\eta / \|w\|^2$; and that decay, which shrinks $w$, does not make the function
-# simpler. It keeps the effective rate up.
+# Batch norm removes the scale of its input. If the weights before it are multiplied by
+# $a > 0$, the loss does not change, and its gradient is divided by $a$. It follows (van
+# Laarhoven, [2017](https://arxiv.org/abs/1706.05350)) that a step changes the direction
+# of $w$, with an effective learning rate of $\eta / \|w\|^2$. Weight decay, which
+# shrinks $w$, does not make the function simpler: it keeps the effective rate high.
 #
-# How far up follows from lengths alone. The gradient is orthogonal to $w$, since the
+# How high follows from lengths alone. The gradient is orthogonal to $w$, since the
 # loss does not change along $w$, so a step of $\eta g$ makes $\|w\|^2$ larger by
 # $\eta^2\|g\|^2$; decay $\lambda$ makes it smaller by $2\eta\lambda\|w\|^2$. Where
 # the two are in balance, a step turns $w$ by the angle
@@ -614,8 +614,8 @@ axes[1].set(xlabel="step", ylabel="turn in a step (radians)")
 plt.show()
 
 # %% [markdown]
-# Without decay the weights never get shorter, and turn less and less. A decay of 0.05
-# shortens them until the turn is near the balance (dashed), some hundred times as far
-# a step as without. A decay of 0.01 has not arrived there in 1,000 steps: it takes in
-# the order of $1/(\eta\lambda)$. Biases, scales and the output layer, which no norm
-# follows, are another matter; here they do not decay.
+# Without decay the weights never get shorter, and each step turns them less. A decay of
+# 0.05 shortens them until the angle is near the balance (dashed), about a hundred times
+# that without decay. A decay of 0.01 does not reach it in 1,000 steps: this takes on
+# the order of $1/(\eta\lambda)$ steps. All this does not apply to biases, scales and
+# the output layer, which have no norm after them; here they do not decay.

@@ -19,9 +19,9 @@
 # %% [markdown]
 # # Batch norm in Flax NNX
 #
-# `jbn.nnx.BatchNorm` replaces `flax.nnx.BatchNorm`. A network is trained with both; its
-# state moves from one to the other, into a pure function, and in from PyTorch and
-# Keras.
+# `jbn.nnx.BatchNorm` replaces `flax.nnx.BatchNorm`. This notebook trains a network with
+# both, moves its state from one to the other and into a pure function, and imports
+# weights from PyTorch and Keras.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/nnx.ipynb)
 #
@@ -98,9 +98,8 @@ print(f"{len(train_x):,} training and {len(test_x)} test images of 64 pixels")
 # %% [markdown]
 # ## A network, and its training
 #
-# The layer is used as Flax's is: made with the number of features and `rngs`, called
-# with a mask of what counts. What makes it is an argument here, so that it can be
-# either.
+# The layer is used like Flax's: constructed with the number of features and `rngs`, and
+# called with a mask. Here its class is an argument, so that it can be either.
 
 
 # %%
@@ -126,8 +125,8 @@ flax_model = Net(partial(nnx.BatchNorm, momentum=0.9), rngs=nnx.Rngs(0))
 # %% [markdown]
 # Training is plain NNX. `model.train()` makes the layers normalize by the batch and
 # update their statistics in place, `model.eval()` normalize by these. The last batch of
-# an epoch has 29 images; it is filled up to 64 rows, and the mask keeps the filling out
-# of the statistics, the loss and the gradient.
+# an epoch has 29 images. It is padded to 64 rows, and the mask excludes the padding
+# from the statistics, the loss and the gradient.
 
 
 # %%
@@ -194,8 +193,8 @@ right.set(title="Test accuracy", xlabel="epoch", ylabel="%")
 plt.show()
 
 # %% [markdown]
-# Up to rounding the two do the same. They part where Flax's layer loses digits, or
-# meets NaN under a mask, or a mask of nothing:
+# Up to rounding the two are equal. They differ where Flax's layer loses accuracy, with
+# NaN under a mask, and with an empty mask:
 
 # %%
 rng = np.random.default_rng(0)
@@ -241,7 +240,7 @@ np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
 # ## Activation and residual in the layer
 #
 # `relu(norm(x) + residual)` can be one layer. It has the same variables. Its backward
-# pass finds the slope of the ReLU from the inputs, so that nothing is kept for it.
+# pass computes the slope of the ReLU from the inputs, so nothing is saved for it.
 
 
 # %%
@@ -259,7 +258,7 @@ np.testing.assert_allclose(fused(test_x), model(test_x), rtol=1e-5, atol=1e-5)
 
 
 def bytes_kept(layer, function):
-    """What is kept of each element of a bfloat16 batch for the backward pass."""
+    """Bytes per element of a bfloat16 batch that are saved for the backward pass."""
     graphdef, state = nnx.split(layer)
     x, skip = jax.random.normal(jax.random.key(0), (2, 1024, 64), jnp.bfloat16)
     run = lambda state, x, skip: function(nnx.merge(graphdef, state), x, skip)
@@ -280,16 +279,16 @@ for name, count in kept.items():
 assert kept["jbn, ReLU within"] == 4  # `x` and the residual, of two bytes each
 
 # %% [markdown]
-# This is what the derivative asks for. In float32 and without loops the compiler leaves
-# some of it out by itself; in 16 bits, or in `lax.scan`, it does not
+# These are the arrays that the derivative needs. In float32 without loops, the compiler
+# removes some of them; in 16 bits, or in `lax.scan`, it does not
 # ([measurements](https://github.com/jbn-team/jbn/blob/main/docs/benchmarks.md)).
 
 # %% [markdown]
 # ## From Flax's layer to ours, and back
 #
-# The variables have the same names, kinds and shapes, so that the state of one model is
-# a state of the other: `nnx.split` one, `nnx.merge` with the graph of the other.
-# Checkpoints move in the same way.
+# The variables have the same names, kinds and shapes, so the state of one model fits
+# the other: `nnx.split` one, and `nnx.merge` with the graph of the other. Checkpoints
+# can be exchanged in the same way.
 
 # %%
 graphdef, state = nnx.split(model)
@@ -303,8 +302,8 @@ for name, variable in state.norm1.items():
     print(f"{name:5} {type(variable).__name__:9} {variable.shape}")
 
 # %% [markdown]
-# A model that is there already needs no editing. `convert` swaps the norms inside, with
-# their arguments and their variables, and can put another method in their place:
+# An existing model need not be edited. `convert` replaces its norms, keeps their
+# arguments and variables, and can also select another method:
 
 # %%
 converted = tools.convert(flax_model)
@@ -320,9 +319,9 @@ for name, net in (
 print("momentum, taken along:", converted.norm1.momentum)
 
 # %% [markdown]
-# The other tools take NNX models, too, and return new ones. Here a model has the
-# trained parameters, but statistics that nobody has updated: `inspect` says so,
-# `recalibrate` takes them from the data, and `fold` then does without them.
+# The other tools also take NNX models, and return new ones. Here a model has the
+# trained parameters, but statistics that were never updated: `inspect` reports this,
+# `recalibrate` takes new ones from the data, and `fold` then removes the norms.
 
 
 # %%
@@ -355,9 +354,9 @@ assert accuracy(mended) > 0.95
 # ## The functional view
 #
 # `nnx.split` takes a model apart into its graph, its parameters and its running
-# statistics. A step is then a pure function of arrays, `(params, batch_stats)` in and
-# out, as `jbn.batch_norm` is itself. Everything in JAX applies to it, such as
-# `lax.scan` over the steps of an epoch.
+# statistics. A step is then a pure function with `(params, batch_stats)` as argument
+# and result, like `jbn.batch_norm` itself. All of JAX applies to it, such as `lax.scan`
+# over the steps of an epoch.
 
 
 # %%
@@ -400,8 +399,8 @@ np.testing.assert_allclose(pure_losses, losses, atol=1e-2)
 # %% [markdown]
 # ## Coming from PyTorch and Keras
 #
-# What is called momentum differs, and how large epsilon is. These settings give the
-# other libraries' running statistics:
+# The libraries differ in the definition of momentum and in the default epsilon. These
+# settings reproduce their running statistics:
 #
 # | | Flax | PyTorch | Keras |
 # |---|---|---|---|
@@ -413,9 +412,9 @@ np.testing.assert_allclose(pure_losses, losses, atol=1e-2)
 # | `mean` | mean | running_mean | moving_mean |
 # | `var` | var | running_var | moving_variance |
 #
-# `tools.torch_options` and `tools.keras_options` read them from a layer; `from_torch`
-# and `from_keras` move the arrays. Here the network is written and trained a little in
-# PyTorch, with the same names for its layers, then moved. It gives the same outputs,
+# `tools.torch_options` and `tools.keras_options` read these settings from a layer;
+# `from_torch` and `from_keras` convert the arrays. Here the network is trained briefly
+# in PyTorch, with the same names of layers, then converted. It gives the same outputs,
 # and the same statistics after one more batch.
 
 
@@ -514,5 +513,5 @@ else:
     )
 
 # %% [markdown]
-# `to_torch` and `to_keras` are the way back. What each tool takes is in
+# `to_torch` and `to_keras` convert back. All tools are described in
 # [docs/tools.md](https://github.com/jbn-team/jbn/blob/main/docs/tools.md).

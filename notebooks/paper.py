@@ -19,8 +19,9 @@
 # %% [markdown]
 # # The first figure of the batch norm paper
 #
-# Ioffe and Szegedy's figure 1, run again in full: a small network on MNIST, 50,000
-# steps, with and without batch norm, and what reaches one of its sigmoids.
+# This notebook reproduces figure 1 of Ioffe and Szegedy in full: a small network on
+# MNIST, 50,000 steps, with and without batch norm, and the input of one of its
+# sigmoids.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/paper.ipynb)
 #
@@ -96,17 +97,17 @@ plt.rcParams.update(
 # experiment: a binary image of 28x28 pixels, three fully connected hidden layers of
 # 100 sigmoids, "the weights W initialized to small random Gaussian values", an output
 # layer of ten and cross-entropy, 50,000 steps with 60 examples in a batch; batch norm
-# in each hidden layer. The figure has the test accuracy by steps, and the 15th, 50th
+# in each hidden layer. The figure shows the test accuracy by step, and the 15th, 50th
 # and 85th percentiles of the input of "one typical activation from the last hidden
 # layer".
 #
-# What it leaves open is chosen here. Trials came first, of 5,000 steps on gray
-# images, by test accuracy, at rates from 0.03 to 0.5 and standard deviations of 0.03
-# and 0.1. With a deviation of 0.03 and a rate of 0.1, the network without batch norm
-# did not begin to learn in that time. The rate decides how large the lead of batch
-# norm is; the section on another rate comes back to that.
+# The paper leaves some settings open. They were chosen by test accuracy in trials of
+# 5,000 steps on gray images, with learning rates from 0.03 to 0.5, and initial standard
+# deviations of 0.03 and 0.1. With a deviation of 0.03 and a rate of 0.1, the network
+# without batch norm did not start to learn in that time. The lead of batch norm depends
+# on the rate: see "Another learning rate".
 #
-# | left open | chosen |
+# | open in the paper | chosen here |
 # |---|---|
 # | what makes a pixel binary | at least half of full brightness |
 # | standard deviation of the weights | 0.1 |
@@ -287,8 +288,8 @@ if data.name == "mnist":
 
 # %% [markdown]
 # As in the paper, the network with batch norm learns faster and ends higher: it is
-# ahead at each of the first ten looks. Its lead is large in the first thousands of
-# steps, and some tenths of a percent at the end, with one seed.
+# ahead at each of the first ten evaluations. Its lead is large in the first thousands
+# of steps, and a few tenths of a percent at the end, with one seed.
 #
 # ## All units
 #
@@ -322,21 +323,20 @@ if data.name == "mnist":
     assert np.median(moves[0]) > 2 * np.median(moves[1])
 
 # %% [markdown]
-# Here ours differs from what the paper says of its figure. It finds the distributions
-# with batch norm "much more stable", in mean and variance. In ours the center is: it
-# moves a third as far. The spread is not: it grows with batch norm about as much as
-# without.
+# Here our result differs from the paper, which finds the distributions with batch norm
+# "much more stable", in mean and variance. In ours the center is more stable: it moves
+# a third as far. The spread is not: it grows about as much with batch norm as without.
 #
-# It could hardly be otherwise. With batch norm the mean and the standard deviation of
-# a unit's input in a batch *are* the learned bias and scale (the assertions above).
-# So (c) shows two parameters being trained: here biases stay near 0, and scales
-# double. That the distribution is stable is by construction, and does not say why the
+# This is to be expected. With batch norm, the mean and the standard deviation of a
+# unit's input in a batch *are* the learned bias and scale (see the assertions above).
+# So (c) shows two parameters during training: here biases stay near 0, and scales
+# double. The distribution is stable by construction, which does not explain why the
 # network learns faster.
 #
 # ## Another learning rate
 #
-# The lead also depends on what the paper does not give. The same networks, at a
-# learning rate of 0.5:
+# The lead also depends on the learning rate, which the paper does not give. These are
+# the same networks at a rate of 0.5:
 
 # %%
 _, steps_05, accuracy_05, _ = run(3_000, 0.5)
@@ -348,16 +348,16 @@ if data.name == "mnist":
     assert lead_05 < lead / 2
 
 # %% [markdown]
-# At five times the rate most of the lead is gone after 3,000 steps. Some of what
-# batch norm does at 0.1 could be had by a better learning rate, in a network as
-# shallow as this one.
+# At five times the rate, most of the lead is gone after 3,000 steps. In a network as
+# shallow as this one, a better learning rate gives some of the benefit of batch norm at
+# 0.1.
 #
 # ## Since then
 #
-# The paper explains its figure by internal covariate shift: layers learn faster when
-# the distributions of their inputs stay as they are. Santurkar et al.
-# ([2018](https://arxiv.org/abs/1805.11604)) put noise after batch norm, of a mean
+# The paper explains its figure by internal covariate shift: layers learn faster if the
+# distributions of their inputs do not change. Santurkar et al.
+# ([2018](https://arxiv.org/abs/1805.11604)) added noise after batch norm, with a mean
 # and a variance that change with time, so that distributions shift more than without
-# any; the network still learned faster than one without batch norm. They hold that
-# this shift has little to do with it, and that batch norm makes the loss smoother;
-# [batch_norm.ipynb](batch_norm.ipynb) has a measurement of theirs on a small network.
+# batch norm. The network still learned faster than one without batch norm. They argue
+# that this shift matters little, and that batch norm makes the loss smoother;
+# [effects.ipynb](effects.ipynb) repeats their measurement on a small network.

@@ -19,8 +19,8 @@
 # %% [markdown]
 # # Sparse and uneven data
 #
-# What goes wrong with batch norm if rows are padding, unevenly sharded, from several
-# sources, few, outliers or mostly zero, and what to do about it.
+# This notebook shows what goes wrong in batch norm if rows are padding, unevenly
+# sharded, from several sources, few, outliers, or mostly zero, and how to fix it.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/uneven.ipynb)
 #
@@ -98,9 +98,9 @@ in_training = functools.partial(jbn.batch_norm, use_running_average=False)
 # %% [markdown]
 # ## Padding
 #
-# Six sequences of 4 to 24 steps, padded to one shape. Where the padding is zero and
-# nobody says so, it counts: it draws the mean to zero, the more so the shorter the
-# sequences of a batch. With a mask it does not count.
+# Six sequences of 4 to 24 steps are padded with zeros to one shape. Without a mask the
+# padding counts: it draws the mean towards zero, the more so the shorter the sequences
+# of a batch. With a mask it does not count.
 
 # %%
 lengths = np.array([24, 15, 11, 8, 6, 4])
@@ -131,11 +131,11 @@ figure.colorbar(image, ax=panels, label="value")
 plt.show()
 
 # %% [markdown]
-# What lies in the padding may be worse than zero: a logarithm of nothing, a division by
-# a length of nothing, memory that nobody has written to. A NaN times zero is NaN, so a
-# mask that is multiplied lets it through. `flax.linen` leaves it out of the statistics.
-# But the backward pass multiplies again, and the gradients of scale and of `x` are NaN.
-# Ours are those without padding:
+# Padding may hold worse values than zero: the logarithm of zero, a division by a length
+# of zero, uninitialized memory. A NaN times zero is NaN, so a mask applied by
+# multiplication lets it through. `flax.linen` excludes it from the statistics, but its
+# backward pass multiplies, and the gradients of scale and of `x` are NaN. Our gradients
+# are those without padding:
 
 
 # %%
@@ -208,9 +208,9 @@ np.testing.assert_allclose(by_step.mean, 36 / 8)
 np.testing.assert_allclose(by_sequence.mean, (1 + 4 + 8 + 16) / 4)
 
 # %% [markdown]
-# The difference matters where few sequences are long. Below, 3 % of the sequences have
-# 200 steps about 2, and all others 5 to 15 steps about 0. If each step counts, the
-# running mean is thrown about by whether one of the long ones is in the batch.
+# The difference matters if a few sequences are long. Below, 3 % of the sequences have
+# 200 steps around 2, and all others 5 to 15 steps around 0. If each step counts once,
+# the running mean jumps whenever a long sequence is in the batch.
 
 # %%
 SEQUENCES, ROWS, BATCHES = 32, 2000, 200
@@ -259,16 +259,15 @@ plt.show()
 assert unrest[1] < unrest[0] / 3
 
 # %% [markdown]
-# Neither is wrong: they are the means of two populations. What a network does with the
-# choice is measured in
-# [evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md): by
-# sequence, the many short ones gain and the few long ones lose.
+# Neither is wrong: they are the means of two populations. The effect on a network is
+# measured in [evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md):
+# counting by sequence, the many short ones gain and the few long ones lose.
 #
 # ## Uneven and empty shards
 #
 # A batch is spread over four devices, which have 5, 5, 1 and 1 valid rows. (`vmap` with
-# an axis name runs what four devices would run, on one.) A mean of the devices' means
-# counts the one row of the third device as much as the five of the first together.
+# an axis name runs the program of four devices on one.) A mean of the devices' means
+# counts the single row of the third device as much as the five rows of the first.
 
 
 # %%
@@ -336,16 +335,17 @@ ax.set(ylabel="value", xlim=(-0.3, 3.6))
 plt.show()
 
 # %% [markdown]
-# A device without rows makes Flax divide by zero, and the NaN stays in the running
-# statistics for good. Here it has no say.
+# With a device without rows, Flax divides by zero, and the NaN stays in the running
+# statistics forever. In jbn such a device has no effect.
 # [distributed.ipynb](https://github.com/jbn-team/jbn/blob/main/notebooks/distributed.ipynb)
 # has more on devices.
 #
 # ## Domains in one batch
 #
-# Rows of two sources in one batch, say two scanners. Normalized together, most of what
-# is left is which scanner it was. `domain_batch_norm` gives each its own statistics, in
-# one call and for any mixture; the output is that of one batch norm for each.
+# A batch has rows of two sources, such as two scanners. If they are normalized
+# together, most of the remaining variation is between the scanners. `domain_batch_norm`
+# uses separate statistics for each, in one call and for any mixture; the output is that
+# of one batch norm per domain.
 
 # %%
 domain = (rng.random(1000) < 0.2).astype(np.int32)
@@ -376,9 +376,9 @@ panels[1].legend()
 plt.show()
 
 # %% [markdown]
-# A rare domain may come alone, and one row is its own mean: its output is zero (all
-# bias), and its variance of zero enters the running one. `min_weight=1` normalizes such
-# a row by the running statistics, and leaves these alone.
+# A rare domain may have a single row in a batch, which equals its mean: the output is
+# zero (all bias), and its variance of zero updates the running one. `min_weight=1`
+# normalizes such a row by the running statistics, and does not update them.
 
 # %%
 rare = np.array([0, 0, 0, 1], np.int32)  # one row of domain 1
@@ -399,21 +399,21 @@ for min_weight in (0, 1):
     assert (y[3, 0] == 0) == (min_weight == 0)
 
 # %% [markdown]
-# Statistics by domain are no free lunch. On digits they gained where a domain was faint
-# and lost where it was inverted, since a digit and its inverse look more alike once
-# each is normalized by itself
+# Statistics by domain are no free lunch. On digits they helped with a faint domain, and
+# hurt with an inverted one, since a digit and its inverse look more alike if both are
+# normalized by the same statistics
 # ([evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md)).
 #
 # ## Tiny batches, and batches of one class
 #
 # Statistics of two rows are mostly noise. Statistics of 16 rows of one class are those
-# of the class, and not those of inference: what tells the class from others is
-# subtracted. Two remedies lean on the running statistics: batch renormalization (Ioffe,
-# 2017), and `tau=32`, by which the running statistics count as much as 32 more rows of
-# the batch.
+# of the class, not those used at inference: the mean that is subtracted contains what
+# distinguishes the class. Two methods use the running statistics against this: batch
+# renormalization (Ioffe, 2017), and `tau=32`, where the running statistics count as 32
+# more rows of the batch.
 #
-# The package's 8x8 digits, a small network, three seeds. The learning rate of each bar
-# is the best of four on a fifth of the training set that is held out; momentum is 0.99
+# A small network learns the package's 8x8 digits, three seeds. The learning rate of
+# each bar is the best of four on a held-out fifth of the training set; momentum is 0.99
 # for all.
 
 # %%
@@ -547,19 +547,19 @@ for found in results.values():
     assert means == sorted(means)
 
 # %% [markdown]
-# Batch renormalization normalizes as inference does, but its gradient still goes
-# through the mean of the batch: what all its rows have in common, their class, gets
-# none. With `tau=32` the mean of 16 rows enters with a weight of 16 / (16 + 32), so
-# that about two thirds of it pass. Longer training, five seeds, group norm and
-# `tau=inf` beside them:
+# Batch renormalization normalizes like inference, but its gradient still goes through
+# the mean of the batch: the part that all rows have in common, their class, gets no
+# gradient. With `tau=32` the mean of 16 rows has a weight of 16 / (16 + 32), so about
+# two thirds of the gradient remain. For longer training, five seeds, group norm and
+# `tau=inf`, see
 # [evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md).
 #
 # ## An outlier
 #
 # The same network in batches of 64. In one image of one batch, one pixel is a million
-# times as bright as it can be, as a broken sensor or a wrong unit makes it. Gradients
-# are clipped, so the parameters survive; the running statistics do not. `trim=5` leaves
-# out of the statistics what is more than five running standard deviations away.
+# times too bright, as from a broken sensor or a wrong unit. Gradients are clipped, so
+# the parameters survive, but the running statistics do not. `trim=5` excludes elements
+# from the statistics that are more than five running standard deviations from the mean.
 
 # %%
 GOOD, AFTER = 100, 100
@@ -625,20 +625,20 @@ assert trimmed[:, GOOD].mean() > 93 > 30 > untrimmed[:, GOOD].mean()
 np.testing.assert_allclose(trimmed[:, GOOD - 1], untrimmed[:, GOOD - 1], atol=2)
 
 # %% [markdown]
-# Without trimming ours is no better than Flax's. How much is lost depends on the
-# network and on the size of the outlier. In earlier trials, not shown here, a norm
-# behind the ReLU fell from 95.6 to 84.4 % just after a pixel of 1e6, and trimming cost
-# it a point before (94.5 %); this network with a pixel of 1e6 / 255 fell to 41.0 % and
-# was back at 96.2 % after 100 steps.
+# Without trimming ours is no better than Flax's. The loss of accuracy depends on the
+# network and on the size of the outlier. In earlier trials, not shown here, a network
+# with the norm after the ReLU fell from 95.6 to 84.4 % after a pixel of 1e6, and
+# trimming cost a point before the outlier (94.5 %). This network, with a pixel of 1e6 /
+# 255, fell to 41.0 %, and recovered to 96.2 % after 100 steps.
 #
 # ## Sparse features
 #
-# Counts of words, clicks, one-hot codes: most entries are zero and not stored. Making
-# the array dense to normalize it defeats the purpose, and normalizing the stored
-# entries alone is another function. `sparse_batch_norm` computes what batch norm would
-# on the dense array. A normalized array has few zeros, so the output is in two parts: a
-# sparse one, and what a zero becomes in each feature. A dense layer takes it as it is:
-# `values @ w + background @ w`.
+# In word counts, clicks or one-hot codes, most entries are zero and not stored. Making
+# the array dense to normalize it defeats the purpose, and normalizing only the stored
+# entries is a different function. `sparse_batch_norm` computes the batch norm of the
+# dense array. A normalized array has few zeros, so the output has two parts: a sparse
+# array, and the value of a zero in each feature. A dense layer needs no dense array
+# either: `values @ w + background @ w`.
 
 # %%
 ROWS, FEATURES, STORED = 512, 1000, 10
@@ -684,9 +684,9 @@ for what, a, b in [
     assert error < 1e-4
 
 # %% [markdown]
-# The memory, by XLA's own account, of a forward pass on 16,384 rows of 50,000 features,
-# of which 100 are stored in each row. It is compiled here and not run: the dense one
-# would not fit everywhere.
+# This is the memory, as reported by XLA, of a forward pass on 16,384 rows of 50,000
+# features, with 100 stored per row. It is only compiled here: the dense one would not
+# fit on every machine.
 
 
 # %%
@@ -719,13 +719,13 @@ print(f"sparse {sparse_memory:.3f} GB")
 assert sparse_memory < dense_memory / 20
 
 # %% [markdown]
-# ## When to take what
+# ## When to use which
 #
-# | when | take |
+# | data | use |
 # |---|---|
 # | padded sequences, images, point clouds | `mask` |
 # | packed rows, graphs | `mask=ids < n`, `ids` from `segment_ids` |
-# | long samples drown short ones | `weights=` `sample_weights`, `group_weights` |
+# | long samples outweigh short ones | `weights=` `sample_weights`, `group_weights` |
 # | shards of different sizes, empty shards | no option: results are exact |
 # | several sources in one batch | `domain_batch_norm` |
 # | domains of a few rows | `min_weight=1`, `tau=` |
@@ -733,5 +733,5 @@ assert sparse_memory < dense_memory / 20
 # | outliers | `trim=5` |
 # | sparse features with implicit zeros | `sparse_batch_norm` |
 #
-# All of them take the same `axis_name`. Most combine; those that do not (`batch_renorm`
-# with `tau`, `sparse_batch_norm` with `trim`) say so.
+# All of them take `axis_name`. Most can be combined; those that cannot (`batch_renorm`
+# with `tau`, `sparse_batch_norm` with `trim`) raise an error.

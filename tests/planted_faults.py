@@ -225,8 +225,8 @@ FAULTS = [
     Fault(
         "too little weight of a microbatch does not count",
         "call.py",
-        "if self.batch_stats.pending is None:\n            # Of",
-        "if True:\n            # Of",
+        "if self.batch_stats.pending is None:\n            # Micro",
+        "if True:\n            # Micro",
         of("test_accumulate", "test_too_little_weight_to_normalize_by_still_counts"),
     ),
     Fault(

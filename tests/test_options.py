@@ -115,7 +115,7 @@ ERRORS: dict[tuple[str | None, str], str] = {
 OWN_ERRORS: dict[str, tuple[Any, str]] = {
     "mix": ("both", "`mix` must be one of"),
     "shrink_to": ("all", "`shrink_to` must be one of"),
-    "devices_per_group": (2, "cuts the devices of `axis_name`"),
+    "devices_per_group": (2, "splits the devices of `axis_name`"),
     "num_domains": (4, r"shape .*\(4, 3\)"),
 }
 

@@ -483,7 +483,7 @@ MISTAKES = {
     "a negative min_weight": (
         lambda: jbn.batch_norm(X, None, STATS, **PLAIN, min_weight=-1.0),
         "got -1.0",
-        "A feature of no more weight is not updated",
+        "A feature with at most this weight is not updated",
     ),
     "a min_weight for each feature": (
         lambda: jbn.batch_norm(X, None, STATS, **PLAIN, min_weight=np.ones(2)),

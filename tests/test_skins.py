@@ -271,7 +271,7 @@ def test_images_of_integers_are_taken_as_float32(dtype, rng):
 
 @pytest.mark.usefixtures("untyped")
 def test_a_feature_count_in_place_of_a_flag_is_refused():
-    with pytest.raises(TypeError, match="finds the number of features in its input"):
+    with pytest.raises(TypeError, match="infers the number of features from"):
         jbn.BatchNorm(64)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="Pass flags by name"):
         jbn.nnx.BatchNorm(True, rngs=nnx.Rngs(0))

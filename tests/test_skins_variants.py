@@ -874,7 +874,7 @@ def nnx_call(name, *args, call: Any = None, **options):
             ("ConditionalBatchNorm", 3),
             {"call": {"scale": X}},
             ValueError,
-            "`params` are tables for `labels`, and must be None where `scale`",
+            "`params` are tables for `labels`, and must be None if `scale`",
         ),
         (
             ("ConditionalBatchNorm", 3),
@@ -886,7 +886,7 @@ def nnx_call(name, *args, call: Any = None, **options):
             ("ConditionalBatchNorm",),
             {"call": {"labels": 0}},
             ValueError,
-            "`params` must have tables of one row a label",
+            "`params` must have tables with one row per label",
         ),
         (("GhostBatchNorm",), {}, TypeError, "num_groups"),
         (("GhostBatchNorm", 0), {}, ValueError, "`num_groups` must be at least 1"),

@@ -550,7 +550,7 @@ def test_too_many_that_are_not_finite(
             marks=pytest.mark.devices,
         ),
         (["--bn-group-size=2"], "--bn-group-size=2 must divide .*, 1"),
-        (["--crop", "--image-size=8"], "--crop is for sets that are read with"),
+        (["--crop", "--image-size=8"], "--crop needs a set that is read with"),
         (["--model=unet", "--dataset=digits"], "is not a segmentation set"),
         (["--model=dcgan", "--image-size=12"], "makes square images of 8, 16, 32"),
     ],
@@ -733,7 +733,7 @@ def test_weights_of_another_run(train: Train, tmp_path: Path, opened: Any):
     assert line["test_accuracy"] == history(tmp_path / "old")[0]["test_accuracy"]
     status, _, err = train(*args, "--init-from=nothing", "--workdir=other")
     assert status == 2
-    assert "--init-from=nothing is not there" in err
+    assert "--init-from=nothing does not exist" in err
 
 
 def test_one_row_for_a_batch_norm(train: Train, tmp_path: Path):

@@ -1,6 +1,6 @@
-"""How XLA is made to compile the passes over memory well, by platform.
+"""Makes XLA compile the passes over memory well on each platform.
 
-The only package that names a platform, a barrier or a threshold of a compiler. It holds
-no mathematics: with `late.ENABLED` off, all of it lowers to the plain forms, which give
-the same numbers more slowly.
+The only package that names a platform, a barrier or a compiler threshold. It holds no
+mathematics: with `late.ENABLED` off, everything lowers to plain forms, which compute
+the same more slowly.
 """

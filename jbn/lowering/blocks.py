@@ -1,4 +1,4 @@
-"""Into how many blocks rows are cut, so that sums are short and stay on one device."""
+"""The number of blocks of rows, so that sums are short and stay on one device."""
 
 import math
 
@@ -7,19 +7,18 @@ from jbn.lowering.cpu import fuses_sums
 from jbn.lowering.late import SHAPES, Target
 
 
-# Longest plain sum. XLA on CPU adds rows one by one, and the rounding error of n such
-# additions grows like the root of n, or faster.
+# Longest plain sum. XLA on CPU adds sequentially, and the rounding error of n additions
+# grows like the square root of n, or faster.
 _BLOCK_ROWS = 2048
-# The same where the first of them are added in parallel: split on a CPU, by the rows of
-# a tile on a TPU.
+# The same if parts are added in parallel: split sums on a CPU, rows of a tile on a TPU.
 _SPLIT_BLOCK_ROWS = 8 * _BLOCK_ROWS
-# Rows of an image that is a block by itself on a TPU. There a sum over some of the
-# images, or a part of one, is a pass of its own, and one over each is not.
+# Rows of an image that is one block on a TPU. There, a sum over several images, or part
+# of an image, takes a separate pass, but a sum over each image does not.
 _LEAST_IMAGE_ROWS, _MOST_IMAGE_ROWS = 128, 1 << 16
 
 
 def num_shards(target: Target, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    """How many devices may each hold a part of the rows, along the first of `axes`."""
+    """The number of devices that the first of `axes` may be sharded over."""
     first = shape[axes[0]] if axes else 1
     if not isinstance(first, int) or not first:
         return 1
@@ -29,7 +28,7 @@ def num_shards(target: Target, shape: tuple[int, ...], axes: tuple[int, ...]) ->
 def block_counts(
     target: Target, shape: tuple[int, ...], axes: tuple[int, ...], shards: int
 ) -> dict[int, int]:
-    """How many equal blocks to cut each reduced axis into.
+    """The number of equal blocks to split each reduced axis into.
 
     The first one, along which batches are sharded, gets a multiple of `shards`.
     """
@@ -62,10 +61,10 @@ def block_counts(
 def segment_block_counts(
     shape: tuple[int, ...], axes: tuple[int, ...], ids: tuple[int, ...], num: int
 ) -> dict[int, int]:
-    """How many blocks to cut each axis into, for sums by id and sums within one id.
+    """The number of blocks of each axis, for sums by id and sums within one id.
 
-    Each block has all the segments. So there are at most as many blocks as make the
-    statistics an eighth as large as the rows.
+    Each block has all segments. So the number of blocks is limited such that the
+    statistics have at most an eighth of the size of the rows.
     """
     if not is_static([shape[a] for a in axes]):
         return {a: 1 for a in axes}
@@ -73,7 +72,7 @@ def segment_block_counts(
     counts = {}
     for summed, longest in (
         ([a for a in axes if ids[a] != 1], _BLOCK_ROWS),
-        # These come first, in one loop, and cutting them makes more ids.
+        # These are summed first, in one loop; splitting them would need more ids.
         ([a for a in axes if ids[a] == 1], 4 * _BLOCK_ROWS),
     ):
         wanted = math.ceil(math.prod(shape[a] for a in summed) / longest)

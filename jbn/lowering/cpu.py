@@ -32,13 +32,13 @@ def fuses_sums(target: Target) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """A view of arrays of one rank in which neighboring axes are one, on one CPU.
+    """A view of arrays of the same rank with neighboring axes merged, on one CPU.
 
     XLA on CPU sums over one axis up to ten times as fast as over three. It cannot merge
     two axes that are both split over devices without gathering them.
 
-    Use it for sums alone. Where the last operation on an array is a reshape, XLA
-    computes the array again in each loop that reads it, and keeps all its operands.
+    Use it for sums only. If the last operation on an array is a reshape, XLA recomputes
+    the array in each loop that reads it, and keeps all its operands alive.
     """
 
     runs: tuple[tuple[int, ...], ...]  # the original axes of each axis of the view
@@ -79,23 +79,23 @@ class Merged:
         return v.reshape((*v.shape[:lead], *shape))
 
 
-# Into how many parts rows are split. XLA takes at most 15 copies of the terms into a
-# loop, which is two times seven. Fewer than four parts gain little.
+# Number of parts that rows are split into. XLA fuses at most 15 copies of the terms
+# into a loop, which is two times seven. Fewer than four parts gain little.
 _PARTS = 7, 8, 6, 5, 4
-# XLA sums only longer axes by its fast kernel.
+# XLA's fast kernel only sums longer axes.
 _SHORT = 32
-# Least elements of an array, and of its last axis, that are worth the many operations.
+# Smallest array, and smallest last axis, that are worth the additional operations.
 _LEAST_ELEMENTS, _LEAST_RUN = 1 << 15, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Sums over rows that are split into a few parts, added by one expression.
+    """Sums over rows that are split into a few parts, which one expression adds.
 
     XLA on CPU materializes the terms of a sum, unless they are an array already, and
-    adds them by another kernel. An elementwise sum of parts is computed in the loop
-    that computes the terms, and a fraction of them is materialized. The rows that are
-    added are far apart, so a processor reads a few long streams.
+    adds them in a second kernel. An elementwise sum of parts is computed in the loop
+    that computes the terms, so only a fraction is materialized. The added rows are far
+    apart, so the processor reads a few long streams.
     """
 
     axis: int  # the axis that is split
@@ -106,7 +106,7 @@ class Split:
     def of(
         cls, target: Target, shape: tuple[int, ...], axes: tuple[int, ...]
     ) -> "Split | None":
-        """How to split a sum of an array over `axes`; `None` if it gains nothing."""
+        """The split of a sum of an array over `axes`; `None` if it gains nothing."""
         if not target.one_cpu or fuses_sums(target):
             return None
         if not shape or not is_static(shape):
@@ -115,7 +115,7 @@ class Split:
             return None
         rows = math.prod(shape[a] for a in axes)
         for a in axes:
-            # The rest of the last axis has to fill a processor's vectors.
+            # The rest of the last axis has to fill the processor's vector registers.
             left = shape[a] if a == len(shape) - 1 else rows
             for parts in _PARTS:
                 if shape[a] % parts == 0 and left // parts > _SHORT:
@@ -123,10 +123,10 @@ class Split:
         return None
 
     def view(self, v: Any) -> Any:
-        """An array with the parts on an axis of their own; `None` stays `None`.
+        """An array with the parts on a separate axis; `None` stays `None`.
 
-        In front of the last axis is one more, of size 1, for terms of each element
-        that are summed in one loop, while their operands are in cache.
+        Before the last axis is one of size 1, to stack several terms per element that
+        are summed in one loop, while their operands are in cache.
         """
         if v is None or not v.ndim:
             return v
@@ -135,16 +135,16 @@ class Split:
         return v.reshape((*shape[:-1], 1, shape[-1]))
 
     def total(self, terms: jax.Array) -> jax.Array:
-        """Sums over an array in the view; the summed axes of the original stay."""
+        """Sums an array in the view; the summed original axes keep size 1."""
         parts = (
             lax.index_in_dim(terms, i, self.axis, False) for i in range(self.parts)
         )
         terms = functools.reduce(operator.add, parts)
-        last = terms.ndim - 2  # of the original; it is one further now
+        last = terms.ndim - 2  # of the original; the view has one more axis before it
         return total(terms, [a + (a == last) for a in self.axes])
 
     def total_of_array(self, v: jax.Array) -> jax.Array:
-        """Sums over an array that is not in the view, by slices of it."""
+        """Sums an array that is not in the view, by slices."""
         size = v.shape[self.axis] // self.parts
         parts = (
             lax.slice_in_dim(v, i * size, (i + 1) * size, axis=self.axis)
@@ -156,8 +156,8 @@ class Split:
 def hoisted(stat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A per-feature value, computed before the loop over `shape` instead of in it.
 
-    XLA on CPU would compute it again for each element. It never fuses a sum into the
-    loop that reads it, so this is one, of the value and a zero.
+    XLA on CPU would recompute it for each element. It never fuses a sum into the loop
+    that reads it, so this sums the value and a zero.
     """
     if not is_static(shape) or math.prod(shape) < _LEAST_ELEMENTS:
         return stat

@@ -14,14 +14,14 @@ from jbn.lowering.late import Target, late
 def compiled_formula(
     formula: Callable[..., jax.Array], form: Any, operands: Any
 ) -> jax.Array:
-    """`formula(form, operands)`, as the platform computes it fastest.
+    """`formula(form, operands)`, in the fastest form for the platform.
 
     Args:
         formula: An elementwise function. Its operands are `x`, `stats`, `weights`,
-            `segments` and `residual`, the last three maybe `None`, and per-feature
-            arrays. It takes one more argument: how to hoist a per-feature value.
-        form: Its static part, with the output's `dtype` and the `activation` that it
-            applies last, or `None`.
+            `segments` and `residual` (the last three may be `None`), and per-feature
+            arrays. Its third argument is a function that hoists a per-feature value.
+        form: Its static part, with the output's `dtype` and the final `activation`, or
+            `None`.
         operands: A record of arrays.
     """
     return late(_formula, operands, formula=formula, form=form)[0]
@@ -35,9 +35,8 @@ def _formula(
         v is None for v in (operands.weights, operands.segments, operands.residual)
     )
     activates = form.activation is not None
-    # Pairs gain where the loop over `x` has no other reader: the input has been
-    # summarized, so it is in memory, and few functions of each element follow an
-    # activation.
+    # Pairs are faster if nothing else could fuse into the loop over `x`: the input is
+    # already in memory, and few elementwise functions follow an activation.
     if activates and plain and worth_pairs(target, x, form.dtype):
         stats = operands._replace(x=None)
         pair = lambda x, stats: formula(form, stats._replace(x=x))
@@ -48,6 +47,6 @@ def _formula(
     else:
         y = formula(form, operands)
     if activates and operands.residual is not None and target.platform == "gpu":
-        # XLA would recompute it for each reader, or drop its rounding.
+        # XLA would recompute the output for each reader, or drop its rounding.
         y = lax.optimization_barrier(y)
     return [y]

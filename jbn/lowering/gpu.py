@@ -1,7 +1,7 @@
 """Sums and elementwise passes that XLA on GPU compiles to fast kernels.
 
 Measured on an H200 (`benchmarks/gpu.py`, `docs/benchmarks.md`): blocked sums take two
-thirds of the time of plain ones, pairs of 16-bit elements four fifths.
+thirds of the time of plain sums, and pairs of 16-bit elements four fifths.
 """
 
 import dataclasses
@@ -17,22 +17,23 @@ from jbn.axes import is_static
 from jbn.lowering.late import Target
 
 
-# Rows of a block. XLA materializes the terms of longer sums; in shorter ones a thread
-# has little to do.
+# Rows of a block. XLA materializes the terms of longer sums; shorter ones leave threads
+# idle.
 _MOST_ROWS, _LEAST_ROWS = 4096, 32
-# Features that a team of threads sums together, and how many teams there should be:
-# with fewer, XLA's cost model takes the sum for slow, and materializes its terms.
+# Features that a group of threads sums together, and the least number of groups: with
+# fewer, XLA's cost model considers the sum slow, and materializes its terms.
 _FEATURES, _LEAST_TEAMS = 128, 512
-# Least elements of an array that is worth a second step.
+# Smallest array that is worth a second step.
 _LEAST_ELEMENTS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sums over neighboring axes in two steps: over blocks of rows, then over these.
+    """Sums over neighboring axes in two steps: within blocks of rows, then over blocks.
 
-    In blocks of a few thousand rows XLA on GPU sums as fast as memory is read. By
-    itself it uses as many blocks as each has rows, and takes up to a third longer.
+    With blocks of a few thousand rows, XLA on GPU sums as fast as it reads memory. By
+    default it uses as many blocks as each block has rows, and takes up to a third
+    longer.
     """
 
     first: int  # of the summed axes
@@ -43,7 +44,7 @@ class Blocks:
     def of(
         cls, target: Target, shape: tuple[int, ...], axes: tuple[int, ...]
     ) -> "Blocks | None":
-        """How to sum an array over `axes` in blocks; `None` if it gains nothing."""
+        """The blocks for a sum of an array over `axes`; `None` if they gain nothing."""
         if target.platform != "gpu" or not is_static(shape):
             return None
         if math.prod(shape) < _LEAST_ELEMENTS:
@@ -56,7 +57,7 @@ class Blocks:
         features = math.prod(shape[last + 1 :])
         if len(between) + 1 != len(summed) or features == 1:
             return None
-        # A block lies on one device.
+        # Each block is on one device.
         before = math.prod(shape[:first])
         shards = math.gcd(shape[first], target.shards) if before == 1 else 1
         rows = math.prod(shape[first : last + 1]) // shards
@@ -76,23 +77,23 @@ class Blocks:
 
 
 def _opaque(v: jax.Array) -> jax.Array:
-    """`v` times a 1 that XLA does not know. Otherwise it merges the two sums."""
+    """`v` times a 1 that XLA cannot see, so that it does not merge the two sums."""
     return v * lax.optimization_barrier(np.ones((), v.dtype))
 
 
 def in_pairs(
     f: Callable[..., jax.Array], x: jax.Array, operands: Any, dtype: np.dtype
 ) -> jax.Array:
-    """`f(x, operands)`, an elementwise function, of two elements at a time.
+    """`f(x, operands)` for an elementwise `f`, two elements at a time.
 
-    XLA on GPU has a thread read four elements of any size. With 16 bits that is too few
-    bytes in flight to keep memory busy: a copy takes 1.25 times as long as a 32-bit
-    copy of as many bytes. Here two elements are one number of 32 bits. No reader of the
-    output can be fused into the same loop.
+    In XLA on GPU, each thread reads four elements of any size. With 16 bits that is too
+    few bytes in flight to keep memory busy: a copy takes 1.25 times as long as a 32-bit
+    copy of the same bytes. Here two elements are read as one 32-bit number. No reader
+    of the output can be fused into the same loop.
 
     Args:
         f: Returns an array of the shape of its first argument.
-        x: Of a 16-bit dtype, and an even last axis.
+        x: Array of a 16-bit dtype, with an even last axis.
         operands: A pytree of arrays that broadcast to `x`.
         dtype: Dtype of the output, of 16 bits as well.
     """
@@ -102,7 +103,7 @@ def in_pairs(
     )
 
     def part(i: int) -> jax.Array:
-        """The output of the even or odd elements, in their half of the bits."""
+        """The output of the even or odd elements, in their half of the 32 bits."""
         bits = lax.shift_right_logical(words, np.uint32(16 * i)).astype(np.uint16)
         mine = jax.tree.map(
             lambda v: v[..., i::2] if v.shape and v.shape[-1] > 1 else v, operands

@@ -1,7 +1,7 @@
 """`jax.numpy` functions as primitives.
 
-Many functions of `jax.numpy` are jitted programs: each use costs a trace, a jaxpr and a
-private function of its own. A training step of a deep network has thousands.
+Many functions of `jax.numpy` are jitted: each use costs a trace, a jaxpr and a private
+function. A training step of a deep network has thousands of them.
 """
 
 from typing import Any

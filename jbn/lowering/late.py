@@ -1,9 +1,9 @@
 """Operations that are lowered by platform and number of devices, and traced once.
 
-JAX knows the platform and the devices of a program when it lowers it, not when it
-traces it: `jax.export` traces on one machine for others. A *program* here is a function
-`program(target, *arrays)` that gets both at that time. A trace sees one opaque
-equation.
+JAX knows the platform and the devices when it lowers a program, not when it traces it:
+`jax.export` traces on one machine for others. A *program* here is a function
+`program(target, *arrays)` that gets both during lowering. A trace shows it as one
+opaque equation.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-# The one switch of all that is here. Tests run with `_JBN_LOWERING=0` as well.
+# Switches this package off. The tests also run with `_JBN_LOWERING=0`.
 ENABLED = os.environ.get("_JBN_LOWERING", "1") != "0"
 
 Platform = Literal["cpu", "gpu", "tpu", "shapes"]
 
 
 class Target(NamedTuple):
-    """What a program is lowered for.
+    """The platform and devices that a program is lowered for.
 
     Attributes:
         platform: `None` for the plain form.
-        shards: How many devices the compiler may split an array over that looks whole
-            to the program. Devices of manual mesh axes do not count.
+        shards: Number of devices that the compiler may shard an array over, which the
+            program sees as a whole. Devices of manual mesh axes do not count.
     """
 
     platform: Platform | None
@@ -43,12 +43,12 @@ class Target(NamedTuple):
 
     @property
     def one_cpu(self) -> bool:
-        """Whether arrays are on one CPU, as whole as they look."""
+        """Whether the platform is a CPU, and arrays are not sharded by the compiler."""
         return self.platform == "cpu" and self.shards == 1
 
 
 PLAIN = Target(None, 1)
-# Of a trace that only looks for shapes: programs may do anything that gives them.
+# For abstract evaluation, which only needs shapes and dtypes.
 SHAPES = Target("shapes", 1)
 
 
@@ -57,7 +57,7 @@ class Program(Protocol):
     """A hashable function from a target and arrays to a list of arrays."""
 
     def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
-        """Computes it for a target."""
+        """Computes the program for a target."""
         ...
 
 
@@ -68,7 +68,7 @@ class Linear(Program, Protocol):
     constants: int
 
     def transpose(self, operands: list[Any], results: int) -> "Linear":
-        """The program from the constants and the cotangents to those of the operands.
+        """The program from constants and cotangents to the operands' cotangents.
 
         `operands` have the shapes of the linear operands.
         """
@@ -78,10 +78,10 @@ class Linear(Program, Protocol):
 def late(f: Callable[..., Any], *operands: Any, **static: Any) -> list[jax.Array]:
     """Calls `f(target, *operands, **static)` with the target it will be lowered for.
 
-    It cannot be differentiated: call it below a custom derivative rule.
+    It has no derivative: call it within a custom derivative rule.
 
     Args:
-        f: A function of a module, which returns a list of arrays. Their shapes and
+        f: A module-level function that returns a list of arrays. Their shapes and
             dtypes must not depend on the target.
         *operands: Pytrees of arrays.
         **static: Hashable arguments.
@@ -91,19 +91,19 @@ def late(f: Callable[..., Any], *operands: Any, **static: Any) -> list[jax.Array
 
 
 def linear(program: Linear, *operands: jax.Array) -> list[jax.Array]:
-    """Calls a linear program, differentiable to any order."""
+    """Calls a linear program; differentiable to any order."""
     return late_p.bind(*operands, program=program)
 
 
 def expected_platform() -> Platform | str:
     """The platform this trace is probably for: that of the mesh, or the default.
 
-    Only for a choice that a trace has to make: what is saved for a backward pass.
+    Only for the choice that tracing has to make: what to save for the backward pass.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is None:
         return jax.default_backend()
-    # JAX 0.10.0 has no platform there, and calls a CPU's kind "cpu".
+    # JAX 0.10.0 has no platform here; it calls the kind of a CPU "cpu".
     return getattr(device, "platform", device.device_kind)
 
 
@@ -161,10 +161,10 @@ def _abstract_eval(*avals, program):
     if hasattr(program, "avals_out"):
         return program.avals_out(*avals)
     if all(aval == ShapedArray(aval.shape, aval.dtype) for aval in avals):
-        # No meshes: most likely the lowering will want the same jaxpr.
+        # Outside of meshes: the lowering will most likely use the same jaxpr.
         platform: Any = expected_platform() if ENABLED else None
         return _jaxpr(program, Target(platform, 1), avals, _x64()).out_avals
-    # By JAX's own rules, since they know about meshes and varying axes.
+    # JAX's own rules handle meshes and varying axes.
     return jax.make_jaxpr(functools.partial(program, SHAPES))(*avals).out_avals
 
 
@@ -181,7 +181,7 @@ def _x64() -> bool:
 
 @late_p.def_impl
 def _impl(*arrays, program):
-    # Under a user's `jax.disable_jit()`, too: this is one primitive operation.
+    # Also under `jax.disable_jit()`: this is one primitive operation.
     with jax.disable_jit(False):
         return _jitted(program)(*arrays)
 
@@ -191,17 +191,17 @@ def _jitted(program):
     return jax.jit(functools.partial(late_p.bind, program=program))
 
 
-# An argument that JAX 0.10 and later require, and earlier versions do not know.
+# JAX 0.10 and later require this argument; earlier versions do not know it.
 _SUBCOMP = inspect.signature(mlir.jaxpr_subcomp).parameters
 _NO_TRACEBACK = {"outer_traceback": None} if "outer_traceback" in _SUBCOMP else {}
 
 
 def _lower(platform, ctx, *values, program):
     target = target_of(platform, ctx.module_context.axis_context)
-    # The program is local and plain: meshes were dealt with when it was traced.
+    # The program is local: meshes were handled when it was traced.
     avals = tuple(ShapedArray(a.shape, a.dtype) for a in ctx.avals_in)
     closed = _jaxpr(program, target, avals, _x64())
-    # `mlir.lower_fun` would trace the jaxpr again, a fifth of the time of lowering.
+    # `mlir.lower_fun` would retrace the jaxpr, a fifth of the lowering time.
     results, _ = mlir.jaxpr_subcomp(
         ctx.module_context,
         closed.jaxpr,
@@ -225,7 +225,7 @@ for _name in ("cpu", "cuda", "rocm", "tpu"):
 def _batch(arrays, axes, *, program):
     axes = [a if isinstance(a, int) else None for a in axes]
     size = next(v.shape[a] for v, a in zip(arrays, axes, strict=True) if a is not None)
-    # Linear operands all get the axis in front, which is where cotangents have it.
+    # Move the axis of all linear operands to the front, where cotangents have it.
     arrays = list(arrays)
     for i in range(getattr(program, "constants", len(arrays)), len(arrays)):
         if axes[i] is None:

@@ -1,4 +1,4 @@
-"""Functions under an `Explicit` mesh, where XLA propagates the sharding inside."""
+"""Functions under an `Explicit` mesh, inside of which XLA propagates shardings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +10,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 def sharded_by_compiler(
     f: Callable[..., Any], x: Any, out: Any = None
 ) -> Callable[..., Any]:
-    """`f` with the explicit axes of the mesh of `x` turned into automatic ones.
+    """`f`, with the explicit axes of the mesh of `x` made automatic.
 
     Args:
         f: A function of pytrees of arrays.
-        x: An array that says which mesh.
-        out: A pytree of arrays, or of partition specs, that say how the results are
-            sharded.
+        x: An array on the mesh.
+        out: A pytree of arrays, or of partition specs, with the sharding of the
+            results.
     """
     mesh = jax.typeof(x).sharding.mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -34,11 +34,11 @@ def sharded_by_compiler(
 
 
 def spec_of(v: Any) -> PartitionSpec:
-    """How an array is sharded over the explicit axes of its mesh."""
+    """The sharding of an array over the explicit axes of its mesh."""
     return jax.typeof(v).sharding.spec
 
 
 def features_spec(x: Any, feature_axes: tuple[int, ...]) -> PartitionSpec:
-    """How a statistic of `x`, with one entry a feature, is sharded if `x` is."""
+    """The sharding of a statistic of `x` with one entry per feature."""
     spec = spec_of(x)
     return PartitionSpec(*(spec[a] if a < len(spec) else None for a in feature_axes))

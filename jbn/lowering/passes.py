@@ -17,12 +17,12 @@ from jbn.lowering.late import Target, expected_platform, linear
 
 
 def separate(arrays: Any, views: int = 1) -> list[Any]:
-    """Views of a pytree of arrays whose readers XLA does not fuse with each other.
+    """Views of arrays, such that XLA does not fuse readers of different views.
 
     Without them, XLA materializes values that two passes over the same array compute,
-    or keeps those of the forward pass. On a TPU it does not, and fuses passes with the
-    convolutions around them: there, all views are the arrays. On a CPU all views but
-    the first are one.
+    or keeps those of the forward pass. A TPU does not need this, and fuses passes with
+    the surrounding convolutions: there, all views are the arrays themselves. On a CPU
+    all views but the first are the same.
     """
     leaves, tree = jax.tree.flatten(arrays)
     found = linear(_Separate(views, len(leaves)), *leaves)
@@ -42,18 +42,18 @@ def add_up(terms: list[jax.Array], dtype: np.dtype) -> jax.Array:
 def rematerialized(f: Callable[..., Any]) -> Callable[..., Any]:
     """Rematerializes `f` in the backward pass: only its arguments are saved.
 
-    `f` has to read large arguments through `separate`, or XLA finds the values of the
-    forward pass and keeps them.
+    `f` has to read large arguments through `separate`, or XLA reuses the values of the
+    forward pass, and keeps them in memory.
     """
     return jax.checkpoint(f, prevent_cse=False)
 
 
 def saves_output() -> bool:
-    """Whether a backward pass should read an output in place of an operand of it.
+    """Whether a backward pass should read an output instead of an operand.
 
     A reader of the output, such as a convolution, most likely saves it anyway. On a TPU
-    XLA recomputes it instead. What is saved is decided in the trace, so this is the
-    one choice that does not wait for the lowering.
+    XLA recomputes it instead. Tracing decides what is saved, so this is the only choice
+    that cannot wait for the lowering.
     """
     return expected_platform() != "tpu"
 
@@ -66,18 +66,18 @@ def hoist(stat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def materialize(v: jax.Array, dtype: np.dtype) -> jax.Array:
     """Rounds `v` and its cotangent to `dtype`, and materializes both on GPU.
 
-    There XLA would recompute either from all operands. It also drops a rounding to 16
-    bits before a 32-bit operation, and saves the wide values. The result keeps the
+    On GPU, XLA would recompute either from all its operands. It also drops a rounding
+    to 16 bits before a 32-bit operation, and saves the wide values. The result has the
     dtype of `v`. On a CPU, which computes in 32 bits, nothing is rounded.
     """
     return linear(_Materialize(jnp.dtype(dtype)), v)[0]
 
 
 def gate(chosen: jax.Array, v: jax.Array, dtype: np.dtype) -> jax.Array:
-    """`v` where `chosen`, and else 0, rounded to `dtype` but on a CPU.
+    """`v` where `chosen`, else 0; rounded to `dtype`, except on a CPU.
 
-    A selection is the same before and after rounding. Rounded first, its result is
-    materialized in 16 bits, and no mask is saved beside it.
+    Selection and rounding commute. If `v` is rounded first, the result is materialized
+    in 16 bits, and no mask is saved.
     """
     return linear(_Gate(jnp.dtype(dtype)), chosen, v)[0]
 
@@ -105,8 +105,8 @@ class _Separate:
         if target.platform == "cpu" and not fuses_sums(target):
             return [*first, *barrier(arrays) * (self.views - 1)]
         # XLA decides what to compute in the loop of a sum before it fuses sums over the
-        # same arrays: nothing that both read. Barriers around the same arrays would be
-        # merged, so each is around the one before.
+        # same arrays, and materializes values that both read. Barriers around the same
+        # arrays would be merged, so each barrier is around the previous one.
         found = [first]
         for _ in range(self.views - 1):
             found.append(barrier(found[-1]))

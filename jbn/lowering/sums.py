@@ -1,4 +1,4 @@
-"""Sums over rows, and their transpose, in the form that is fast on each platform."""
+"""Sums over rows, and their transpose, in the fastest form for each platform."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,22 +23,23 @@ def total(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def repeat(stat: jax.Array, like: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Broadcasts `stat`, of size 1 along `axes`, to the size of `like` there.
+    """Broadcasts `stat` from size 1 to the size of `like` along `axes`.
 
     The transpose is `total`.
     """
     shape = tuple(n if a in axes else stat.shape[a] for a, n in enumerate(like.shape))
     if not axes or shape == stat.shape:
         return stat
-    # A value that is the same on all devices is summed over them when it is transposed:
-    # before it is repeated, not after. These zeros vary by device as `like` does.
+    # The transpose sums a value that is the same on all devices over them. That should
+    # happen to the small cotangent, so mark `stat` as varying by device before it is
+    # repeated, by adding zeros that vary as `like` does.
     if jax.typeof(stat) != jax.typeof(like).update(shape=stat.shape, dtype=stat.dtype):
         stat = stat + jnp.zeros_like(like, stat.dtype, stat.shape)
     return linear(_Repeat(tuple(axes), shape), stat)[0]
 
 
 def sum_rows(target: Target, v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """`total` for a known target."""
+    """`total`, for a known target."""
     blocks = Blocks.of(target, v.shape, axes)
     if blocks is not None:
         return blocks.total(v)
@@ -61,7 +62,7 @@ def power_sums(
     """The sums of `term(d, *operands)` and `term(abs(d)**2, *operands)` over `axes`.
 
     Args:
-        target: What this is lowered for.
+        target: The target of the lowering.
         deviation: An elementwise function: `d = deviation(*of)`, real or complex.
         of: Its arguments: an array, and arrays that broadcast to it, or `None`.
         term: An elementwise function that is linear in its first argument.
@@ -73,12 +74,13 @@ def power_sums(
     split = Split.of(target, d.shape, axes)
     if split is None or jnp.iscomplexobj(d):
         first = sum_rows(target, term(d, *operands), axes)
-        of, operands = apart(target, (of, operands))
-        d = deviation(*of)
+        if fuses_sums(target):
+            of, operands = apart(target, (of, operands))
+            d = deviation(*of)
         square = d.real * d.real + d.imag * d.imag if jnp.iscomplexobj(d) else d * d
         return first, sum_rows(target, term(square, *operands), axes)
-    # Both in one loop: `d` times 1, and times `d`. The constants depend on the data, or
-    # JAX would hoist them out of a `scan`, and what they are broadcast to.
+    # Both in one loop: `d` times 1, and `d` times `d`. The constants depend on the
+    # data; otherwise JAX would hoist them out of a `scan`, in their broadcast form.
     first, one = np.array([[True], [False]]), np.ones((), d.dtype)
     d, first, one = lax.optimization_barrier((d, first, one))
     d, operands = split.view(d), tuple(map(split.view, operands))

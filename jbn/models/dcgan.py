@@ -23,19 +23,18 @@ def _near_one(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array
 
 
 class Generator(nn.Module):
-    """Makes images of random numbers.
+    """Generates images from random numbers.
 
-        x = relu(norm(dense(latent)))               4x4 pixels
+        x = relu(norm(dense(latent))) 4x4 pixels
         x = relu(norm(transposed_conv(x)))          doubles the size, halves the width
         images = tanh(transposed_conv(x))           doubles the size
 
     Attributes:
         image_size: Height and width of the images: 8, 16, 32, 64 and so on.
         channels: Channels of the images.
-        width: Width of the last hidden layer. Each layer before it is twice as wide
-            as the one that follows.
-        norm: Makes a norm layer, which is called with `use_running_average` and `mask`:
-            a norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`).
+        width: Width of the last hidden layer. Each layer is twice as wide as the next.
+        norm: Norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`). The
+            layer is called with `use_running_average` and `mask`.
         dtype: Dtype to compute in, such as `jnp.bfloat16`; by default that of
             parameters and latents, float32. Parameters, statistics and images are
             float32 in any case.
@@ -71,9 +70,9 @@ class Generator(nn.Module):
             latents: Random numbers, of shape `(batch, latent_size)`.
             train: Whether to normalize by the batch (and update the running statistics)
                 or by the running statistics.
-            mask: Of shape `(batch,)`; rows that are `False` take no part: not in the
-                statistics of the batch, and, whatever their numbers, not in gradients
-                of the others' images. Their own images are those of a latent of zeros.
+            mask: Of shape `(batch,)`. Rows that are `False` affect neither the
+                statistics nor the gradients of other rows, even if they are NaN. Their
+                own images are those of a latent of zeros.
 
         Returns:
             Images in -1..1, of shape `(batch, image_size, image_size, channels)`.
@@ -117,22 +116,22 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Tells real images from generated ones.
+    """Distinguishes real images from generated ones.
 
         x = leaky_relu(conv(images))                halves the size
         x = leaky_relu(norm(conv(x)))               halves the size, doubles the width
         logits = dense(x)                           of 4x4 pixels
 
-    Convolutions are 4x4, of stride 2. Real and generated images may come in one batch
-    or in two: each kind is normalized by its own statistics, where `domain` says which
-    is which and the norm knows domains, as the default does.
+    Convolutions are 4x4, with stride 2. Real and generated images may be passed in one
+    batch or in two: with `domain`, and a norm that supports it (as the default does),
+    each kind is normalized by its own statistics.
 
     Integer images are first scaled from 0..255 to -1..1, the generator's range.
 
     Attributes:
         width: Width of the first layer.
-        norm: Makes a norm layer, which is called with `use_running_average` and `mask`,
-            and with `domain` where it is given.
+        norm: Norm class, or a partial of one. The layer is called with
+            `use_running_average` and `mask`, and with `domain` if it is given.
         dtype: Dtype to compute in, such as `jnp.bfloat16`; by default that of
             parameters and images, float32. Parameters, statistics and logits are
             float32 in any case.
@@ -173,16 +172,16 @@ class Discriminator(nn.Module):
         """Returns the logits that images are real.
 
         Args:
-            x: Images, of shape `(batch, size, size, channels)`, of size 8, 16, 32 and
+            x: Images, of shape `(batch, size, size, channels)`, with size 8, 16, 32 and
                 so on; in -1..1 unless they are integers.
             train: Whether to normalize by the batch (and update the running statistics)
                 or by the running statistics.
-            mask: Of shape `(batch,)`; images that are `False` take no part: not in the
-                statistics of the batch, and, whatever their pixels, not in gradients of
-                the others' logits. Their own logits are those of a gray image.
+            mask: Of shape `(batch,)`. Images that are `False` affect neither the
+                statistics nor the gradients of other images, even if they are NaN.
+                Their own logits are those of a gray image.
             domain: 0 for real and 1 for generated images: one integer, or one for each
-                image, of shape `(batch,)`. Passed on to the norms; `None` for norms
-                that do not know domains.
+                image, of shape `(batch,)`. Passed to the norms; `None` for norms
+                without domains.
 
         Returns:
             Logits, of shape `(batch,)`.
@@ -229,6 +228,6 @@ def _leaky_relu(y: jax.Array) -> jax.Array:
 
 
 def _doublings(size: int) -> int:
-    """How often 4 is doubled to get `size`; 0 if it is not got so."""
+    """How often to double 4 to get `size`; 0 if that is impossible."""
     count = size.bit_length() - 3
     return count if count > 0 and size == 4 << count else 0

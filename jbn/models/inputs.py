@@ -1,4 +1,4 @@
-"""What all models do to their images first."""
+"""Preparation of images, common to all models."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jbn.typing import ArrayLike
 
 
 def as_unit(x: ArrayLike) -> jax.Array:
-    """Images in 0..1: integers are of 0..255, and any others are taken as they are."""
+    """Scales integer images from 0..255 to 0..1; others are unchanged."""
     y = jnp.asarray(x)
     if jnp.issubdtype(y.dtype, jnp.integer):
         y = y.astype(jnp.float32) / 255.0
@@ -17,9 +17,9 @@ def as_unit(x: ArrayLike) -> jax.Array:
 def without_masked(
     y: jax.Array, mask: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Puts zeros in place of what is masked.
+    """Replaces masked rows by zeros.
 
-    Norms leave masked NaN alone, but the gradient of a kernel does not.
+    Norms ignore masked NaN, but the gradient of a kernel does not.
 
     Args:
         y: Of shape `(batch, ...)`.
@@ -35,14 +35,14 @@ def without_masked(
 
 
 def dropped(y: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Puts zeros in place of a part of the units, in training.
+    """Sets a fraction of the units to zero (dropout).
 
-    Which ones depends on the key of each row alone, so that devices may share rows out
-    in any way.
+    The units depend only on the key of each row, so the result does not depend on how
+    rows are distributed over devices.
 
     Args:
         y: Of shape `(batch, ...)`.
-        rate: The part; what is left is scaled up by `1 / (1 - rate)`.
+        rate: The fraction; other units are scaled by `1 / (1 - rate)`.
         keys: One for each row; `None` drops nothing.
 
     Returns:
@@ -55,7 +55,7 @@ def dropped(y: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 
 
 def key_of_layer(keys: jax.Array | None, layer: int) -> jax.Array | None:
-    """The keys of one of several layers."""
+    """The keys for one of several layers."""
     if keys is None:
         return None
     return jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys)

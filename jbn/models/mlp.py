@@ -15,7 +15,7 @@ from jbn.typing import ArrayLike, DType
 class MLP(nn.Module):
     """Classifies images with a stack of Dense, ReLU and norm layers.
 
-        x = norm(relu(dense(x)))      once for each of `features`
+        x = norm(relu(dense(x))) once for each of `features`
         logits = dense(x)
 
     Images are flattened. Integer images are first scaled from 0..255 to 0..1, so that
@@ -24,9 +24,9 @@ class MLP(nn.Module):
     Attributes:
         features: Width of each hidden layer.
         num_classes: Width of the last layer.
-        norm: Makes a norm layer, which is called with `use_running_average` and `mask`:
-            a norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`).
-        dropout: Part of the units that are set to zero after each norm,
+        norm: Norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`). The
+            layer is called with `use_running_average` and `mask`.
+        dropout: Fraction of the units that are set to zero after each norm,
             in training, if the call gives `keys`.
         dtype: Dtype to compute in, such as `jnp.bfloat16`; by default that of
             parameters and images, float32. Parameters, statistics and logits are
@@ -62,9 +62,9 @@ class MLP(nn.Module):
             x: Images, the batch first.
             train: Whether to normalize by the batch (and update the running statistics)
                 or by the running statistics.
-            mask: Of shape `(batch,)`; images that are `False` take no part: not in the
-                statistics of the batch, and, whatever their pixels, not in gradients of
-                the others' logits. Their own logits are those of a black image.
+            mask: Of shape `(batch,)`. Images that are `False` affect neither the
+                statistics nor the gradients of other images, even if they are NaN.
+                Their own logits are those of a black image.
             keys: A key for each image, of shape `(batch,)`, for dropout in training;
                 `None` for none.
 
@@ -75,7 +75,8 @@ class MLP(nn.Module):
         y, rows = without_masked(y.reshape(y.shape[0], -1), mask)
         for i, width in enumerate(self.features):
             y = nn.relu(nn.Dense(width, dtype=self.dtype)(y))
-            # Not named after its class: any norm then fits the same variables.
+            # A name that does not depend on the class, so any norm fits the same
+            # variables.
             norm = self.norm(name=f"BatchNorm_{i}")
             y = norm(y, use_running_average=not train, mask=rows)
             y = dropped(y, self.dropout, key_of_layer(keys, i))

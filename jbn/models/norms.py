@@ -15,7 +15,8 @@ def activated(
 ) -> Callable[..., jax.Array]:
     """Makes a norm layer with an activation, which takes a `residual`.
 
-    In the layer, where it takes less memory, if it is one of ours; otherwise behind it.
+    If the layer is one of ours, the activation is applied in it, which saves memory;
+    otherwise after it.
 
     Args:
         norm: Makes the layer: a class, a partial of one, or any function.
@@ -23,7 +24,7 @@ def activated(
         **options: Arguments of `norm`.
 
     Returns:
-        What is called as the layer is, and with `residual` or without.
+        A function that is called like the layer, optionally with `residual`.
     """
     cls = norm
     while isinstance(cls, functools.partial):

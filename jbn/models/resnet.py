@@ -1,4 +1,4 @@
-"""Residual networks: ResNet-18, ResNet-50 and their kin, for large and small images."""
+"""Residual networks such as ResNet-18 and ResNet-50, for large and small images."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -18,11 +18,11 @@ _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class _Block(nn.Module):
-    """What both kinds of blocks have: a shortcut, and convolutions with norms.
+    """Base of both blocks: a shortcut, and convolutions with norms.
 
     Attributes:
         width: Channels inside the block.
-        strides: By how much the block makes images smaller.
+        strides: Factor by which the block downsamples.
         norm: Makes a norm layer.
         dtype: Dtype of the convolutions.
     """
@@ -33,7 +33,7 @@ class _Block(nn.Module):
     dtype: DType | None = None
 
     def _shortcut(self, x: jax.Array, out: int, train: bool, mask: Any) -> jax.Array:
-        # Not "if shapes differ": parameters must not depend on the size of images.
+        # Not "if shapes differ": parameters must not depend on the image size.
         if self.strides == 1 and x.shape[-1] == out:
             return x
         x = _conv(out, 1, self.strides, self.dtype, "shortcut_conv")(x)
@@ -73,8 +73,8 @@ class BasicBlock(_Block):
 class BottleneckBlock(_Block):
     """1x1, 3x3 and 1x1 convolutions, the last four times as wide.
 
-    Strides are in the 3x3 convolution ("v1.5", as in PyTorch), not in the first, which
-    would then drop three pixels of four unseen.
+    Strides are in the 3x3 convolution ("v1.5", as in PyTorch), not in the first one,
+    which would then ignore three of four pixels.
 
     Attributes are those of `ResNet`'s blocks: `width`, `strides`, `norm`, `dtype`.
     """
@@ -112,23 +112,24 @@ class ResNet(nn.Module):
         logits = dense(mean of x over pixels)
 
     The last scale of each block starts at zero, so that each block starts as its
-    shortcut (Goyal et al.). All padding is PyTorch's, on both sides alike, so that its
-    weights give its outputs (`jbn.tools.from_torch`, with `names=torchvision_name`).
+    shortcut (Goyal et al.). Padding is symmetric, as in PyTorch, so that PyTorch's
+    weights give the same outputs (`jbn.tools.from_torch`, with
+    `names=torchvision_name`).
 
     Integer images are first scaled from 0..255 to 0..1, so that they can stay 8 bits
     wide until they are on the device.
 
     Attributes:
-        stage_sizes: How many blocks each stage has. The first block of each stage but
-            the first halves the size of the images.
+        stage_sizes: Number of blocks of each stage. From the second stage on, the first
+            block halves the size of the images.
         block: `BasicBlock` or `BottleneckBlock`.
         num_classes: Width of the last layer.
-        widths: Width of the blocks of each stage; the stem has that of the first.
-        stem: `"imagenet"`, a 7x7 convolution and a 3x3 maximum, each of stride 2; or
-            `"small"`, for images of some 32x32, a 3x3 convolution of stride 1.
-        norm: Makes a norm layer, which is called with `use_running_average` and `mask`:
-            a norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`).
-        dropout: Part of the units that are set to zero before the last layer,
+        widths: Width of the blocks of each stage; the stem has the first width.
+        stem: `"imagenet"`, a 7x7 convolution and a 3x3 max pooling, each with stride 2;
+            or `"small"`, for images of about 32x32, a 3x3 convolution with stride 1.
+        norm: Norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`). The
+            layer is called with `use_running_average` and `mask`.
+        dropout: Fraction of the units that are set to zero before the last layer,
             in training, if the call gives `keys`.
         dtype: Dtype to compute in, such as `jnp.bfloat16`; by default that of
             parameters and images, float32. Parameters, statistics, the mean over pixels
@@ -180,9 +181,9 @@ class ResNet(nn.Module):
             x: Images, of shape `(batch, height, width, channels)`.
             train: Whether to normalize by the batch (and update the running statistics)
                 or by the running statistics.
-            mask: Of shape `(batch,)`; images that are `False` take no part: not in the
-                statistics of the batch, and, whatever their pixels, not in gradients of
-                the others' logits. Their own logits are those of a black image.
+            mask: Of shape `(batch,)`. Images that are `False` affect neither the
+                statistics nor the gradients of other images, even if they are NaN.
+                Their own logits are those of a black image.
             keys: A key for each image, of shape `(batch,)`, for dropout in training;
                 `None` for none.
 
@@ -199,7 +200,7 @@ class ResNet(nn.Module):
             )
         if len(self.widths) != len(self.stage_sizes):
             raise ValueError(
-                "`widths` must be one for each stage; got"
+                "`widths` must have one entry per stage; got"
                 f" {len(self.widths)} for {len(self.stage_sizes)} stages."
             )
         y, rows = without_masked(as_unit(x), mask)
@@ -235,8 +236,8 @@ class ResNet(nn.Module):
 def resnet8(**options: Any) -> ResNet:
     """ResNet-8, for small images: 78,042 parameters for 10 classes and 3 channels.
 
-    Of depth 6n + 2 with n = 1 (He et al., section 4.2), with a shortcut convolution in
-    place of zero padding where the width changes.
+    Its depth is 6n + 2 with n = 1 (He et al., section 4.2). Where the width changes,
+    the shortcut is a convolution instead of zero padding.
 
     Args:
         **options: Attributes of `ResNet`, such as `num_classes` and `norm`.
@@ -284,7 +285,7 @@ def resnet50(**options: Any) -> ResNet:
 
 
 def torchvision_name(path: str) -> str:
-    """What a layer of `ResNet` is called in torchvision's.
+    """The name of a layer of `ResNet` in torchvision's models.
 
     Args:
         path: Path of a layer among the variables.
@@ -321,7 +322,7 @@ def _cifar(count: int, options: dict[str, Any]) -> ResNet:
 
 
 def _conv(features: int, size: int, strides: int, dtype: Any, name: str) -> nn.Conv:
-    # "SAME" pads strided convolutions on the right alone.
+    # "SAME" pads strided convolutions only on the right.
     pad = (size // 2, size // 2)
     return nn.Conv(
         features,

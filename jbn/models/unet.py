@@ -30,20 +30,20 @@ class UNet(nn.Module):
     that doubles the size.
 
     Images may have any size. Convolutions pad ("SAME"), so that logits have the size of
-    the image, where the paper's have a smaller one. Halving rounds up, an odd row or
-    column being pooled by itself; doubling then makes one too many, which is cropped.
+    the image; in the paper they are smaller. Halving rounds up (an odd row or column is
+    pooled by itself), and doubling crops the additional row or column.
 
     Integer images are first scaled from 0..255 to 0..1, so that they can stay 8 bits
     wide until they are on the device.
 
     Attributes:
-        widths: Width of each level, from the size of the image to the smallest; each
-            has half the size of the one before. The paper's are (64, 128, 256, 512,
-            1024), for large images.
+        widths: Width of each level, from full resolution to the lowest; each level
+            halves the resolution. The paper has (64, 128, 256, 512, 1024), for large
+            images.
         num_classes: Width of the last layer; the three of a trimap by default.
-        norm: Makes a norm layer, which is called with `use_running_average` and `mask`:
-            a norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`).
-        dropout: Part of the units that are set to zero at the smallest size,
+        norm: Norm class, or a partial of one (`partial(BatchNorm, momentum=0.9)`). The
+            layer is called with `use_running_average` and `mask`.
+        dropout: Fraction of the units that are set to zero at the smallest size,
             in training, if the call gives `keys`.
         dtype: Dtype to compute in, such as `jnp.bfloat16`; by default that of
             parameters and images, float32. Parameters, statistics and logits are
@@ -86,9 +86,9 @@ class UNet(nn.Module):
             x: Images, of shape `(batch, height, width, channels)`.
             train: Whether to normalize by the batch (and update the running statistics)
                 or by the running statistics.
-            mask: Of shape `(batch,)`; images that are `False` take no part: not in the
-                statistics of the batch, and, whatever their pixels, not in gradients of
-                the others' logits. Their own logits are those of a black image.
+            mask: Of shape `(batch,)`. Images that are `False` affect neither the
+                statistics nor the gradients of other images, even if they are NaN.
+                Their own logits are those of a black image.
             keys: A key for each image, of shape `(batch,)`, for dropout in training;
                 `None` for none.
 
@@ -99,7 +99,7 @@ class UNet(nn.Module):
             ValueError: If there are no `widths`.
         """
         if not self.widths:
-            raise ValueError("`widths` must be one for each level; got none.")
+            raise ValueError("`widths` must have one entry per level; got none.")
         y, rows = without_masked(as_unit(x), mask)
 
         def level(width: int, name: str) -> Callable[[jax.Array], jax.Array]:
@@ -110,7 +110,7 @@ class UNet(nn.Module):
         for i, width in enumerate(self.widths[:-1], start=1):
             y = level(width, f"encoder{i}")(y)
             skips.append(y)
-            # "SAME" rounds up, and pads with what is never the maximum.
+            # "SAME" rounds up, and pads with values that are never the maximum.
             y = nn.max_pool(y, (2, 2), strides=(2, 2), padding="SAME")
         y = level(self.widths[-1], f"encoder{len(self.widths)}")(y)
         y = dropped(y, self.dropout, keys)
@@ -147,7 +147,7 @@ class _Level(nn.Module):
     def __call__(
         self, x: jax.Array, *, train: bool, mask: jax.Array | None
     ) -> jax.Array:
-        """Returns what has `width` channels, of images."""
+        """Returns images with `width` channels."""
         for i in (1, 2):
             x = nn.Conv(
                 self.width,

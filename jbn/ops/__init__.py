@@ -1,1 +1,1 @@
-"""What is computed over memory: definitions that read like their formulas."""
+"""The passes over memory, defined by their formulas."""

@@ -1,4 +1,4 @@
-"""Arithmetic in the dtype of statistics, with weights, and without making a NaN."""
+"""Arithmetic in the dtype of statistics, with weights, without causing NaN."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ def real_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def abs_square(x: jax.Array) -> jax.Array:
-    """`abs(x)**2`, without the root."""
+    """`abs(x)**2`, without computing the root."""
     if jnp.iscomplexobj(x):
         return x.real * x.real + x.imag * x.imag
     return x * x
@@ -44,7 +44,7 @@ def real_product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def weigh(v: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """`weights * v`, and zero where the weight is, even if `v` is not finite there."""
+    """`weights * v`; zero where the weight is zero, even if `v` is not finite."""
     if weights is None:
         return v
     if weights.dtype == bool:
@@ -66,12 +66,12 @@ def total_weight(
         return broadcast_to(count(x.shape, axes, dtype), shape)
     if weights is None:
         weights = jnp.ones((1,) * x.ndim, bool)
-    # Booleans are counted in integers: float32 stops counting at 2**24.
+    # Count booleans in integers: float32 stops counting at 2**24.
     counted = weights.astype(jnp.int32) if weights.dtype == bool else wide(weights)
     if segments is not None:
         shape = jnp.broadcast_shapes(counted.shape, segments.ids.shape)
         counted = jnp.broadcast_to(counted, shape)
-    # Along an axis where the weights do not vary each stands for all of its rows.
+    # Along an axis of size 1, a weight stands for all rows of that axis.
     repeated = tuple(a for a in axes if counted.shape[a] != x.shape[a])
     return total(counted, axes, segments).astype(dtype) * count(
         x.shape, repeated, dtype
@@ -99,7 +99,7 @@ def center(
 
 
 def no_part(x: jax.Array, weights: jax.Array | None) -> Bool[Array, "..."] | None:
-    """Whether an element is ignored altogether: weightless and not finite."""
+    """Whether an element is ignored entirely: weight zero and not finite."""
     if weights is None:
         return None
     weightless = ~weights if weights.dtype == bool else weights == 0
@@ -107,12 +107,12 @@ def no_part(x: jax.Array, weights: jax.Array | None) -> Bool[Array, "..."] | Non
 
 
 # Sums of weights near the largest float overflow, and their reciprocals underflow.
-# Times this, they do not. It is a power of two, so nothing is rounded.
+# Scaled by this, they do not. A power of two does not round.
 DOWN = 2.0**-24
 
 
 def scaled_down(weights: jax.Array | None) -> tuple[jax.Array | None, float]:
-    """Weights whose sums are finite, and the factor between them and the weights."""
+    """Scaled weights, whose sums are finite, and the inverse of the scale factor."""
     if weights is None or weights.dtype == bool:
         return weights, 1.0
     weights = wide(weights)
@@ -120,7 +120,7 @@ def scaled_down(weights: jax.Array | None) -> tuple[jax.Array | None, float]:
 
 
 def scaled_up(total: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A sum of weights that were scaled down; at most the largest float."""
+    """Undoes the scaling of a sum of weights; at most the largest float."""
     most = np.finfo(total.dtype).max
     return lax.min(total / DOWN, lax.full_like(total, most))
 
@@ -140,10 +140,10 @@ def difference(square: jax.Array, of_mean: jax.Array) -> jax.Array:
 def coarse(shift: jax.Array) -> jax.Array:
     """Drops the last bits of a shift, so that every use of it is the same number.
 
-    XLA copies the arithmetic that makes the shift into each loop that reads it, and
-    LLVM may contract it there to a fused multiply-add, which rounds differently. At a
-    mean of 1e4 standard deviations such a difference costs a relative 3e-4 of the
-    variance. Rounding in between cannot be contracted.
+    XLA copies the arithmetic of the shift into each loop that reads it, and LLVM may
+    contract it there to a fused multiply-add, which rounds differently. At a mean of
+    1e4 standard deviations the relative error of the variance would be 3e-4. A rounding
+    in between prevents the contraction.
     """
     if jnp.iscomplexobj(shift):
         return lax.complex(coarse(shift.real), coarse(shift.imag))

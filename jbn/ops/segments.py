@@ -1,7 +1,7 @@
 """Sums and statistics by segment: rows that share an id share a mean.
 
-A statistic of segments has one more axis than the input, in front: one entry a
-segment, and then what it would have without segments, reduced axes at size 1.
+A statistic of segments has the rank of the input plus one leading axis, with one entry
+per segment; reduced axes have size 1.
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ from jbn.lowering.inline import where
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Which segment each row belongs to.
+    """The segment that each row belongs to.
 
-    `ids` has the rank of the input, with size 1 where it does not vary, which includes
-    the features: int32, from 0 to `num - 1`, and `num` for a row of no segment.
+    `ids` are int32, from 0 to `num - 1`, or `num` for a row of no segment. They have
+    the rank of the input, with size 1 along the feature axes and where they do not
+    vary.
     """
 
-    ids: Any  # an array, or what JAX puts in its place when it takes trees apart
+    ids: Any  # an array, or a placeholder of JAX in a tree
     num: int = dataclasses.field(metadata={"static": True})
 
 
@@ -39,7 +40,7 @@ def segments_of(ids: Integer[Array, "..."], num: int) -> Segments:
 
 
 def members(weights: jax.Array | None, segments: Segments) -> jax.Array:
-    """The weights, with none for rows that belong to no segment."""
+    """The weights, with zero for rows that belong to no segment."""
     there = inside(segments)
     if weights is None:
         return there
@@ -53,10 +54,10 @@ def total(
     if segments is None:
         return sums.total(v, axes)
     ids = segments.ids
-    # What shares an id is summed densely first: images by pixel, then by domain.
+    # Sum densely along axes that share an id first: pixels of an image, then domains.
     v = v.sum([a for a in axes if ids.shape[a] == 1], keepdims=True)
     v = jnp.broadcast_to(v, jnp.broadcast_shapes(v.shape, ids.shape))
-    # Take each axis apart into that of the ids and that of the statistic.
+    # Split each axis into that of the ids and that of the statistic.
     sizes = zip(v.shape, ids.shape, strict=True)
     pairs = [(1, n) if varies == 1 else (n, 1) for n, varies in sizes]
     v = v.reshape([n for pair in pairs for n in pair])
@@ -68,8 +69,8 @@ def total(
 def spread(stat: jax.Array, segments: Segments | None = None) -> jax.Array:
     """Gives each row the statistic of its segment, so that it broadcasts to the input.
 
-    A row of no segment gets that of the last one. A statistic with one entry in front
-    is that of every segment.
+    A row of no segment gets that of the last one. A statistic with a leading axis of
+    size 1 is shared by all segments.
     """
     if segments is None:
         return stat
@@ -90,7 +91,7 @@ def inside(segments: Segments) -> Bool[Array, "..."]:
 def in_blocks(
     segments: Segments, shape: tuple[int, ...], counts: dict[int, int]
 ) -> Segments:
-    """The segments cut into blocks: `counts[a]` of them along each axis `a` of `shape`.
+    """The segments split into blocks: `counts[a]` along each axis `a` of `shape`.
 
     The parts of the first block come first. Blocks need not divide the axes.
     """

@@ -18,11 +18,11 @@ from jbn.ops import numeric
 from jbn.ops.segments import Segments, spread, total
 
 
-# Rows that the shift is taken from, at most: enough for its distance from the mean to
-# be a fraction of a standard deviation, few enough to cost nothing.
+# Most rows that the shift is computed from: enough for it to be a fraction of a
+# standard deviation from the mean, few enough to cost almost nothing.
 _SAMPLE_ROWS = 64
-# Deviations below this are squared after multiplication by its reciprocal, since their
-# squares would underflow in float32.
+# Deviations below this are multiplied by its reciprocal before they are squared, since
+# the squares would underflow in float32.
 _TINY = 2.0**-32
 
 
@@ -54,7 +54,7 @@ def summarize(
     would spoil a later merge.
 
     Args:
-        target: What this is lowered for.
+        target: The target of the lowering.
         x: Input.
         weights: Boolean or real weights that broadcast to `x`, or `None`.
         axes: Axes to reduce.
@@ -81,7 +81,7 @@ def summarize(
     elif weights is None and segments is None and is_static(x.shape):
         shift = numeric.coarse(_sample_mean(x, axes))
     else:
-        # Of all rows, since any few could be padding.
+        # Use all rows, since any sample could be padding.
         shift = numeric.coarse(mean(*apart(target, (x, weights))))
     center = hoist(shift, x.shape)
     lift = None
@@ -113,12 +113,12 @@ def _deviation(
 
 
 def _share(v: jax.Array, weights: jax.Array | None, per_weight: Any) -> jax.Array:
-    """What each element adds to the mean: divided first, so that no sum overflows."""
+    """Each element's part of the mean: divided first, so that no sum overflows."""
     return numeric.weigh(v, weights) * per_weight.astype(v.dtype)
 
 
 def _sample(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Some rows, spread over `v`."""
+    """A sample of rows, spread over `v`."""
     start, stride = [0] * v.ndim, [1] * v.ndim
     rows = math.prod(v.shape[a] for a in axes)
     wanted = min(_SAMPLE_ROWS, max(_SAMPLE_ROWS // 8, rows // 8))

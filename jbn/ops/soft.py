@@ -1,8 +1,7 @@
-"""Sums over rows that belong to several domains by shares, as products of matrices.
+"""Sums over rows weighted by shares of several domains, as matrix products.
 
-Rows come as a matrix `(rows, features)`, and their shares as one of `(rows, domains)`.
-No array has a copy of the rows for each domain: they are taken in blocks that fit into
-a cache.
+Rows are a matrix `(rows, features)`, and shares a matrix `(rows, domains)`. To avoid a
+copy of the rows for each domain, they are processed in blocks that fit into the cache.
 """
 
 import math
@@ -31,7 +30,7 @@ def power_sums(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """For each domain the sums of w, w * d, w * abs(d)**2 and w**2.
 
-    With d = x - shift, and w the share times the weight of a row. Each is of shape
+    Here d = x - shift, and w is the share times the weight of a row. Each is of shape
     (domains, features), or of (domains, 1) where weights are the same for all features.
     """
 
@@ -48,7 +47,7 @@ def power_sums(
         sums.append(product(jnp.square(shares).T, jnp.square(terms[0])))
         return sums
 
-    # Few enough blocks for their sums to be small. Summed at the end, none is long.
+    # Few enough blocks for their sums to be small arrays, which are added at the end.
     blocks = _in_blocks((x, shares, weights), x.shape)
     totals = lax.map(rematerialized(block), blocks)
     return tuple(v.sum(0) for v in totals)
@@ -57,7 +56,7 @@ def power_sums(
 def each_block(
     f: Callable[..., jax.Array], x: Inexact[Array, "rows features"], *arrays: Any
 ) -> Inexact[Array, "rows features"]:
-    """`f(x, *arrays)` by blocks of rows, each array having an entry a row."""
+    """`f(x, *arrays)` in blocks of rows; each array has one entry per row."""
     blocks = _in_blocks((x, *arrays), x.shape)
     return lax.map(rematerialized(lambda args: f(*args)), blocks).reshape(x.shape)
 
@@ -74,6 +73,6 @@ def _in_blocks(arrays: Any, shape: tuple[int, ...]) -> Any:
         wanted = math.prod(shape) / _BLOCK_ELEMENTS
         divisors = (n for n in range(math.ceil(wanted), rows + 1) if rows % n == 0)
         count = next(divisors, 1)
-        # A number of rows without fitting divisors is not cut to pieces.
+        # A number of rows without suitable divisors is not split.
         count = count if count <= 4 * wanted + 1 else 1
     return jax.tree.map(lambda v: v.reshape(count, rows // count, *v.shape[1:]), arrays)

@@ -1,4 +1,4 @@
-"""Adapt to data that has shifted: statistics of the target, mixed with the source's."""
+"""Adapt to shifted data: mix the statistics of the target with those of the source."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -31,26 +31,26 @@ def adapt(
         var = (1 - a) * source_var + a * target_var
               + a * (1 - a) * abs(source_mean - target_mean)**2
 
-    the statistics of `prior` rows of the source and all of the target together. (The
-    blends of variances that are in use leave out the last term.) `prior=0` takes the
-    target's alone (Nado et al., 2020; `recalibrate`), infinity stays with the source.
-    Rows are what a layer reduces: for images n is their number times their pixels at
-    that layer, so priors in images are times some hundreds.
+    which are the statistics of `prior` rows of the source and all rows of the target.
+    (Published methods that blend variances omit the last term.) `prior=0` uses only the
+    target (Nado et al., 2020; `recalibrate`), and infinity only the source.
+    Rows are what a layer averages over: for images, n is their number times their
+    pixels at that layer, so a prior of one image is often hundreds of rows.
 
-    For a stream, adapt anew from the source for each batch; or from the last result,
-    by which the source fades away exponentially, by n / (n + prior) a batch.
+    For a stream, adapt each batch from the source; or from the previous result, where
+    the share of the source decays by a factor prior / (n + prior) per batch.
 
     To train scale and bias by the entropy of the predictions as well (TENT, Wang et
-    al., 2021), start from the result and take the gradient of the parameters that
-    `kinds` calls `"norm"`, and of no others.
+    al., 2021), start from the result, and only train the parameters that `kinds` labels
+    `"norm"`.
 
     Args:
         apply: As for `recalibrate`, running the model in training mode.
         variables: Linen's variables, or an NNX model.
-        batches: Data of the target. Each layer's input is normalized by the mixture
-            with its own batch.
+        batches: Target data. The input of each layer is normalized by the mixture of
+            its own batch and the source.
         prior: Weight of the source, in rows of a layer.
-        where: Which layers; by default all.
+        where: The layers; by default all.
         also: Other people's batch norms, as for `convert`.
 
     Returns:

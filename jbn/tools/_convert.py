@@ -1,4 +1,4 @@
-"""Swap the batch norms inside a model, without editing it and keeping its variables."""
+"""Replace the batch norms inside a model, without editing it, with its variables."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -35,13 +35,13 @@ def convert(
     also: Also = None,
     **options: Any,
 ) -> Model:
-    """Replaces batch norm layers inside a model by others, keeping their variables.
+    """Replaces the batch norm layers inside a model, and keeps their variables.
 
-    Layers of Flax's `BatchNorm` and of ours become layers of the class `to`, with their
-    own arguments (momentum, epsilon, axis, ...) except those in `options`. So do copies
-    of Flax's, which are recognized by their variables and fields, and classes in
-    `also`. The model's code is not touched, and its variables keep their names, shapes
-    and values, so that its checkpoints load:
+    Layers of Flax's `BatchNorm` and of ours become layers of the class `to`. They keep
+    their arguments (momentum, epsilon, axis, ...) except those in `options`. The same
+    holds for copies of Flax's class, recognized by their variables and fields, and for
+    classes in `also`. The model's code does not change, and its variables keep their
+    names, shapes and values, so its checkpoints still load:
 
         model = convert(model)                                   # Flax's to ours
         model = convert(model, jbn.linen.FrozenBatchNorm, where="backbone/*")
@@ -49,15 +49,15 @@ def convert(
 
     Args:
         model: A Linen or NNX model.
-        to: A class of `jbn.linen` or `jbn.nnx`, whichever the model is of. Its call
-            must not need more arguments than the model gives. By default `BatchNorm`
-            in place of Flax's (and of classes derived from it, whose own code is then
-            lost), and the class they are of for layers of ours.
-        where: Which layers: one or several patterns of paths such as `"encoder/*"`, or
-            a function of the path. By default all.
-        also: Other people's batch norms that are not built like Flax's: classes, or a
-            dict from a class to what it calls our fields and variables. A field may
-            also be given by its value, or by a function of the layer:
+        to: A class of `jbn.linen` or `jbn.nnx`, like the model. Its call must not need
+            more arguments than the model passes. By default, `BatchNorm` for Flax's
+            layers (and for subclasses, whose own code is lost), and the same class for
+            layers of ours.
+        where: The layers: one or several patterns of paths such as `"encoder/*"`, or a
+            function of the path. By default all.
+        also: Foreign batch norms that are not built like Flax's: classes, or a dict
+            from a class to its names of our fields and variables. A field may also be
+            given by its value, or by a function of the layer:
 
                 also={TheirNorm: {
                     "scale": "weight",
@@ -67,20 +67,20 @@ def convert(
                     "momentum": lambda layer: 1 - layer.momentum,
                 }}
 
-            (Layers of an NNX model that is converted have our names.)
-        **options: Arguments of `to` in place of the layer's own.
+            (The layers of a converted NNX model have our names.)
+        **options: Arguments of `to` that override the layer's.
 
     Returns:
-        For Linen a module that wraps the model, with the model's own variables. For NNX
-        a copy of the model.
+        For Linen, a module that wraps the model and has the same variables. For NNX, a
+        copy of the model.
 
     Raises:
         TypeError: If `model` is not a Flax model, or `to` not a class for it.
-        ValueError: If the model has no layer that is meant, or one without a field
-            `epsilon` or `momentum`. (Linen's layers are only found when it runs.)
+        ValueError: If no layer of the model matches, or one has no field `epsilon` or
+            `momentum`. (Linen layers are only found when the model runs.)
 
     Warns:
-        UserWarning: If there are layers with statistics that are not recognized.
+        UserWarning: If layers with statistics are not recognized.
 
     Example:
         >>> import jax
@@ -105,12 +105,12 @@ class Converted(nn.Module):
     """A Linen model with other batch norms inside; made by `convert`.
 
     Attributes:
-        model: Gives the model. (A module here would be a child, with a name of its own
-            in the variables.)
+        model: Returns the model. (A module here would be a child, with its own name in
+            the variables.)
         to: Class of the new layers.
-        where: Which layers are replaced.
-        options: Arguments of the new layers in place of the old ones'.
-        norms: Which layers are batch norms.
+        where: The layers to replace.
+        options: Arguments of the new layers that override the old ones.
+        norms: Finds the batch norms.
     """
 
     model: Callable[[], nn.Module]
@@ -120,7 +120,7 @@ class Converted(nn.Module):
     norms: Norms
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model, whose variables are those of this module."""
+        """Calls the model on the variables of this module."""
         model: Any = self.model().clone(parent=self.scope)
         with swapping("convert", self.to, self.where, self.norms, self.options):
             return model(*args, **kwargs)
@@ -130,23 +130,23 @@ class Converted(nn.Module):
 def converting(
     to: type | None = None, *, where: Where = None, also: Also = None, **options: Any
 ) -> Iterator[list[str]]:
-    """Replaces the batch norms of any Linen model that is run within.
+    """Replaces the batch norms of all Linen models that run in a `with` block.
 
-    What `convert` does, for calls that a wrapper cannot make (other methods than
-    `__call__`, functions that apply a model somewhere inside).
+    Like `convert`, for calls that a wrapper cannot make (methods other than `__call__`,
+    functions that apply a model internally).
 
     Args:
         to: Class of the new layers, as for `convert`.
         where: Which layers, as for `convert`.
         also: Other people's batch norms, as for `convert`.
-        **options: Arguments of the new layers in place of the old ones'.
+        **options: Arguments of the new layers that override the old ones.
 
     Yields:
         The paths of the layers replaced so far, in the order of their first calls.
 
     Raises:
-        ValueError: If batch norms have run, and none of them was meant; or if modules
-            were initialized without one.
+        ValueError: If batch norms ran, but none of them matches; or if modules were
+            initialized without one.
 
     Warns:
         UserWarning: As `convert` does.
@@ -173,9 +173,9 @@ def swapping(
     options: Mapping[str, Any],
     needed: tuple[str, ...] = ("epsilon", "momentum"),
 ) -> Iterator[list[str]]:
-    """`converting`, for the function that is called `caller`.
+    """`converting`, for the public function named `caller`.
 
-    `needed` are fields that a foreign layer must have, if `options` lack them.
+    `needed` are fields that a foreign layer must have unless they are in `options`.
     """
     paths: list[str] = []
     others: dict[str, str] = {}  # batch norms that are not replaced, and why
@@ -192,7 +192,7 @@ def swapping(
         path = "/".join(scope.path)
         norm = norms.of_class(layer)
         if norm is None and layer.is_initializing():
-            # Another's layer is known by its variables, which it makes first.
+            # A foreign layer is recognized by its variables, which it creates first.
             y = next_call(*args, **kwargs)
             norm = norms.of(layer)
             if not isinstance(norm, Norm) or not chosen(path, where):
@@ -222,20 +222,20 @@ def swapping(
 
     with nn.intercept_methods(swap):
         yield paths
-    # (A call may leave out all norms, and those of a folded model are gone.)
+    # (A call may skip all norms, and a folded model has none.)
     if not paths and (others or fresh):
         raise ValueError(nothing_found(caller, where, others))
     warn_of_unknown(caller, {k: v for k, v in others.items() if k not in paths}, where)
 
 
 def _note(others: dict[str, str], norm: Norm | str | None, path: str, layer: Any):
-    """Remembers a batch norm, or a layer that may be one, that is not replaced."""
+    """Records a layer that is not replaced, but is or may be a batch norm."""
     if norm is not None:
         others[path] = unrecognized(layer, norm) if isinstance(norm, str) else ""
 
 
 def _stand_in(layer, norm: Norm, cls, options, needed, next_call, args, kwargs) -> Any:
-    """Calls a layer of `cls` on the variables of a foreign one, in our names."""
+    """Calls a layer of `cls` on the variables of a foreign layer, by our names."""
     scope, fresh = layer.scope, layer.is_initializing()
     if fresh:
         next_call(*args, **kwargs)  # makes the variables
@@ -246,7 +246,7 @@ def _stand_in(layer, norm: Norm, cls, options, needed, next_call, args, kwargs) 
     own = {k: scope.get_variable("batch_stats", k) for k in OWN_STATISTICS}
     stats = of(("mean", "var")) | {k: v for k, v in own.items() if v is not None}
     inner = Scope(
-        # (Statistics that are there count as trained.)
+        # (Existing statistics count as trained.)
         {"params": of(("scale", "bias")), "batch_stats": {} if fresh else stats},
         scope.rngs,
         scope.name,
@@ -263,11 +263,11 @@ def _stand_in(layer, norm: Norm, cls, options, needed, next_call, args, kwargs) 
 
 
 def nothing_found(caller: str, where: Where, others: Mapping[str, str]) -> str:
-    """Says that there is no batch norm that is meant, and which there are."""
+    """The error that no batch norm matches, with those that exist."""
     unknown = [text for path, text in others.items() if text and chosen(path, where)]
     known = [path or "(the model itself)" for path, why in others.items() if not why]
     text = (
-        f"`{caller}` found no batch norm layer that is meant; {where=}, and the model"
+        f"`{caller}` found no batch norm layer that matches; {where=}, and the model"
         f" has {known or 'none'}."
     )
     return " ".join([text, *unknown])
@@ -276,8 +276,8 @@ def nothing_found(caller: str, where: Where, others: Mapping[str, str]) -> str:
 def _check_class(to: type | None, base: type) -> None:
     if to is not None and not (isinstance(to, type) and issubclass(to, base)):
         raise TypeError(
-            f"`to` must be a batch norm class of `{base.__module__}`, the API that the"
-            f" model is of; got {to!r}."
+            f"`to` must be a batch norm class of `{base.__module__}`, the API of the"
+            f" model; got {to!r}."
         )
 
 
@@ -322,10 +322,10 @@ def _swapped(
     shape, wanted = variables["mean"].shape, new.mean.shape
     if shape[len(shape) - len(wanted) :] != wanted:
         raise ValueError(
-            f"`{cls.__name__}` needs statistics of shape {wanted}, and the layer has"
+            f"`{cls.__name__}` needs statistics of shape {wanted}, but the layer has"
             f" {shape}: the variables cannot be kept."
         )
-    # Layers that are scanned or mapped over are stacked along axes in front.
+    # Layers in a `scan` or `vmap` are stacked along leading axes.
     front = shape[: len(shape) - len(wanted)]
     if front:
         stack = lambda v: jnp.broadcast_to(v, (*front, *v.shape))
@@ -334,8 +334,8 @@ def _swapped(
         if getattr(new, name, None) is not None:
             setattr(new, name, old)
     if "weight" not in variables and hasattr(new, "weight"):
-        # Trained statistics without a weight count as fully trained. How many rows they
-        # have seen, which the cumulative rule has to know, is not known.
+        # Trained statistics without a weight count as fully trained. The number of
+        # rows, which the cumulative rule needs, is unknown.
         seen = nnx.data(None)
         if new.momentum is not None:
             seen = nnx.BatchStat(jnp.ones_like(new.weight[...]))
@@ -344,7 +344,7 @@ def _swapped(
 
 
 def _replace_children(parent: Any, swapped: Mapping[int, Any]) -> None:
-    """Puts new layers where old ones are: in attributes, and in containers there."""
+    """Replaces layers in attributes, and in containers in attributes."""
 
     def replaced(value: Any) -> Any:
         if id(value) in swapped:

@@ -1,4 +1,4 @@
-"""Fold batch norms at inference into the linear layers before or behind them."""
+"""Fold batch norms at inference into the linear layers before or after them."""
 
 import dataclasses
 import functools
@@ -52,12 +52,12 @@ class Folded:
     """A Linen model with batch norms folded; made by `fold`.
 
     Attributes:
-        model: The model, as it was.
-        variables: Its variables, as plain dicts, with the folded batch norms' taken out
-            and the linear layers' changed.
+        model: The original model.
+        variables: Its variables, as plain dicts, without those of folded batch norms
+            and with changed linear layers.
         report: For each batch norm, by path, `folded into PATH` or `kept: REASON`.
-        skips: What is left to do of each folded batch norm, by path.
-        biased: Paths of the linear layers that have a bias now and had none.
+        skips: By path, what remains to do at each folded batch norm.
+        biased: Paths of the linear layers that got a bias.
     """
 
     model: nn.Module
@@ -70,7 +70,7 @@ class Folded:
         """Applies the model, with the folded layers.
 
         Args:
-            variables: Such as `self.variables`; a checkpoint of them, for example.
+            variables: `self.variables`, or a checkpoint of them.
             *args: As for `model.apply`.
             **kwargs: As for `model.apply`.
 
@@ -78,8 +78,8 @@ class Folded:
             What `model.apply` returns.
 
         Raises:
-            ValueError: If `variables` are those from before, or if a folded batch norm
-                is asked to normalize by the batch, or with a mask.
+            ValueError: If `variables` are not folded, or if a folded batch norm should
+                normalize by the batch, or with a mask.
         """
         with nn.intercept_methods(self._intercept):
             return self.model.apply(variables, *args, **kwargs)
@@ -99,30 +99,30 @@ class Folded:
         if path in self.biased and is_linear and not layer.use_bias:
             if not scope.has_variable("params", "bias"):
                 raise _not_folded(path)
-            # Called again from here, the layer has its bias and passes.
+            # The call from here has the bias, so it passes.
             return layer.clone(parent=scope, use_bias=True)(*args, **kwargs)
         return next_call(*args, **kwargs)
 
 
 def _not_folded(path: str) -> ValueError:
     return ValueError(
-        f"`variables` are not those of the folded model: {path!r} has what it had"
-        " before. Pass such as `folded.variables`."
+        f"`variables` are not those of the folded model: {path!r} has its old"
+        " variables. Pass `folded.variables`."
     )
 
 
 class FoldedNorm(nnx.Module):
-    """What a batch norm of an NNX model is after `fold`: a layer that does nothing.
+    """Stands for a folded batch norm in an NNX model: returns its input.
 
-    It has the constructor arguments of the layer that it was, without its variables. It
-    refuses to normalize by the batch, which it cannot do any more.
+    It has the constructor arguments of the batch norm, but no variables, and refuses to
+    normalize by the batch.
     """
 
     use_running_average: bool | None
     skip: Callable[..., jax.Array]
 
     def __call__(self, x: ArrayLike, *args: Any, **kwargs: Any) -> jax.Array:
-        """Returns `x`, of the dtype that the batch norm would give it."""
+        """Returns `x`, in the dtype of the batch norm's output."""
         return self.skip(self, (x, *args), kwargs)
 
     def set_view(self, use_running_average: bool | None = None):
@@ -157,12 +157,12 @@ def fold(
 def fold(
     model: Any, /, *inputs: Any, where: Where = None, also: Also = None, **kwargs: Any
 ) -> Any:
-    """Folds the batch norms of a model at inference into the linear layers beside them.
+    """Folds the batch norms of a model, for inference, into adjacent linear layers.
 
-    At inference a batch norm multiplies and adds constants, which a dense layer or
-    convolution before it can do by its own kernel and bias. So can one behind it, if it
-    does not pad with zeros. What is called "fold" in TensorFlow, and in PyTorch
-    `fuse_conv_bn_eval` and `fuse_linear_bn_eval`, here for a whole model:
+    At inference a batch norm multiplies by constants and adds constants. A dense layer
+    or convolution before it can do this with its own kernel and bias, and so can one
+    after it that does not pad with zeros. TensorFlow calls this "fold", PyTorch
+    `fuse_conv_bn_eval` and `fuse_linear_bn_eval`. `fold` works on a whole model:
 
         folded = fold(model, variables, x, train=False)        # Linen
         y = folded.apply(folded.variables, x, train=False)
@@ -170,47 +170,48 @@ def fold(
         folded = fold(model, x)                                # NNX, after model.eval()
         y = folded(x)
 
-    The model is traced once, called as it is given, to find which layers are next to
-    each other; its code is not touched. A batch norm is folded into the layer before
-    it, or else behind it, where nothing but changes of shape and dtype is between the
-    two, nothing else uses what is between, and both are called once. Otherwise it is
-    kept: layers that are shared or run inside of `scan`, `vmap` or `cond`; kernels that
-    are computed (as with weight normalization) or used elsewhere, too; features along
-    other axes; zero padding behind it; classes whose scale and bias depend on the call.
-    `foldable` says which and why, and so does `Folded.report`. One with an `activation`
-    or a `residual` is folded into the layer before it alone, and still does these.
+    The model is traced once, with the given arguments, to find which layers are
+    adjacent; its code does not change. A batch norm is folded into the layer before it,
+    or else into the layer after it, if there are only changes of shape and dtype
+    between the two, the values between them are not used elsewhere, and both are called
+    once. Otherwise it is kept, for example if a layer is shared, or runs inside `scan`,
+    `vmap` or `cond`; if the kernel is computed (as in weight normalization) or also
+    used elsewhere; if features are along other axes; if the next layer pads with zeros;
+    or if scale and bias depend on the call. `foldable` and `Folded.report` give the
+    reasons. A norm with an `activation` or a `residual` can only be folded into the
+    layer before it, and still applies these.
 
-    Folding is done in float64 and rounded once. Outputs differ by what a model's
-    arithmetic rounds anyway: in float32 some 1e-6 of their size, more where a batch
-    norm takes away a mean far above its standard deviation; in 16 bits as much as these
-    round. The folded model is then about as far from the exact result as the model was.
-    It is for inference alone: layers that were folded refuse to normalize by the batch.
-
-    To load a checkpoint of folded variables, fold the model with any variables, such as
-    fresh ones, and apply the result to those of the checkpoint.
+    Folding is done in float64 and rounded once. Outputs differ by rounding errors: in
+    float32 by about 1e-6 of their size, or more if a batch norm subtracts a mean far
+    larger than the standard deviation; in 16 bits by the precision of the dtype. The
+    folded model is about as accurate as the original.
+    The result is for inference only: folded layers refuse to normalize by the batch. To
+    load a checkpoint of folded variables, fold the model with any variables, such as
+    newly initialized ones, and apply the result to the checkpoint's.
 
     Args:
-        model: A Linen or NNX model. With ours and Flax's `BatchNorm`, and ours that are
-            the same at inference: `BatchRenorm`, `GhostBatchNorm`, `FrozenBatchNorm`.
-        *inputs: For Linen the variables, then what `model.apply` is given; for NNX what
-            the model is called with. Arrays may be given as `jax.ShapeDtypeStruct`,
+        model: A Linen or NNX model, with Flax's `BatchNorm`, ours, or classes of ours
+            that are equal at inference: `BatchRenorm`, `GhostBatchNorm`,
+            `FrozenBatchNorm`.
+        *inputs: For Linen, the variables and the arguments of `model.apply`; for NNX,
+            the arguments of the model. Arrays may be given as `jax.ShapeDtypeStruct`,
             except variables.
-        where: Which batch norms, as for `convert`; by default all.
-        also: Other people's batch norms, as for `convert`. All that neither Flax nor we
-            wrote are tried first: one that is not `scale * (x - mean) / sqrt(var +
-            epsilon) + bias` at inference is kept.
-        **kwargs: Further arguments of `model.apply` or of the call. Whatever makes the
-            model normalize by its running statistics must be among them.
+        where: The batch norms to fold, as for `convert`; by default all.
+        also: Foreign batch norms, as for `convert`. They are first run on sample
+            inputs: one that is not `scale * (x - mean) / sqrt(var + epsilon) + bias` at
+            inference is kept.
+        **kwargs: Further arguments of `model.apply` or of the call. Include the
+            argument that makes the model normalize by its running statistics.
 
     Returns:
-        For Linen a `Folded`. For NNX a copy of the model, in which a `FoldedNorm` takes
-        the place of each folded batch norm.
+        For Linen, a `Folded`. For NNX, a copy of the model in which a `FoldedNorm`
+        replaces each folded batch norm.
 
     Raises:
         TypeError: If `model` is not a Flax model, if Linen's variables are missing, or
             if variables are traced: folding is done once, outside of `jit`.
         ValueError: If a batch norm normalizes by the batch or updates its statistics,
-            if there is none, or none that can be folded; with the reasons.
+            if there is none, or if none can be folded (with the reasons).
 
     Example:
         >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
@@ -245,11 +246,11 @@ def foldable(
     also: Also = None,
     **kwargs: Any,
 ) -> dict[str, str]:
-    """Says what `fold` would do with each batch norm of a model.
+    """Reports what `fold` would do with each batch norm of a model.
 
     Args:
-        model: As for `fold`, like the rest.
-        *inputs: For Linen the variables, and what the model is called with.
+        model: As for `fold`, like the other arguments.
+        *inputs: For Linen the variables, then the arguments of the model.
         where: Which batch norms.
         also: Other people's batch norms.
         **kwargs: Further arguments of the call.
@@ -267,7 +268,7 @@ def foldable(
         >>> model = nn.Sequential([nn.Conv(3, (3, 3)), nn.relu, norm])
         >>> x = jnp.ones((1, 8, 8, 1))
         >>> print(foldable(model, model.init(jax.random.key(0), x), x)["layers_2"])
-        kept: before it comes `max`; its output is the model's
+        kept: the operation before it is `max`; its output is that of the model
     """
     return _plan("foldable", model, inputs, kwargs, where, Norms(also)).report
 
@@ -288,7 +289,7 @@ _NORMS = (
         for name in ("BatchNorm", "BatchRenorm", "GhostBatchNorm", "FrozenBatchNorm")
     ),
 )
-# Arguments that replace what a layer computes, and what they are by default.
+# Arguments that change what a layer computes, with their defaults.
 _FUNCTIONS = {
     "dot_general": (None, lax.dot_general),
     "dot_general_cls": (None,),
@@ -299,7 +300,7 @@ _FUNCTIONS = {
 
 
 def _names(layer: Any, norm: Norm | None) -> dict[str, tuple[str, str]] | None:
-    """Collection and name, by our name, of the variables that a layer reads."""
+    """The collection and name of each variable that a layer reads, by our name."""
     if isinstance(layer, _LINEAR):
         names = {"kernel": ("params", "kernel"), "bias": ("params", "bias")}
         return names if layer.use_bias else {"kernel": names["kernel"]}
@@ -313,7 +314,7 @@ def _names(layer: Any, norm: Norm | None) -> dict[str, tuple[str, str]] | None:
 
 
 def _why_unknown(layer: Any) -> str | None:
-    """Why a layer may not compute what its class is known to."""
+    """Why a layer may not compute what its class usually does."""
     cls = type(layer)
     known = [c for c in (*_LINEAR, *_NORMS) if issubclass(cls, c)]
     if not any(cls.__call__ is c.__call__ for c in known):
@@ -322,13 +323,13 @@ def _why_unknown(layer: Any) -> str | None:
         return "does not share its weights between pixels"
     for name, usual in _FUNCTIONS.items():
         if hasattr(layer, name) and getattr(layer, name) not in usual:
-            return f"has a `{name}` of its own"
+            return f"has a custom `{name}`"
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class _NormCall:
-    """The call of a batch norm: how it calls things, its mode, other arguments."""
+    """The call of a batch norm: its names, its mode, and other arguments."""
 
     norm: Norm
     mode: bool | None  # whether it normalizes by the running statistics
@@ -343,7 +344,7 @@ class _NormCall:
 def _norm_call(
     norm: Norm, layer: Any, args: Sequence[Any], kwargs: Mapping, cls: Any = None
 ) -> _NormCall:
-    """Reads the call of a batch norm; `args` are without the input."""
+    """Reads the call of a batch norm; `args` do not include the input."""
     if norm.is_foreign:
         _, mode, rest = norm.call(layer, (None, *args), kwargs, cls)
         return _NormCall(norm, mode, mode is False, rest)
@@ -366,35 +367,35 @@ def _check_mode(path: str, call: _NormCall) -> None:
     if call.updates or (call.mode is not None and not call.mode):
         what = "updates its statistics" if call.mode else "normalizes by the batch"
         raise ValueError(
-            f"`fold` is for inference, and {path!r} {what}. Call the model as at"
+            f"`fold` is for inference, but {path!r} {what}. Call the model as at"
             " inference, with `use_running_average=True` (in many models `train=False`;"
             " `model.eval()` for NNX)."
         )
 
 
 def _does_more(call: dataflow.Call) -> bool:
-    """Whether a batch norm does more than to multiply and add constants."""
+    """Whether a batch norm does more than multiply by and add constants."""
     activation = getattr(call.layer, "activation", None)
     return activation is not None or call.kwargs.get("residual") is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Skip:
-    """What is left of the call of a folded batch norm."""
+    """What remains of the call of a folded batch norm."""
 
     path: str
     norm: Norm
     cls: type
-    classes: frozenset[str]  # names of those of which layers stood there
-    dtype: Any  # of the output, if it was given
-    promoting: tuple[Any, ...]  # otherwise: dtypes that the input is promoted with
+    classes: frozenset[str]  # names of the classes of the layers at this path
+    dtype: Any  # of the output, if given
+    promoting: tuple[Any, ...]  # otherwise, dtypes to promote the input with
     ignores_mask: bool
-    is_frozen: bool  # it normalizes by the running statistics in any case
+    is_frozen: bool  # always normalizes by the running statistics
     activation: Activation | None
 
     def is_for(self, layer: Any) -> bool:
         """Whether a Linen layer at the same path is the one that was folded."""
-        # By name: `nn.remat` and others make a class of this name for each call.
+        # By name: `nn.remat` and others create a class of this name for each call.
         return isinstance(layer, LINEN_NORMS) or type(layer).__name__ in self.classes
 
     def __call__(self, layer: Any, args: Sequence[Any], kwargs: Mapping) -> jax.Array:
@@ -410,12 +411,12 @@ class _Skip:
             raise ValueError(
                 f"{self.path!r} is folded, for inference: it cannot normalize by the"
                 " batch. Pass `use_running_average=True`, or train the model that was"
-                " given to `fold`."
+                " passed to `fold`."
             )
         if call.is_masked and not self.ignores_mask:
             raise ValueError(
-                f"{self.path!r} is folded, for calls without `mask` or `weights`. Give"
-                " `fold` the arguments that the model is called with."
+                f"{self.path!r} is folded, for calls without `mask` or `weights`. Pass"
+                " `fold` the same arguments as the model."
             )
         dtype = self.dtype
         if dtype is None:
@@ -449,11 +450,11 @@ def _skip(call: dataflow.Call, norm: Norm, classes: Iterable[str]) -> _Skip:
 
 
 def _describe(layer: Any, x_rank: int, y_rank: int, kernel_rank: int) -> Linear | str:
-    """Where a linear layer has its features, or why that is not said."""
+    """The feature axes of a linear layer, or why they are unknown."""
     if isinstance(layer, _GENERAL):
         given = layer.batch_dims if isinstance(layer, nn.Module) else layer.batch_axis
         if given:
-            return "has another kernel for each index of a batch axis"
+            return "has a different kernel for each index of a batch axis"
         axis = layer.axis if isinstance(layer.axis, Sequence) else (layer.axis,)
         rank = len(axis)
         return Linear(
@@ -470,16 +471,16 @@ def _describe(layer: Any, x_rank: int, y_rank: int, kernel_rank: int) -> Linear 
 
 
 def _why_not_next(layer: Any) -> str | None:
-    """Why a linear layer cannot take up a batch norm before it."""
+    """Why a batch norm cannot be folded into the linear layer after it."""
     if isinstance(layer, _TRANSPOSED):
-        return "puts zeros between and around its inputs"
+        return "inserts zeros between and around its inputs"
     if not isinstance(layer, _CONV):
         return None
     if any(d not in (None, 1) for d in _flat(layer.input_dilation)):
-        return "puts zeros between its inputs"
+        return "inserts zeros between its inputs"
     padding = layer.padding
     if isinstance(padding, str):
-        # What "SAME" pads depends on the size of the input, unless the kernel has 1.
+        # The padding of "SAME" depends on the input size, unless the kernel has size 1.
         one = all(k == 1 for k in _flat(layer.kernel_size))
         exact = one or padding in ("VALID", "CIRCULAR", "REFLECT")
     else:
@@ -493,7 +494,7 @@ def _flat(value: Any) -> list[Any]:
     return [value]
 
 
-# What can be folded.
+# The plan: which batch norms can be folded.
 
 
 def _plan(
@@ -504,7 +505,7 @@ def _plan(
         inputs and isinstance(inputs[0], Mapping) and "params" in inputs[0]
     ):
         raise TypeError(
-            "A Linen model must come with its variables, a dict with `params`: `fold("
+            "A Linen model needs its variables, a dict with `params`: `fold("
             "model, variables, *inputs)`."
         )
     for leaf in jax.tree.leaves(inputs[0] if linen else nnx.state(model)):
@@ -545,19 +546,19 @@ def _plan(
     plan = _Plan(flow, where, known, classes, report, variables)
     if not plan.report:
         raise ValueError(
-            f"`{caller}` found no batch norm that the model calls and that is meant;"
+            f"`{caller}` found no batch norm that the model calls and that matches;"
             f" {where=}, and the model has {list(known) or 'none'}."
         )
     return plan
 
 
 class _Plan:
-    """Which batch norms are folded, and the kernels and biases that this makes.
+    """Which batch norms are folded, and the resulting kernels and biases.
 
     Attributes:
-        report: For each batch norm that is meant, by path, what becomes of it.
-        folded: The calls of those that are folded, by path.
-        changed: New kernel and bias, wide, of linear layers by path.
+        report: For each batch norm that matches, by path, the result.
+        folded: The calls of the folded ones, by path.
+        changed: New kernel and bias, in wide dtypes, of linear layers by path.
     """
 
     def __init__(
@@ -581,8 +582,8 @@ class _Plan:
             if call.path in known and chosen(call.path, where)
         }
         self.report = dict.fromkeys(norms, "") | dict(report)
-        # Again, until nothing changes: a batch norm before or behind one that has been
-        # folded is now next to a linear layer.
+        # Repeat until nothing changes: a batch norm next to one that has been folded
+        # may now be next to a linear layer.
         before = -1
         while len(self.folded) > before:
             before = len(self.folded)
@@ -596,7 +597,7 @@ class _Plan:
         return None if leaf is None else leaf.array
 
     def skips(self) -> dict[str, _Skip]:
-        """What is left to do of each batch norm that is folded."""
+        """What remains to do at each folded batch norm."""
         calls = self.flow.calls
         return {
             path: _skip(calls[i], self.known[path].norm, self.classes.get(path, ()))
@@ -619,7 +620,7 @@ class _Plan:
         if norm.is_foreign and not self._is_as_said(call, *gain_and_shift, places):
             return (
                 "kept: its output is not scale * (x - mean) / sqrt(var + epsilon) +"
-                " bias, by what it has of these (see `also`)"
+                " bias with its own values (see `also`)"
             )
         calls = self.flow.calls
         passing = {p for p, i in self.folded.items() if not _does_more(calls[i])}
@@ -627,7 +628,7 @@ class _Plan:
         for forward in (False, True):
             found = self.flow.neighbor(index, places, forward, passing)
             if forward and _does_more(call):
-                found = "it does more to its output, before what is behind it"
+                found = "it applies an activation or residual before the next layer"
             if not isinstance(found, str):
                 found = self._into(*gain_and_shift, *found, forward)
             if not isinstance(found, str):
@@ -638,7 +639,7 @@ class _Plan:
         return "kept: " + "; ".join(reasons)
 
     def _why_not(self, index: int) -> str | None:
-        """Why a layer cannot be reasoned about."""
+        """Why a layer cannot be analyzed."""
         call = self.flow.calls[index]
         norm_call = self.known.get(call.path)
         why = self.flow.obstacle(index)
@@ -649,7 +650,7 @@ class _Plan:
         return why
 
     def _is_as_said(self, call: dataflow.Call, gain, shift, places) -> bool:
-        """Tries another's layer on numbers: whether it is `gain * x + shift`."""
+        """Runs a foreign layer on sample inputs: whether it is `gain * x + shift`."""
         mean, var = (self.array(call.path, name) for name in ("mean", "var"))
         rank = len(call.x_shape)
         noise = np.random.default_rng(0).normal(size=call.x_shape)
@@ -694,12 +695,12 @@ class _Plan:
         return gain, shift
 
     def _into(self, gain, shift, other: int, places: Sequence[int], forward: bool):
-        """The path of a linear layer with its new kernel and bias, or why not."""
+        """The path of a linear layer, with its new kernel and bias, or why not."""
         call = self.flow.calls[other]
         path, layer = call.path, call.layer
         if path in self.known:
-            way = "behind" if forward else "before"
-            return f"{way} it comes {path!r}, which is kept"
+            way = "after" if forward else "before"
+            return f"the layer {way} it, {path!r}, is kept"
         why = self._why_not(other) or (_why_not_next(layer) if forward else None)
         if why:
             return f"{path!r} {why}"
@@ -718,7 +719,7 @@ class _Plan:
         if not set(places) <= set(own):
             has = "takes its input features" if forward else "has its output features"
             return (
-                f"{path!r} {has} along {_listed(own)}, and the batch norm along"
+                f"{path!r} {has} along {_listed(own)}, but the batch norm along"
                 f" {_listed(places)} of the same array"
             )
         shape = call.x_shape if forward else call.y_shape
@@ -733,7 +734,7 @@ class _Plan:
             new = into_next(kernel, bias, gain, shift, where, mask)
         else:
             new = into_previous(kernel, bias, gain, shift, where)
-        # The dtypes of what is kept and, if it was given, of the computation.
+        # The dtypes of the parameters and, if given, of the computation.
         dtypes = {jnp.dtype(v.dtype) for v in old if v is not None}
         for dtype in dtypes | ({jnp.dtype(layer.dtype)} if layer.dtype else set()):
             if not all(_finite_in(v, dtype) for v in new):
@@ -752,7 +753,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return f"{word} {', '.join(map(str, numbers))}"
 
 
-# What is made of it.
+# The folded models.
 
 
 def _fold_linen(model: nn.Module, variables: Mapping, plan: _Plan) -> Folded:
@@ -793,7 +794,7 @@ def _boxed(array: jax.Array, old: Any) -> Any:
 
 
 def _placed(wide: np.ndarray, old: Any, kernel: Any) -> jax.Array:
-    """`wide` in the dtype and place of `old`, or, for a new bias, of the kernel."""
+    """`wide`, with the dtype and sharding of `old`, or of the kernel for a new bias."""
     is_new = old is None
     old = kernel if is_new else dataflow.unboxed(old)
     new = rounded(wide, old)
@@ -829,6 +830,6 @@ def _fold_nnx(model: Any, plan: _Plan) -> Any:
         for name in (*names, *OWN_STATISTICS):
             if hasattr(layer, name):
                 delattr(layer, name)
-        # The layer itself turns: it may be in containers that cannot be changed.
+        # Change the class of the layer in place: its containers may be immutable.
         object.__setattr__(layer, "__class__", FoldedNorm)
     return model

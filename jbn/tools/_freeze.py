@@ -1,4 +1,4 @@
-"""Labels for optimizers: what is frozen, what is a norm's, what decays."""
+"""Labels of parameters for optimizers: frozen, of a norm, with weight decay."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,22 +18,22 @@ def freeze(variables: Any, where: Where) -> Any:
             {"trainable": optax.adam(1e-3), "frozen": optax.set_to_zero()}, labels
         )
 
-    Nothing moves a frozen parameter then, weight decay included. This is about
-    parameters. That a batch norm layer normalizes by its running statistics and does
-    not update them is its own matter: `jbn.tools.convert(model, FrozenBatchNorm,
-    where=...)`. To unfreeze, make the optimizer anew with other labels.
+    Then nothing changes a frozen parameter, not even weight decay. This only concerns
+    parameters: to also keep a batch norm's running statistics, and normalize by them,
+    use `jbn.tools.convert(model, FrozenBatchNorm, where=...)`. To unfreeze, create a
+    new optimizer with other labels.
 
     Args:
         variables: Linen's variables or their `params`; or an NNX model.
-        where: Which parameters: patterns of their paths such as `"backbone/*"`, or a
+        where: The parameters to freeze: patterns of paths such as `"backbone/*"`, or a
             function of the path (`"backbone/Dense_0/kernel"`).
 
     Returns:
         A tree like the parameters (for NNX, like `nnx.state(model, nnx.Param)`, with
-        labels in place of variables, as `nnx.Optimizer` wants it).
+        labels instead of variables, as `nnx.Optimizer` needs it).
 
     Raises:
-        ValueError: If no parameter is meant.
+        ValueError: If no parameter matches.
 
     Example:
         >>> params = {"a": {"kernel": 1.0}, "b": {"kernel": 2.0}}
@@ -44,28 +44,28 @@ def freeze(variables: Any, where: Where) -> Any:
         variables, lambda path: "frozen" if chosen(path, where) else "trainable"
     )
     if "frozen" not in jax.tree.leaves(labels):
-        raise ValueError(f"`freeze` found no parameter whose path fits {where!r}.")
+        raise ValueError(f"`freeze` found no parameter whose path matches {where!r}.")
     return labels
 
 
 def kinds(variables: Any, *, also: Also = None) -> Any:
-    """Labels each parameter by what it is: `"norm"`, `"bias"` or `"weight"`.
+    """Labels each parameter by its kind: `"norm"`, `"bias"` or `"weight"`.
 
-    A parameter is a norm's if its layer has running statistics beside it, whatever its
-    name or rank; so this holds for layers that are scanned over, whose scales have two
-    axes. Parameters called `bias` elsewhere are biases, and all others weights. (A
-    LayerNorm has no statistics. Its `scale` is told by its name.)
+    A parameter belongs to a norm if its layer also has running statistics, whatever its
+    name or rank (in a scanned layer a scale has two axes). Other parameters named
+    `bias` are biases, and all others weights. (A LayerNorm has no statistics; its
+    `scale` is recognized by name.)
 
     Args:
         variables: Linen's variables with `params` and `batch_stats`; or an NNX model.
-        also: Other people's batch norms, as for `convert`. In Linen's variables they
-            are found by the names of their statistics.
+        also: Foreign batch norms, as for `convert`. In Linen's variables they are found
+            by the names of their statistics.
 
     Returns:
         A tree like the parameters, for `optax.multi_transform`.
 
     Warns:
-        UserWarning: If there are statistics of a mean and a variance by other names.
+        UserWarning: If there are means and variances under other names.
 
     Example:
         >>> variables = {
@@ -79,12 +79,13 @@ def kinds(variables: Any, *, also: Also = None) -> Any:
 
 
 def decays(variables: Any, *, also: Also = None) -> Any:
-    """Says of each parameter whether weight decay is for it: all but norms and biases.
+    """Labels each parameter by whether to decay it: all except norms and biases.
 
         optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=decays(variables))
 
-    A batch norm after a weight undoes any change of its size, so that decay of the
-    weight acts as a learning rate; decay of the norm's own scale has no such excuse.
+    A batch norm after a weight undoes any change of its scale, so weight decay there
+    only acts on the effective learning rate. Decay of the norm's own scale changes the
+    output.
 
     Args:
         variables: As for `kinds`.
@@ -120,7 +121,7 @@ def _kinds(caller: str, variables: Any, known: Norms) -> Any:
 
 
 def _label(variables: Any, label: Callable[[str], Any]) -> Any:
-    """A tree like the parameters, of the labels of their paths."""
+    """A tree like the parameters, with a label for each path."""
     if isinstance(variables, nnx.Module):
         tree = nnx.state(variables, nnx.Param)
         is_leaf = lambda v: isinstance(v, nnx.Variable)

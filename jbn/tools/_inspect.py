@@ -1,4 +1,4 @@
-"""Inspect: the gap between what a network trains with and what it evaluates with."""
+"""Inspect: the gap between the statistics of training and of evaluation."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,42 +22,42 @@ def inspect(
 ) -> Report:
     """Finds the gap between training and evaluation, layer by layer.
 
-    Compares the running statistics, which evaluation normalizes by, with the moments
-    of what the layers see when the batches run through the model in training mode,
-    merged over all batches: with what `recalibrate` would put in their place. For
-    normal distributions with the mean and the variance (and epsilon) of each,
+    Compares the running statistics, by which evaluation normalizes, with the moments of
+    the layers' inputs when the model runs on the batches in training mode, merged over
+    all batches: those that `recalibrate` would set. For normal distributions with these
+    means and variances (plus epsilon),
 
         KL(data || running) = (r - 1 - log(r) + drift**2) / 2
         r = (var + epsilon) / (running_var + epsilon)
         drift = (mean - running_mean) / sqrt(running_var + epsilon)
 
-    Statistics are found to be off by a divergence that matters and that is no chance:
-    ten times that of statistics that are right, by the scatter of the batches, their
-    number and the momentum. Give batches as they are in training, some dozens of them.
+    Statistics are reported if the divergence is large and not due to chance: more than
+    ten times that of correct statistics, as estimated from the scatter of the batches,
+    their number and the momentum. Pass a few dozen batches, drawn as in training.
 
-    | kind | what it is |
+    | kind | meaning |
     |---|---|
-    | `nonfinite` | statistics, parameters or input not finite; negative variance |
-    | `never_updated` | mean 0 and variance 1, which the data have not |
-    | `cold` | a part of these initial values is still in the statistics |
-    | `shifted` | of other data, or of parameters that have changed since |
-    | `noisy` | an average of so few rows that it is off by chance |
-    | `few_rows` | batches (or groups) of less than 16 rows, or one of a single row |
-    | `unseen` | no rows for a layer, or for a domain of it |
-    | `dead` | features that are constant (var below 1e-10 of the layer's median) |
-    | `tiny` | features with a variance below epsilon, which then decides |
-    | `zero_scale` | features with scale 0, unless the whole layer has |
+    | `nonfinite` | non-finite statistics, parameters or input; negative variance |
+    | `never_updated` | still mean 0 and variance 1, unlike the data |
+    | `cold` | the statistics still contain part of these initial values |
+    | `shifted` | statistics of other data, or of earlier parameters |
+    | `noisy` | an average of too few rows |
+    | `few_rows` | batches (or groups) of fewer than 16 rows, or one of a single row |
+    | `unseen` | no rows for a layer, or for one of its domains |
+    | `dead` | constant features (variance below 1e-10 of the layer's median) |
+    | `tiny` | features whose variance is below epsilon |
+    | `zero_scale` | features with scale 0, unless the whole layer has it |
 
-    Dead features are notes: they are the same in both modes. Features that are active
-    so rarely that their variance is not known to a factor of two are not judged. Frozen
-    layers gather nothing, and are not compared. A layer that is called several times is
-    compared with all of its inputs.
+    Dead features are only notes: they are the same in both modes. Features so rarely
+    active that their variance is not known within a factor of two are not judged.
+    Frozen layers are not compared. A layer that is called several times is compared
+    with all of its inputs.
 
     Args:
-        apply: As for `recalibrate`, running the model in training mode. Is jitted.
+        apply: As for `recalibrate`, running the model in training mode. It is jitted.
         variables: Linen's variables, or an NNX model; not changed.
         batches: The data; iterated once.
-        where: Which layers, as for `convert`; by default all.
+        where: The layers, as for `convert`; by default all.
         also: Other people's batch norms, as for `convert`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Merge the statistics of replicas, hosts, clients: of all their rows together."""
+"""Merge the statistics of replicas, hosts or clients into those of all rows."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -29,32 +29,34 @@ def merge(
         mean = sum_k a_k * mean_k
         var = sum_k a_k * (var_k + abs(mean_k - mean)**2)
 
-    the statistics of the mixture. The average of the variances alone lacks the scatter
-    of the means: four replicas with means 0, 1, 2, 3 and variance 1 have 2.25, not 1.
+    which are the statistics of the mixture. An average of the variances would miss the
+    scatter of the means: four replicas with means 0, 1, 2, 3 and variance 1 have a
+    variance of 2.25, not 1.
 
     Args:
-        batch_stats: Collections of the same layers; or one, with an axis in front of
-            each array that the parts are stacked along, as `jax.pmap` and
-            `multihost_utils.process_allgather` give them.
-        weights: How much each part counts, the rows that it stands for: numbers, or
-            arrays of the leading axes of its statistics (one for each domain, say). By
-            default all alike. A part of weight 0 does not count; where none does the
-            first is kept.
-        also: Other people's batch norms, as for `convert`: found by the names of their
+        batch_stats: Collections of the same layers; or one whose arrays stack the parts
+            along a leading axis, as returned by `jax.pmap` and
+            `multihost_utils.process_allgather`.
+        weights: The weight of each part, such as its number of rows: numbers, or arrays
+            of the leading axes of its statistics (such as one per domain). Equal by
+            default. A part of weight 0 does not count; if all weights are 0, the first
+            part is kept.
+        also: Foreign batch norms, as for `convert`, found by the names of their
             statistics.
 
     Returns:
-        One collection. `weight`, where layers keep it, is the sum of the parts', and
+        One collection. `weight`, if layers have it, is the sum over the parts, and
         `pending` moments are merged.
 
     Raises:
-        TypeError: If `batch_stats` are neither.
-        ValueError: If there are none, they are of different layers or of no batch norm,
-            or there are not as many weights, or weights known to be negative.
+        TypeError: If `batch_stats` is neither.
+        ValueError: If there are no parts, if they have different layers or no batch
+            norm, if the number of weights differs, or if weights are known to be
+            negative.
 
     Warns:
-        UserWarning: If there are statistics of a mean and a variance by other names,
-            which stay as the first part has them.
+        UserWarning: If there are means and variances under other names, which are taken
+            from the first part.
 
     Example:
         >>> parts = [{"norm": {"mean": jnp.array([m]), "var": jnp.array([1.0])}}
@@ -68,9 +70,9 @@ def merge(
         sizes = {np.shape(leaf)[:1] for leaf in leaves}
         if len(sizes) != 1 or () in sizes:
             raise ValueError(
-                "One `batch_stats` is taken as parts stacked along a first axis of the"
-                f" same size everywhere; got sizes {sorted(sizes)}. Pass a list of"
-                " collections if they are not stacked."
+                "A single `batch_stats` must hold parts stacked along a first axis of"
+                f" the same size in all arrays; got sizes {sorted(sizes)}. Pass a list"
+                " of collections if they are not stacked."
             )
         count = sizes.pop()[0]
         parts = [
@@ -87,7 +89,7 @@ def merge(
         raise ValueError("`merge` takes at least one `batch_stats`; got none.")
     if len({jax.tree.structure(part) for part in parts}) > 1:
         raise ValueError(
-            "`merge` takes `batch_stats` of the same layers; got trees that differ."
+            "`merge` takes `batch_stats` of the same layers; got different trees."
         )
     shares = _weights(weights, len(parts))
     norms = Norms(also)
@@ -123,17 +125,17 @@ def average(
     *,
     weights: Sequence[float | int | ArrayLike] | ArrayLike | None = None,
 ) -> Any:
-    """The weighted mean of trees of parameters, as federated averaging has it.
+    """The weighted mean of trees of parameters (federated averaging).
 
-    For parameters; `batch_stats` are merged by `merge`.
+    For parameters; use `merge` for `batch_stats`.
 
     Args:
         trees: Trees of the same structure.
-        weights: How much each counts; by default all alike. If none does the first is
+        weights: The weight of each tree; equal by default. If all are 0, the first is
             kept.
 
     Returns:
-        One tree. Of arrays that are no floats, such as counters, the first's.
+        One tree. Arrays that are not floats, such as counters, are those of the first.
 
     Raises:
         ValueError: If there are no trees, or not as many weights.
@@ -166,21 +168,21 @@ def average(
 def fed_bn(
     merged: Mapping, own: Mapping, *, where: Where = None, also: Also = None
 ) -> dict:
-    """A client's variables for the next round: everybody's, with its own batch norms.
+    """A client's variables for the next round: the shared ones, with its own norms.
 
-    Clients whose data differ keep their own scale, bias and statistics (FedBN).
+    Clients with different data keep their own scale, bias and statistics (FedBN).
 
     Args:
         merged: Variables with `params` and `batch_stats` that clients share.
         own: The client's variables, of the same structure.
-        where: Which batch norm layers stay the client's own; by default all.
-        also: Other people's batch norms, as for `merge`.
+        where: The batch norm layers that stay the client's own; by default all.
+        also: Foreign batch norms, as for `merge`.
 
     Returns:
         Variables of the same structure.
 
     Raises:
-        ValueError: If no batch norm layer is meant.
+        ValueError: If no batch norm layer matches.
 
     Warns:
         UserWarning: If there are statistics of a mean and a variance by other names.
@@ -195,7 +197,7 @@ def fed_bn(
     paths = {path for path in found if chosen("/".join(path), where)}
     if not paths and where != []:  # An empty list means none.
         has = ["/".join(path) for path in found]
-        text = f"`fed_bn` found no batch norm layer that is meant; {where=}, and the"
+        text = f"`fed_bn` found no batch norm layer that matches; {where=}, and the"
         text += f" variables have {has or 'none'}."
         raise ValueError(" ".join([text, *unknown.values()]))
     warn_of_unknown("fed_bn", unknown, where)
@@ -220,7 +222,7 @@ def _weights(weights: Any, count: int) -> list[jax.Array]:
         return [jnp.ones(()) for _ in range(count)]
     if len(weights) != count:
         raise ValueError(
-            f"`weights` must be one for each part; got {len(weights)} for {count}."
+            f"`weights` must have one entry per part; got {len(weights)} for {count}."
         )
     for w in weights:
         value = axes.known(w)

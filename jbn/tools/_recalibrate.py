@@ -30,45 +30,45 @@ def recalibrate(
     also: Also = None,
     passes: int | None = 1,
 ) -> State:
-    """Replaces running statistics by those of the data, exactly ("precise BN").
+    """Replaces running statistics by the exact statistics of the data ("precise BN").
 
-    Running averages trail the parameters, weigh batches alike and forget. The
-    statistics of the parameters as they are, over all rows of some thousand examples,
+    Running averages lag behind the parameters, weight all batches equally, and forget
+    old ones. Statistics of a few thousand examples, taken with the current parameters,
     close much of the gap between training and evaluation: after a run with few steps,
-    for averaged weights (SWA, EMA), for a new domain. The moments of all batches are
+    for averaged weights (SWA, EMA), or for a new domain. The moments of all batches are
     merged, so a partial batch counts by its rows.
 
-    With `apply` in training mode one pass does: every layer's input is normalized by
-    its batch, as in training. That input, and with it the statistics of all layers but
-    the first, depends on how the data is cut into batches. With `apply` in inference
-    mode it does not: each pass normalizes by the statistics of the pass before, and
-    makes one more layer exact. After as many passes as there are layers one behind the
-    other the result is independent of order, batch size and partition. `passes=None`
-    goes on until nothing changes, which takes one more.
+    With `apply` in training mode one pass is enough: layers normalize by the batch, as
+    in training. So the inputs of all layers after the first, and their statistics,
+    depend on how the data is split into batches. With `apply` in inference mode they do
+    not: each pass normalizes by the statistics of the previous pass, and makes one more
+    layer exact. After as many passes as the longest chain of layers has norms, the
+    result does not depend on order, batch size or partition. `passes=None` repeats
+    until nothing changes, which takes one more pass.
 
     Args:
-        apply: For Linen, a function of variables and a batch that returns what
-            `model.apply(variables, ..., mutable=["batch_stats"])` returns. For NNX, a
-            function of a model and a batch that calls the model. Masks, weights, mapped
-            axes and domains are those of the model's own calls. It is compiled once for
-            each shape of a batch, and must not be jitted itself.
+        apply: For Linen, a function of variables and a batch that returns the result of
+            `model.apply(variables, ..., mutable=["batch_stats"])`. For NNX, a function
+            of a model and a batch that calls the model. It passes masks, weights and
+            domains to the model as usual. It is compiled once per batch shape, and must
+            not be jitted itself.
         variables: Linen's variables, with `batch_stats`; or an NNX model.
         batches: The data; iterated `passes` times.
-        where: Which layers, as for `convert`; by default all.
+        where: The layers, as for `convert`; by default all.
         also: Other people's batch norms, as for `convert`.
-        passes: How many passes over the data. `None`, with `apply` in inference mode:
-            until the statistics stay as they are.
+        passes: Number of passes over the data. `None`, with `apply` in inference mode:
+            until the statistics do not change.
 
     Returns:
-        New variables, or a copy of the model, with other running statistics and all the
-        rest as it was. A layer used several times has the statistics of all its
-        inputs. A feature that has seen nothing keeps its own. Frozen layers do, too.
+        New variables, or a copy of the model, where only the running statistics differ.
+        A layer used several times has the statistics of all its inputs. Features
+        without any row, and frozen layers, keep their statistics.
 
     Raises:
-        TypeError: If `variables` are neither.
-        ValueError: If `apply` does not return updated variables, if no layer is meant,
-            if there are no batches, they cannot be iterated again, or `passes` is below
-            1.
+        TypeError: If `variables` is neither.
+        ValueError: If `apply` does not return updated variables, if no layer matches,
+            if there are no batches or they cannot be iterated again, or if `passes` is
+            below 1.
 
     Example:
         >>> import jbn.linen
@@ -95,20 +95,20 @@ def recalibrator(
     also: Also = None,
     passes: int | None = 1,
 ) -> Callable[[State, Iterable[Any]], State]:
-    """Makes `recalibrate` for several times, compiled once.
+    """Makes a function like `recalibrate` that compiles only once.
 
     Args:
         apply: As for `recalibrate`, like the rest.
-        where: Which layers.
+        where: The layers.
         also: Other people's batch norms.
         passes: How many passes over the data.
 
     Returns:
-        The function of variables and batches that returns new variables. Those of each
-        call must be of the same structure.
+        A function of variables and batches that returns new variables. The variables of
+        all calls must have the same structure.
 
     Raises:
-        ValueError: As `recalibrate` does; so does the function.
+        ValueError: As `recalibrate` does, here or in the function.
     """
     if passes is not None and passes < 1:
         raise ValueError(f"`passes` must be at least 1; got {passes}.")
@@ -118,8 +118,8 @@ def recalibrator(
     def run(variables: State, batches: Iterable[Any]) -> State:
         if passes != 1 and isinstance(batches, Iterator):
             raise ValueError(
-                "`batches` must be iterated once for each pass; got an iterator, which"
-                " is then empty. Pass a list, or an object that makes a new iterator."
+                "`batches` must be iterated once per pass; got an iterator, which is"
+                " empty after one. Pass a list, or an object that makes new iterators."
             )
         if not made:
             made.append(_gatherer("recalibrate", apply, variables, where, norms, {}))
@@ -145,18 +145,18 @@ def population(
     also: Also = None,
     **options: Any,
 ) -> dict[str, Moments]:
-    """The moments of what each batch norm layer sees, merged over all batches.
+    """The moments of the input of each batch norm layer, merged over all batches.
 
     Args:
         apply: As for `recalibrate`, like the rest.
         variables: Linen's variables, or an NNX model; not changed.
         batches: The data.
-        where: Which layers.
+        where: The layers.
         also: Other people's batch norms.
-        **options: Arguments of the layers in place of their own, such as `tau`.
+        **options: Arguments that override those of the layers, such as `tau`.
 
     Returns:
-        Moments by the path of the layer, as `encoder/norm`.
+        Moments by the path of the layer, such as `encoder/norm`.
 
     Raises:
         TypeError: As `recalibrate` does.
@@ -176,7 +176,7 @@ def moments_by_layer(
     norms: Norms,
     options: Mapping[str, Any],
 ) -> dict[str, Moments]:
-    """`population`, for the function that is called `caller`."""
+    """`population`, for the public function named `caller`."""
     gather = _gatherer(caller, apply, variables, where, norms, options)
     return gather(variables, iter(batches))
 
@@ -203,7 +203,7 @@ def with_moments(variables: State, found: Mapping[str, Moments], norms: Norms) -
 
 
 def _settled(old: Mapping, moments: Moments) -> dict[str, jax.Array]:
-    """The new statistics; the old ones where the moments have no weight."""
+    """The new statistics; the old ones where the moments have weight zero."""
     settled = {}
     for name, new in moments._asdict().items():
         if name in old:
@@ -213,7 +213,7 @@ def _settled(old: Mapping, moments: Moments) -> dict[str, jax.Array]:
 
 
 def _same(new: Any, old: Any) -> bool:
-    """Whether all statistics are equal, to the bit."""
+    """Whether all statistics are bitwise equal."""
     trees = [
         nnx.state(v, nnx.BatchStat) if isinstance(v, nnx.Module) else v["batch_stats"]
         for v in (new, old)
@@ -223,7 +223,7 @@ def _same(new: Any, old: Any) -> bool:
 
 
 def unjitted(apply: Any) -> Any:
-    """The function itself: what is compiled knows nothing of layers replaced since."""
+    """The function under `jit`, whose cache does not know of replaced layers."""
     if isinstance(apply, jax.stages.Wrapped) and hasattr(apply, "__wrapped__"):
         return apply.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
     return apply
@@ -237,9 +237,9 @@ def _gatherer(
     norms: Norms,
     options: Mapping,
 ) -> Callable[[Any, Iterator[Any]], dict[str, Moments]]:
-    """Makes a function of variables and batches that returns all layers' moments.
+    """Makes a function of variables and batches that returns the layers' moments.
 
-    It traces `apply` once for each shape of a batch, however often it is called.
+    It traces `apply` once per batch shape, however often it is called.
     """
     apply = unjitted(apply)
     if isinstance(variables, nnx.Module):
@@ -258,7 +258,7 @@ def _gatherer(
             raise ValueError(
                 f"`{caller}` found no batch norm layer that updates its statistics;"
                 f' {where=}. With Linen `apply` must pass `mutable=["batch_stats"]`'
-                " and return the result, and nothing in it may be jitted."
+                " and return the result, without `jit` inside."
             )
         return found
 
@@ -289,14 +289,14 @@ def _linen_gatherer(caller, apply, where, norms, options):
 
     def gather(variables, batches):
         first = _first(batches)
-        # Nothing pending: neither of the model's own, nor a structure that changes.
+        # Nothing pending from before, and a structure that does not change.
         nodes = {
             path: {k: v for k, v in node.items() if k != "pending"}
             for path, node in norms.nodes(variables["batch_stats"]).items()
         }
         stats = norms.with_nodes(variables["batch_stats"], nodes)
         if not empty:
-            # (A new function: what is traced must not come from a cache.)
+            # (A new function, so that the trace does not come from a cache.)
             shapes = jax.eval_shape(
                 lambda *args: run(*args), {**variables, "batch_stats": stats}, first
             )
@@ -347,10 +347,10 @@ def _nnx_gatherer(caller, apply, where, norms, options):
 
 
 def reduce_batches(step: Callable[[T, Any], T], start: T, batches: Iterable[Any]) -> T:
-    """`functools.reduce`, which waits for the step before the last.
+    """`functools.reduce` that waits for the step before the last.
 
-    Else all batches are on the devices at once where they come faster than they are
-    gone through; and virtual CPU devices hang with more than 32 programs under way.
+    Otherwise, batches that arrive faster than they are processed would all be on the
+    devices, and virtual CPU devices hang with more than 32 programs in flight.
     """
     for batch in batches:
         before, start = start, step(start, batch)

@@ -1,7 +1,7 @@
-"""Which layers of a model are next to each other, and who else uses what is between.
+"""Which layers of a model are adjacent, and whether values between are used elsewhere.
 
-Layers mark what goes in and what comes out, and the model is traced once: its jaxpr is
-the only place that shows every use of a value.
+Layers mark their inputs and outputs, and the model is traced once, because only the
+jaxpr shows every use of a value.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """What is to be marked, of both of Flax's APIs.
+    """The layers to mark, for both APIs of Flax.
 
     Attributes:
-        names: Gives the variables that a layer reads: by our name its collection and
-            name there. `None`: the layer is not marked.
-        check: Sees path, layer and arguments of each call; may raise.
+        names: Returns the variables that a layer reads: a dict from our name to the
+            collection and the layer's name. `None`: the layer is not marked.
+        check: Gets the path, layer and arguments of each call; may raise.
     """
 
     names: Callable[[Any], Mapping[str, tuple[str, str]] | None]
@@ -37,7 +37,7 @@ class Layers:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """A call of a layer, as it was seen in Python, where `vmap` hides its axis."""
+    """A call of a layer, with shapes as in Python, where `vmap` hides its axis."""
 
     path: str
     layer: Any
@@ -50,7 +50,7 @@ class Call:
 
 
 def trace(model: Any, inputs: tuple, kwargs: Mapping, layers: Layers) -> "Flow":
-    """Traces a Linen model (of which the variables come first) or an NNX model."""
+    """Traces a Linen model (whose first input is the variables) or an NNX model."""
     recorder = _Recorder(layers)
     if isinstance(model, nn.Module):
         return _trace_linen(model, inputs[0], inputs[1:], kwargs, recorder)
@@ -58,7 +58,7 @@ def trace(model: Any, inputs: tuple, kwargs: Mapping, layers: Layers) -> "Flow":
 
 
 class Value:
-    """A value in the flat jaxpr: where it comes from, and what uses it."""
+    """A value in the flat jaxpr: the node that computes it, and its uses."""
 
     def __init__(self, aval: Any, node: "Node | None" = None):
         self.shape = tuple(getattr(aval, "shape", ()))
@@ -92,21 +92,21 @@ class Flow:
     def __init__(self, closed: ClosedJaxpr, calls: dict[int, Call], num_results: int):
         self.leaves: dict[tuple[str, str], Value] = {}
         self._marks: dict[tuple[int, str], list[Node]] = {}
-        self._inside: dict[int, str] = {}  # what a call runs inside of, if it does
+        self._inside: dict[int, str] = {}  # the primitive around a call, if any
         self._count = itertools.count()
         self.inputs = [Value(v.aval) for v in closed.jaxpr.invars]
         outputs = self._flatten(closed.jaxpr, self.inputs)
         self._node("result", {}, outputs[:num_results])
         self._node("state", {}, outputs[num_results:])
-        # Without those that were only traced for the shapes of their results.
+        # Without calls that were only traced for the shapes of their results.
         seen = {index for index, _ in self._marks} | set(self._inside)
         self.calls = {i: call for i, call in calls.items() if i in seen}
 
     def obstacle(self, index: int) -> str | None:
-        """Why it cannot be told what a layer does by its call, and by no other."""
+        """Why one call does not determine what a layer does, or `None`."""
         call = self.calls[index]
         if index in self._inside:
-            return f"runs inside of `{self._inside[index]}`"
+            return f"runs inside `{self._inside[index]}`"
         begins, ends = (self._marks.get((index, what), []) for what in ("in", "out"))
         times = sum(other.path == call.path for other in self.calls.values())
         times = max(times, len(begins))
@@ -124,32 +124,32 @@ class Flow:
                 if use.name == "state" or _mark_of(use.name, use.params):
                     continue
                 if not start.index <= use.index <= stop.index:
-                    return f"has a `{name}` that is used elsewhere, too"
+                    return f"has a `{name}` that is also used elsewhere"
         if (start.inputs[0].shape, stop.inputs[0].shape) != (
             call.x_shape,
             call.y_shape,
         ):
-            return "runs inside of `vmap`"
+            return "runs inside `vmap`"
         return None
 
     def neighbor(
         self, index: int, places: list[int], forward: bool, passing: Container[str]
     ) -> tuple[int, list[int]] | str:
-        """The layer before or behind another, if it is next to nothing else.
+        """The layer before or after another, if nothing else uses what is between.
 
         Args:
             index: The call of the other.
             places: Axes of its input and output (which have the same shape) that are
                 followed.
-            forward: Whether to look behind it.
+            forward: Whether to look for the layer after it.
             passing: Paths of layers that do nothing.
 
         Returns:
-            The call of the layer, and these axes in its output, or behind in its input;
-            or why there is none.
+            The call of the layer, and these axes in its output (if forward, in its
+            input); or the reason why there is none.
         """
         near, far = ("out", "in") if forward else ("in", "out")
-        way = "behind" if forward else "before"
+        way = "after" if forward else "before"
         node = self._marks[index, near][0]
         shared = False
         while True:
@@ -160,19 +160,21 @@ class Flow:
                     return f"its output is used {len(value.uses)} times"
                 node = value.uses[0]
             elif value.node is None:
-                return "before it comes no layer"
+                return "no layer comes before it"
             else:
                 node = value.node
             if node.name in ("result", "state"):
-                return "its output is the model's"
+                return "its output is that of the model"
             mark = _mark_of(node.name, node.params)
             if mark is None or mark[0] not in self.calls:
                 moves = _moves(node)
                 if moves is None:
-                    return f"{way} it comes `{node.name}`"
+                    return f"the operation {way} it is `{node.name}`"
                 moves = moves if forward else {b: a for a, b in moves.items()}
                 if not set(places) <= set(moves):
-                    return f"a `{node.name}` {way} it mixes its features with others"
+                    return (
+                        f"a `{node.name}` {way} it mixes its features with other axes"
+                    )
                 places = [moves[a] for a in places]
                 continue
             other, what = mark
@@ -181,9 +183,9 @@ class Flow:
                 node = self._marks[other, near][0]
                 continue
             if what != far:
-                return f"it is inside of {path!r}"
+                return f"it is inside {path!r}"
             if shared:
-                return f"the output of {path!r} is used elsewhere, too"
+                return f"the output of {path!r} is also used elsewhere"
             return other, places
 
     def _node(self, name: str, params: Mapping, inputs: list[Value]) -> Node:
@@ -215,7 +217,7 @@ class Flow:
                 self._inside[index] = node.name
 
 
-# Whose inner jaxpr runs once, with their inputs, for their outputs.
+# Primitives whose inner jaxpr runs once, with their inputs, for their outputs.
 _INLINE = {
     "checkpoint",
     "closed_call",
@@ -249,7 +251,7 @@ _RESHAPES = {"broadcast_in_dim", "expand_dims", "reshape", "squeeze"}
 
 
 def _moves(node: Node) -> dict[int, int] | None:
-    """Where each axis goes in an operation that changes no value, or `None`.
+    """The new place of each axis in an operation that only moves values, or `None`.
 
     Without axes that are merged or split.
     """
@@ -273,13 +275,13 @@ def _moves(node: Node) -> dict[int, int] | None:
     return {a: b for a, b in starts.items() if b is not None}
 
 
-# Marks, as names of values, which every transformation of JAX carries along.
+# Marks are names of values, which every transformation of JAX preserves.
 
 _MARK = "jbn.tools.dataflow/"
 
 
 def _mark_of(name: str, params: Mapping) -> tuple[int, str] | None:
-    """Of which call something is marked, and what of it."""
+    """The call that a mark belongs to, and what it marks."""
     text = str(params.get("name", "")) if name == "name" else ""
     if not text.startswith(_MARK):
         return None
@@ -297,10 +299,10 @@ def _marked_calls(jaxpr: Jaxpr) -> Iterable[int]:
 
 
 class _Recorder:
-    """Marks what goes into layers and comes out, and notes how they are called.
+    """Marks the inputs and outputs of layers, and records their calls.
 
-    A layer may be called inside of itself: `convert` puts another in its place, and
-    classes call the method of their base. Of these calls the innermost counts.
+    Calls of a layer may be nested: `convert` calls a replacement, and a class calls the
+    method of its base class. The innermost call counts.
     """
 
     def __init__(self, layers: Layers):
@@ -354,7 +356,7 @@ def _trace_linen(model, variables: Mapping, inputs, kwargs, recorder) -> Flow:
         }
         return recorder.call(path, layer, seen, next_call, args, kwargs)
 
-    # As it is called: some models find their mode in what is mutable.
+    # With `mutable` as given: some models derive their mode from it.
     mutable = kwargs.get("mutable", False)
 
     def run(variables, inputs, kwargs):
@@ -383,8 +385,8 @@ def _trace_nnx(model: nnx.Module, inputs, kwargs, recorder) -> Flow:
     for path, node in nnx.iter_graph(marked):
         layer: Any = node
         if isinstance(node, nnx.Module) and layers.names(node) is not None:
-            # A static attribute, so that `nnx.jit` does not take one layer's trace for
-            # that of another.
+            # A static attribute, so that `nnx.jit` does not reuse the trace of another
+            # layer.
             layer._dataflow_mark = _Mark(recorder, "/".join(map(str, path)))
             object.__setattr__(layer, "__class__", _marking(type(layer)))
     graph, state = nnx.split(marked)
@@ -394,11 +396,11 @@ def _trace_nnx(model: nnx.Module, inputs, kwargs, recorder) -> Flow:
 
     flow = _traced(run, state, inputs, kwargs, recorder)
     values: dict[Any, Value] = dict(zip(_paths(state), flow.inputs, strict=False))
-    # In a state, a variable that is shared has the first of its paths.
+    # In a state, a shared variable has the first of its paths.
     first = {id(node): path for path, node in nnx.iter_graph(model)}
     modules = nnx_layers(model)
     for index, call in flow.calls.items():
-        # Instead of that of the trace, which holds tracers.
+        # Restores the original state: that of the trace holds tracers.
         layer = modules[call.path]
         flow.calls[index] = dataclasses.replace(call, layer=layer)
         for ours, (_, name) in (layers.names(layer) or {}).items():
@@ -417,7 +419,7 @@ class _Mark:
 
 @functools.cache
 def _marking(cls: Any) -> type:
-    """A class of NNX layers that call themselves by their recorder."""
+    """A subclass of an NNX layer class whose calls go through the recorder."""
 
     def call(self, *args, **kwargs):
         mark, function = self._dataflow_mark, super(marking, self).__call__
@@ -431,7 +433,7 @@ def _marking(cls: Any) -> type:
 
 
 def _paths(state: Any) -> list[tuple]:
-    """Paths of the leaves of an NNX state, as `nnx.iter_graph` gives them."""
+    """Paths of the leaves of an NNX state, in the form of `nnx.iter_graph`."""
     clean = lambda key: getattr(key, "key", getattr(key, "name", None))
     found = []
     for path, _ in jax.tree.leaves_with_path(state):
@@ -441,7 +443,7 @@ def _paths(state: Any) -> list[tuple]:
 
 
 def _traced(run: Callable, variables, inputs, kwargs, recorder: _Recorder) -> Flow:
-    """Traces `run`, with what is an array among its arguments as an input."""
+    """Traces `run`, with the arrays among its arguments as inputs."""
     leaves, structure = jax.tree.flatten((inputs, dict(kwargs)))
     kinds = jax.Array | np.ndarray | jax.ShapeDtypeStruct
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)]
@@ -468,7 +470,7 @@ def nnx_layers(model: nnx.Module) -> dict[str, Any]:
 
 
 def get(tree: Any, path: Iterable[str]) -> Any:
-    """What is at `path` of nested dicts, or `None`."""
+    """The value at `path` in nested dicts, or `None`."""
     for name in path:
         if not isinstance(tree, Mapping) or name not in tree:
             return None
@@ -477,7 +479,7 @@ def get(tree: Any, path: Iterable[str]) -> Any:
 
 
 def unboxed(leaf: Any) -> Any:
-    """A variable without its metadata, which may hold anything here."""
+    """A variable without its metadata box."""
     return leaf.value if isinstance(leaf, BOXES) else leaf  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a layer, by its numbers, and what to do about it."""
+"""Findings: problems of a layer, from its numbers, with advice."""
 
 import dataclasses
 import math
@@ -24,29 +24,29 @@ Kind = Literal[
     "zero_scale",
 ]
 
-# A feature has drifted from 0.2 nats on: 0.6 standard deviations, or a variance that is
-# 2.1 times or a third of the other. A layer has from a tenth of that on as the mean of
-# its features. Both must be ten times what chance makes of statistics that are right.
+# A feature has drifted at 0.2 nats: 0.6 standard deviations, or a variance that is 2.1
+# times or a third of the other. A layer has drifted if the mean over its features is a
+# tenth of that. Both must be ten times the divergence of correct statistics by chance.
 FEATURE_KL = 0.2
 LAYER_KL = 0.02
 _TIMES_NOISE = 10.0
-# Means and variances of fewer rows are noise for the most part: one tenth of the output
-# at 16, as the variance of a mean of 16 and that of their variance's root add to it.
+# Means and variances of fewer rows are mostly noise. With 16, the noise is one tenth of
+# the output: the variance of the mean, plus that of the standard deviation.
 _FEW_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with one layer, and what to do about it.
+    """A problem of one layer, and what to do about it.
 
     Attributes:
         layer: Path of the layer.
-        domain: Which domain, for layers with several.
-        kind: Its name; see `inspect`.
+        domain: The domain, for layers with several.
+        kind: Name of the finding; see `inspect`.
         severity: An `"error"` makes the running statistics useless, a `"warning"`
             makes evaluation differ from training, a `"note"` does neither.
-        features: Which features, counted along the flattened statistics.
-        message: What was found, in words and numbers.
+        features: Indices of the features in the flattened statistics.
+        message: A description, with numbers.
         advice: What to do.
     """
 
@@ -60,7 +60,7 @@ class Finding:
 
 
 def findings(m: Measured) -> list[Finding]:
-    """All that is wrong with a layer."""
+    """All findings of a layer."""
     rules = (_nonfinite, _unseen, _drifted, _few_rows, _dead, _tiny, _zero_scale)
     return [finding for rule in rules for finding in rule(m)]
 
@@ -75,7 +75,7 @@ def _nonfinite(m: Measured) -> Iterable[Finding]:
             wrong,
             f"{_count(wrong)} have a running mean or variance that is not finite, or a"
             " negative variance.",
-            "Find the step that made it (`jax.config.jax_debug_nans`); then"
+            "Find the step that caused it (`jax.config.jax_debug_nans`); then"
             " `recalibrate` replaces the statistics.",
         )
     wrong = np.zeros(m.var.shape, bool)
@@ -98,7 +98,7 @@ def _nonfinite(m: Measured) -> Iterable[Finding]:
             "error",
             wrong,
             f"{_count(wrong)} have an input that is not finite.",
-            "Look at the data and the layer before; leave out padding with `mask=`.",
+            "Check the data and the layer before; leave out padding with `mask=`.",
         )
 
 
@@ -108,29 +108,29 @@ def _unseen(m: Measured) -> Iterable[Finding]:
     every = np.ones(m.var.shape, bool)
     if m.module is None:
         text = "The layer did not run."
-        advice = "`apply` leaves out a part of the model, or these are of another."
+        advice = "`apply` skips part of the model, or the variables belong to another."
         yield _finding(m, "unseen", "note", every, text, advice)
         return
     if _is_initial(m, every):
-        text = "The data have no rows for it, and nor had the training."
+        text = "Neither these batches nor training had rows for it."
         advice = (
-            "Evaluation uses mean 0 and variance 1 there: leave these rows out, or"
-            " `recalibrate` with some."
+            "Evaluation normalizes it by mean 0 and variance 1: leave such rows out, or"
+            " `recalibrate` on data that has some."
         )
         yield _finding(m, "unseen", "warning", every, text, advice)
         return
-    text = "The data have no rows for it: nothing to compare with."
-    yield _finding(m, "unseen", "note", every, text, "Inspect with data that do.")
+    text = "These batches have no rows for it, so it is not compared."
+    yield _finding(m, "unseen", "note", every, text, "Inspect data that has some.")
 
 
 def _drifted(m: Measured) -> Iterable[Finding]:
     if not m.judged.any():
         return
-    # What is constant cannot be scaled wrongly, only moved.
+    # A constant feature cannot be scaled wrongly, only shifted.
     kl = np.where(m.dead, m.drift**2 / 2, m.kl)
     if m.rows < _FEW_ROWS:
-        # The scatter of the batches' means is not in the running variance, and
-        # `few_rows` says so.
+        # The running variance lacks the scatter of the batches' means, which `few_rows`
+        # reports.
         epsilon = m.module.epsilon
         both = m.data_mean, m.within + epsilon, m.mean, m.var + epsilon
         kl = np.where(m.judged, np.minimum(kl, divergence(*both)), kl)
@@ -139,7 +139,7 @@ def _drifted(m: Measured) -> Iterable[Finding]:
     features = sure & (kl > FEATURE_KL)
     if average(kl) > max(LAYER_KL, _TIMES_NOISE * average(m.noise)):
         features = sure
-    much = f"{average(kl):.2g} nats a feature, {kl[m.judged].max():.2g} at most"
+    much = f"{average(kl):.2g} nats per feature, {kl[m.judged].max():.2g} at most"
     if features.any():
         yield _cause(m, features, much)
         return
@@ -151,9 +151,9 @@ def _drifted(m: Measured) -> Iterable[Finding]:
             "noisy",
             "warning",
             m.judged,
-            f"The statistics are off by chance: {much}. {_rows(m.rows)} a batch and"
+            f"The statistics are off by chance: {much}. {_rows(m.rows)} per batch and"
             f" momentum={m.module.momentum} average too few rows.",
-            "Average more of them: `recalibrate`, or a momentum nearer to 1.",
+            "Average over more: `recalibrate`, or use a momentum closer to 1.",
         )
 
 
@@ -164,13 +164,13 @@ def _cause(m: Measured, features: np.ndarray, much: str) -> Finding:
             "never_updated",
             "error",
             features,
-            f"Mean 0 and variance 1, the initial values: {much}.",
-            'Keep what training returns: `mutable=["batch_stats"]` and the new'
-            " `batch_stats` in the state (NNX: `model.train()`). Then `recalibrate`"
-            " makes good what was missed.",
+            f"The statistics are still the initial mean 0 and variance 1: {much}.",
+            'Keep what training returns: pass `mutable=["batch_stats"]` and put the new'
+            " `batch_stats` into the state (NNX: `model.train()`). `recalibrate`"
+            " repairs this network.",
         )
     if m.initial is not None:
-        after = "" if m.updates is None else f", as after {m.updates:,.0f} updates"
+        after = "" if m.updates is None else f", after {m.updates:,.0f} updates"
         momentum = m.module.momentum
         quicker = "`momentum=0.9`, " if momentum is not None and momentum > 0.9 else ""
         return _finding(
@@ -187,11 +187,11 @@ def _cause(m: Measured, features: np.ndarray, much: str) -> Finding:
         "shifted",
         "warning",
         features,
-        f"The statistics are of other data, or lag behind the parameters: {much}.",
-        "`recalibrate` if these are the data it is for; for a new domain"
-        " `jbn.tools.adapt`, for several `DomainBatchNorm`. If replicas or clients each"
-        " kept their own statistics, `jbn.tools.merge` them. If the parameters were"
-        " still changing, a momentum of 0.9 follows them sooner.",
+        f"The statistics belong to other data, or lag behind the parameters: {much}.",
+        "If the network is for this data, `recalibrate`; for a new domain, use"
+        " `jbn.tools.adapt`; for several domains, `DomainBatchNorm`. If replicas or"
+        " clients kept separate statistics, `jbn.tools.merge` them. If the parameters"
+        " were still changing, a momentum of 0.9 follows them sooner.",
     )
 
 
@@ -207,11 +207,11 @@ def _few_rows(m: Measured) -> Iterable[Finding]:
             "few_rows",
             "warning",
             every,
-            f"{_rows(rows)} a {'group' if groups > 1 else 'batch'}: its statistics are"
-            " mostly noise, and the running variance lacks that of their means.",
-            "Draw them to the running ones with `tau=`, or use `BatchRenorm`; share"
-            " statistics over devices with `axis_name=`; `second_moment=True` for the"
-            " running variance.",
+            f"{_rows(rows)} per {'group' if groups > 1 else 'batch'}: the statistics"
+            " are mostly noise, and the running variance lacks the scatter of means.",
+            "Shrink them towards the running ones with `tau=`, or use `BatchRenorm`;"
+            " share statistics over devices with `axis_name=`; for the running"
+            " variance, set `second_moment=True`.",
         )
     elif m.least_rows <= 1:
         yield _finding(
@@ -219,10 +219,10 @@ def _few_rows(m: Measured) -> Iterable[Finding]:
             "few_rows",
             "warning",
             every,
-            f"A batch has {_rows(m.least_rows)}, which has no variance: all of its"
-            " output is the bias.",
-            "Set `min_weight=1`, or `reference_weight=` to the usual number of rows so"
-            " that it counts by its own; or leave such a batch out.",
+            f"A batch has {_rows(m.least_rows)}, so its variance is 0, and its output"
+            " is the bias.",
+            "Set `min_weight=1`, or set `reference_weight=` to the usual number of"
+            " rows, so that the batch counts by its rows; or drop such batches.",
         )
 
 
@@ -236,8 +236,8 @@ def _dead(m: Measured) -> Iterable[Finding]:
             "note",
             m.dead,
             f"{_count(m.dead)} are constant: their output is the bias.",
-            "Prune them, or look at what comes before (ReLU, padding, initial values)."
-            f" An input that does move one is scaled by up to {most:.3g}: `trim=` and a"
+            "Prune them, or check the layers before (ReLU, padding, initial values)."
+            f" If one does vary, its input is scaled by up to {most:.3g}: `trim=` and a"
             " larger `epsilon` limit that.",
         )
 
@@ -251,15 +251,15 @@ def _tiny(m: Measured) -> Iterable[Finding]:
             "tiny",
             "note",
             tiny,
-            f"{_count(tiny)} have a variance below epsilon={epsilon:g}, which decides"
-            " how they are scaled.",
-            "Scale the input up, or set a smaller `epsilon`, if they matter.",
+            f"{_count(tiny)} have a variance below epsilon={epsilon:g}, so epsilon"
+            " determines their scale.",
+            "If they matter, scale the input up, or set a smaller `epsilon`.",
         )
 
 
 def _zero_scale(m: Measured) -> Iterable[Finding]:
     zero = np.zeros(m.var.shape, bool) if m.scale is None else m.scale == 0
-    # A whole layer is one that was made so, at the end of a residual branch.
+    # A whole layer was initialized so, at the end of a residual branch.
     if zero.any() and not zero.all():
         yield _finding(
             m,
@@ -267,7 +267,7 @@ def _zero_scale(m: Measured) -> Iterable[Finding]:
             "note",
             zero,
             f"{_count(zero)} have scale 0: their output is the bias.",
-            "Prune them; or leave scale and bias out of weight decay"
+            "Prune them, or leave scale and bias out of weight decay"
             " (`jbn.tools.decays`).",
         )
 

@@ -29,34 +29,33 @@ def fold_into_previous(
     input_axis: Axes = -2,
     feature_group_count: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Folds a batch norm at inference into the linear layer whose output it normalizes.
+    """Folds a batch norm, for inference, into the linear layer before it.
 
     For each output feature, with `gain = scale / sqrt(var + epsilon)`,
 
         kernel = kernel * gain
         bias = (bias - mean) * gain + batch norm's bias
 
-    in float64, rounded once. The same for dense layers and convolutions of any stride,
-    dilation, padding and number of groups, and for transposed ones.
+    in float64, rounded once. This holds for dense layers, and for (transposed)
+    convolutions with any stride, dilation, padding and number of groups.
 
     Args:
-        kernel: In any layout. Flax's have the output features last; PyTorch's have them
-            first (`output_axis=0, input_axis=1`), those of its transposed convolutions
-            second (`output_axis=1, input_axis=0`), as Flax's with `transpose_kernel`
-            have them last but one (`output_axis=-2, input_axis=-1`).
-        bias: One entry per output feature; `None` for a layer without.
-        params: Scale and bias of the batch norm; `None` for one without.
+        kernel: In any layout. Flax has the output features last, or last but one with
+            `transpose_kernel` (`output_axis=-2, input_axis=-1`). PyTorch has them first
+            (`output_axis=0, input_axis=1`), or second for transposed convolutions
+            (`output_axis=1, input_axis=0`).
+        bias: One entry per output feature; `None` for a layer without a bias.
+        params: Scale and bias of the batch norm; `None` if it has none.
         batch_stats: Running mean and variance.
         epsilon: Added to the variance, inside the square root.
         output_axis: Axis or axes of `kernel` that hold the output features.
-        input_axis: Axis or axes of `kernel` that hold the input features. Only used
-            for groups whose kernels lie along it, as in PyTorch's transposed
-            convolutions.
+        input_axis: Axis or axes of `kernel` that hold the input features. Only used for
+            groups along this axis, as in PyTorch's transposed convolutions.
         feature_group_count: Number of groups.
 
     Returns:
-        The new kernel and bias, of the dtypes of the old ones, or of that of the kernel
-        if there was no bias.
+        The new kernel and bias, in the dtypes of the old ones. A new bias has the dtype
+        of the kernel.
 
     Raises:
         TypeError: If an array is traced: folding is done once, outside of `jit`.
@@ -94,7 +93,7 @@ def fold_into_next(
     input_axis: Axes = -2,
     feature_group_count: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Folds a batch norm at inference into the linear layer that its output goes into.
+    """Folds a batch norm, for inference, into the linear layer after it.
 
     For each input feature, with `gain = scale / sqrt(var + epsilon)` and
     `shift = batch norm's bias - mean * gain`,
@@ -103,12 +102,12 @@ def fold_into_next(
         kernel = kernel * gain
 
     in float64, rounded once. Exact for dense layers, and for convolutions that do not
-    pad with zeros: padded zeros come after the batch norm, which would have made
-    something else of them.
+    pad with zeros: the zeros are padded after the batch norm, so they must not be
+    shifted.
 
     Args:
         kernel: In any layout; with groups it holds the input features of one group.
-        bias: As for `fold_into_previous`, like the rest.
+        bias: As for `fold_into_previous`, like the other arguments.
         params: Scale and bias of the batch norm.
         batch_stats: Running mean and variance.
         epsilon: Added to the variance, inside the square root.
@@ -152,7 +151,7 @@ def fold_into_next(
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Where a linear layer has its features: in arrays, and in the kernel."""
+    """The feature axes of a linear layer, in its arrays and in the kernel."""
 
     out_axes: tuple[int, ...]
     kernel_out: tuple[int, ...]
@@ -162,7 +161,7 @@ class Linear:
 
 
 def into_previous(kernel, bias, gain, shift, layer: Linear):
-    """Kernel and bias that multiply by `gain` and add `shift` to the output as well."""
+    """Kernel and bias that also multiply the output by `gain` and add `shift`."""
     along = (kernel.shape, layer.kernel_out, layer.kernel_in, layer.groups)
     scaled = kernel * _along(gain, *along, "output_axis")
     _check_bias(bias, gain.shape)
@@ -170,7 +169,7 @@ def into_previous(kernel, bias, gain, shift, layer: Linear):
 
 
 def into_next(kernel, bias, gain, shift, layer: Linear, mask=None):
-    """Kernel and bias that do so to the input first; `mask` is what a layer has."""
+    """Kernel and bias that first do so to the input; `mask` is the layer's."""
     along = (kernel.shape, layer.kernel_in, layer.kernel_out, layer.groups)
     moved = kernel * _along(shift, *along, "input_axis")
     if mask is not None:
@@ -191,10 +190,10 @@ def _check_bias(bias, features: tuple[int, ...]) -> None:
 
 
 def _along(vector, shape, own, other, groups, name):
-    """Gives `vector`, one entry per feature, the rank of a kernel of `shape`.
+    """Reshapes `vector`, one entry per feature, to broadcast to a kernel of `shape`.
 
-    A kernel that holds the features of only one group along its axis `own` has the
-    groups one after the other along its axis `other`.
+    If the axis `own` of the kernel only holds the features of one group, the groups are
+    consecutive along the axis `other`.
     """
     sizes = tuple(shape[a] for a in own)
     if sizes == vector.shape:
@@ -212,13 +211,13 @@ def _along(vector, shape, own, other, groups, name):
 
 
 def at(array: np.ndarray, places: Sequence[int], rank: int) -> np.ndarray:
-    """`array` with its axes at the given places among `rank`, the others of size 1."""
+    """`array` at rank `rank`: its axes at the given places, size 1 elsewhere."""
     array = array.transpose(np.argsort(places))
     return np.expand_dims(array, [a for a in range(rank) if a not in places])
 
 
 def affine(scale, bias, mean, var, epsilon) -> tuple[np.ndarray, np.ndarray]:
-    """What a batch norm multiplies by and adds."""
+    """The gain and the shift of a batch norm."""
     total = var + epsilon
     zero = total == 0  # a constant feature without epsilon: 0 / 0 is 0, as in `gain`
     gain = np.where(zero, 0, 1 / np.sqrt(np.where(zero, 1, total)))
@@ -238,7 +237,7 @@ def wide_array(array: Any, name: str) -> np.ndarray:
 
 
 def check_known(array: Any, name: str) -> None:
-    """Raises if there are no numbers."""
+    """Raises if the values are not known."""
     if isinstance(array, Tracer):
         raise TypeError(
             f"`{name}` must be known; got a traced array. Fold once, outside of `jit`"

@@ -29,42 +29,43 @@ def from_haiku(
     | `scale`, `bias` of a norm | `scale`, `offset`, without axes of size 1 |
     | `mean`, `var` | `average` in `~/mean_ema` and `~/var_ema`, likewise |
     | `weight`, where our layer keeps one | `1 - decay_rate**counter` |
-    | `kernel`, `bias` of a `Dense` or `Conv` | `w`, `b`, laid out alike |
+    | `kernel`, `bias` of a `Dense` or `Conv` | `w`, `b`, in the same layout |
     | `embedding` | `embeddings` |
     | anything else | the same name |
 
-    Not for transposed convolutions, whose kernels are laid out otherwise.
+    Not for transposed convolutions, whose kernels have another layout.
 
-    Haiku's averages are debiased. To go on as they do, make ours with
+    Haiku's averages are debiased. To continue in the same way, make our layer with
     `BatchNorm(momentum=decay_rate, epsilon=1e-5, debias=True)`, or with
     `jbn.init(..., track_weight=True)`.
 
     Args:
-        source: Parameters and state, as `init` of `hk.transform_with_state` gives them.
-        variables: What to fill: Linen's variables, of one layer or of a model; an NNX
-            module; or a pair of `jbn.Params` and `jbn.BatchStats` as `jbn.init` makes.
-            Linen's may be shapes alone, as of `jax.eval_shape`.
-        decay_rate: What the batch norms there were made with.
-        epsilon: `eps`, what they were made with.
-        names: What a layer of ours is called there: a dict, or a function, of paths
-            such as `"encoder/norm"`. By default the same path. A layer by itself has
-            the path `""`.
-        skip: Which of our arrays stay as they are, with their counterparts unused:
+        source: Parameters and state, as returned by `init` of
+            `hk.transform_with_state`.
+        variables: The variables to fill: Linen's, of one layer or of a model; an NNX
+            module; or a pair of `jbn.Params` and `jbn.BatchStats` as from `jbn.init`.
+            Linen's may be shapes only, as from `jax.eval_shape`.
+        decay_rate: The `decay_rate` of Haiku's batch norms.
+        epsilon: Their `eps`.
+        names: The source's name of each of our layers: a dict from paths such as
+            `"encoder/norm"`, or a function of the path. By default the same path. A
+            single layer has the path `""`.
+        skip: Which of our arrays to leave unchanged, with their counterparts unused:
             patterns of paths such as `"head/*"`, or a function of the path.
-        norm: What our norm layers are made with (a class, a partial of one, a layer, or
-            a dict of options), to be compared with theirs. An NNX module's layers are
-            compared in any case.
+        norm: Our norm (a class, a partial of one, a layer, or a dict of options), whose
+            options are compared with the source's. The layers of an NNX module are
+            always compared.
 
     Returns:
-        What `variables` are, with other values: new variables, or a copy of the module.
+        The same structure as `variables`, with other values; a copy of an NNX module.
 
     Raises:
         TypeError: If `source` or `variables` are none of these.
-        ValueError: If an array of ours is not there or of another shape, or one of
-            theirs is not used. All are named.
+        ValueError: If one of our arrays has no counterpart or another shape, or one of
+            the source's arrays is not used. The message names all of them.
 
     Warns:
-        UserWarning: If norm layers are not made with the options of theirs.
+        UserWarning: If options of norm layers differ from the source's.
 
     Example:
         >>> import jbn
@@ -106,26 +107,26 @@ def to_haiku(
 ) -> tuple[dict, dict]:
     """Fills Haiku's parameters and state with ours.
 
-    The way back of `from_haiku`. For each statistic
+    The inverse of `from_haiku`. For each statistic
 
         average = ours
         hidden = average * (1 - decay_rate**counter)
 
-    where `counter` is the number of updates that gives our `weight`; and without one
-    so many that the average is no longer drawn to its initial value.
+    where `counter` is the number of updates that results in our `weight`; without a
+    weight it is so large that the initial value has no influence.
 
     Args:
         variables: Linen's variables, an NNX module, or `jbn.Params` and
             `jbn.BatchStats`.
         target: Parameters and state with a place for each array. Not changed.
-        decay_rate: As for `from_haiku`, like the rest.
+        decay_rate: As for `from_haiku`, like the other arguments.
         epsilon: `eps` there.
-        names: What a layer of ours is called there.
-        skip: Which of our arrays are left out.
-        norm: What our norm layers are made with.
+        names: The target's name of each of our layers.
+        skip: Which of our arrays to leave out.
+        norm: Our norm, whose options are compared with the target's.
 
     Returns:
-        Parameters and state, of the shapes and dtypes of the target's.
+        Parameters and state, with the shapes and dtypes of the target.
 
     Raises:
         TypeError: As `from_haiku` does.
@@ -167,7 +168,7 @@ def _read(leaf: port.Leaf, value: np.ndarray, shape: tuple[int, ...]) -> np.ndar
 
 
 def _resized(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """In another shape, if all that is different are axes of size 1."""
+    """Reshapes `value` if only axes of size 1 differ."""
     same = [n for n in value.shape if n != 1] == [n for n in shape if n != 1]
     return value.reshape(shape) if same else value
 
@@ -189,12 +190,12 @@ _DIALECT = port.Dialect(
 
 
 def _updates(weight: float, decay_rate: float) -> int:
-    """After how many updates `1 - decay_rate**updates` is `weight`."""
+    """The number of updates where `1 - decay_rate**updates` is `weight`."""
     if weight <= 0:
         return 0
     if decay_rate <= 0:
         return 1
-    # In float32 a weight that is closer to 1 is 1.
+    # In float32, a weight any closer to 1 is 1.
     rest = max(1 - weight, 2.0**-25)
     return max(1, round(math.log(rest) / math.log(decay_rate)))
 

@@ -23,41 +23,42 @@ def from_keras(
     |---|---|
     | `scale`, `bias` of a norm | `gamma`, `beta` |
     | `mean`, `var` | `moving_mean`, `moving_variance` |
-    | `kernel`, `bias` of a `Dense` or `Conv` | `kernel`, `bias`, laid out alike |
+    | `kernel`, `bias` of a `Dense` or `Conv` | `kernel`, `bias`, in the same layout |
     | `embedding` | `embeddings` |
     | anything else | the same name |
 
     A `ConvTranspose` must have `transpose_kernel=True`.
 
-    Conventions are a layer's and not in its weights: Keras' epsilon is 1e-3 where ours
-    is 1e-5. Make ours with those of `keras_options`. A `weight`, where our layer keeps
-    one, becomes 1: the statistics go on as the plain average that Keras' are.
+    Weights do not include the conventions of a layer: Keras' epsilon is 1e-3, ours
+    1e-5. Make our layer with the options from `keras_options`. If our layer has a
+    `weight`, it becomes 1: the statistics continue as a plain average, like those of
+    Keras.
 
     Args:
-        source: A model or layer, built; or the list that `get_weights()` of one
-            `BatchNormalization` gives.
-        variables: What to fill: Linen's variables, of one layer or of a model; an NNX
-            module; or a pair of `jbn.Params` and `jbn.BatchStats` as `jbn.init` makes.
-            Linen's may be shapes alone, as of `jax.eval_shape`.
-        names: What a layer of ours is called there: a dict, or a function, of paths
-            such as `"encoder/norm"`. By default the same path. Layers inside others
-            have paths there, too, as in `layer.path`, without the model's own.
-        skip: Which of our arrays stay as they are, with their counterparts unused:
+        source: A built model or layer; or the list from `get_weights()` of one
+            `BatchNormalization`.
+        variables: The variables to fill: Linen's, of one layer or of a model; an NNX
+            module; or a pair of `jbn.Params` and `jbn.BatchStats` as from `jbn.init`.
+            Linen's may be shapes only, as from `jax.eval_shape`.
+        names: The source's name of each of our layers: a dict from paths such as
+            `"encoder/norm"`, or a function of the path. By default the same path.
+            Nested Keras layers have paths as in `layer.path`, without the model's name.
+        skip: Which of our arrays to leave unchanged, with their counterparts unused:
             patterns of paths such as `"head/*"`, or a function of the path.
-        norm: What our norm layers are made with (a class, a partial of one, a layer, or
-            a dict of the options of `jbn.batch_norm`), to be compared with theirs. An
-            NNX module's layers are compared in any case.
+        norm: Our norm (a class, a partial of one, a layer, or a dict of the options of
+            `jbn.batch_norm`), whose options are compared with the source's. The layers
+            of an NNX module are always compared.
 
     Returns:
-        What `variables` are, with other values: new variables, or a copy of the module.
+        The same structure as `variables`, with other values; a copy of an NNX module.
 
     Raises:
         TypeError: If `source` or `variables` are none of these.
-        ValueError: If an array of ours is not there or of another shape, or one of
-            theirs is not used. All are named.
+        ValueError: If one of our arrays has no counterpart or another shape, or one of
+            the source's arrays is not used. The message names all of them.
 
     Warns:
-        UserWarning: If norm layers are not made with the options of theirs.
+        UserWarning: If options of norm layers differ from the source's.
 
     Example:
         >>> import jbn
@@ -81,17 +82,17 @@ def to_keras(
 ) -> list[np.ndarray]:
     """Lists our weights and statistics as a Keras 3 model or layer does.
 
-    The way back of `from_keras`:
+    The inverse of `from_keras`:
 
         model.set_weights(to_keras(variables, model, names=...))
 
     Args:
         variables: Linen's variables, an NNX module, or `jbn.Params` and
             `jbn.BatchStats`.
-        target: A model or layer, built, or its list of weights. Not changed.
-        names: As for `from_keras`, like the rest.
-        skip: Which of our arrays are left out.
-        norm: What our norm layers are made with.
+        target: A built model or layer, or its list of weights. Not changed.
+        names: As for `from_keras`, like the other arguments.
+        skip: Which of our arrays to leave out.
+        norm: Our norm, whose options are compared with the target's.
 
     Returns:
         Arrays, in the order of `target.get_weights()`.
@@ -116,7 +117,7 @@ def to_keras(
 
 
 def keras_options(layer: Any) -> dict[str, Any]:
-    """The options that make a norm layer of ours go on as one of Keras.
+    """The options with which our norm layer continues like one of Keras.
 
         norm = jbn.BatchNorm(**keras_options(layer))
 
@@ -124,10 +125,10 @@ def keras_options(layer: Any) -> dict[str, Any]:
         layer: A `BatchNormalization`.
 
     Returns:
-        `momentum` and `epsilon`, which are as there; `unbiased=False`.
+        `momentum` and `epsilon` of the layer, and `unbiased=False`.
 
     Raises:
-        TypeError: If `layer` is no batch norm.
+        TypeError: If `layer` is not a batch norm.
 
     Example:
         >>> import types
@@ -165,9 +166,9 @@ def _compare(caller: str, source: Any, variables: Any, names: port.Names, norm: 
 
 
 def _norms(source: Any) -> Iterator[tuple[str, Any]]:
-    """The batch norms among a layer and all that are in it, by path."""
+    """The batch norms in a layer, including itself, by path."""
     strip = _strip(source)
-    # Keras finds layers inside layers, in lists and dicts, by a method of its own.
+    # Keras' own method finds nested layers, also in lists and dicts.
     for layer in source._flatten_layers():
         if _is_norm(layer):
             yield strip(layer.moving_mean.path).rpartition("/")[0], layer
@@ -178,10 +179,10 @@ def _is_norm(layer: Any) -> bool:
 
 
 def _strip(source: Any):
-    """A function that takes the name of `source` itself off a path in it."""
+    """A function that removes the name of `source` from a path in it."""
     prefix = f"{source.path}/"
     paths = [weight.path for weight in source.weights]
-    # Those in a functional model do not begin with its name.
+    # Paths in a functional model do not begin with its name.
     inside = all(path.startswith(prefix) for path in paths)
     return lambda path: path.removeprefix(prefix) if inside else path
 
@@ -195,14 +196,14 @@ def _arrays(caller: str, source: Any, variables: Any) -> dict[str, np.ndarray]:
         paths = [strip(w.path) for w in source.weights]
         twice = sorted({repr(path) for path in paths if paths.count(path) > 1})
         raise ValueError(
-            f"`{caller}` tells weights by their paths, and several have the path"
+            f"`{caller}` identifies weights by path, and several have the path"
             f" {twice[0]}. Give the layers names."
         )
     return arrays
 
 
 def _listed(caller: str, source: Any, variables: Any) -> dict[str, np.ndarray]:
-    """The weights of one layer, which lists them without those that it has not."""
+    """The weights of one layer, which only lists those that it has."""
     if not isinstance(source, Sequence):
         raise TypeError(
             "Keras' side must be a model, a layer, or the list of weights of one layer;"
@@ -220,6 +221,6 @@ def _listed(caller: str, source: Any, variables: Any) -> dict[str, np.ndarray]:
         raise ValueError(
             f"`{caller}` takes a list of weights for those of one `BatchNormalization`;"
             f" got {len(source)} for our {', '.join(sorted(ours))}. Pass the layer, or"
-            " the model, and not its list."
+            " the model, instead of its list."
         )
     return dict(zip(names, map(np.asarray, source), strict=True))

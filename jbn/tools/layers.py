@@ -1,4 +1,4 @@
-"""The layers of a model by path, and which of them are meant."""
+"""Layers of a model by path, and their selection by `where`."""
 
 import fnmatch
 from collections.abc import Callable, Sequence
@@ -8,12 +8,12 @@ import flax.linen as nn
 from flax import nnx
 
 
-# Which layers: patterns of paths such as "encoder/*", or a function of the path.
+# Selects layers: patterns of paths such as "encoder/*", or a function of the path.
 Where = str | Sequence[str] | Callable[[str], bool] | None
 
 
 def chosen(path: str, where: Where) -> bool:
-    """Whether `path`, as `encoder/block_1/norm`, is among those meant by `where`."""
+    """Whether `where` selects `path`, such as `encoder/block_1/norm`."""
     if where is None:
         return True
     if callable(where):
@@ -23,7 +23,7 @@ def chosen(path: str, where: Where) -> bool:
 
 
 def is_linen(model: Any) -> bool:
-    """Whether `model` is a Linen module, as opposed to an NNX one."""
+    """Whether `model` is a Linen module, not an NNX module."""
     if isinstance(model, nn.Module):
         return True
     if isinstance(model, nnx.Module):

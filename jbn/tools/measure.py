@@ -27,35 +27,36 @@ class Measured:
 
     Attributes:
         layer: Path of the layer.
-        domain: Which domain, for layers with several.
+        domain: The domain, for layers with several.
         module: The layer, for its options.
-        mean: Running mean of each feature, in float64 as all that follows.
+        mean: Running mean of each feature; float64, like all other arrays.
         var: Running variance.
-        scale: Of each feature, or the largest of a table by label. `None`: without.
+        scale: Scale of each feature, or the largest of a table by label; `None`
+            without.
         bias: Likewise.
-        batches: How many batches had rows for it.
-        rows: The mean weight of a batch that had: its rows, where nothing is weighted.
-        least_rows: The least.
-        effective_rows: How many independent rows all batches together are worth, by how
-            much the batches' means scatter. Pixels of one image are not independent.
-        updates: How many updates the running statistics have seen, as far as it can be
-            told: from `step` or `weight` where the layer keeps them (of `debias`, whose
-            weight is 1 in the end, a lower bound), else from `initial`.
-        initial: The share of mean 0 and variance 1 that is left in them, if that
-            explains how far off they are.
+        batches: Number of batches with rows for it.
+        rows: Mean weight of these batches; without weights, their mean number of rows.
+        least_rows: The smallest weight of a batch.
+        effective_rows: The number of independent rows in all batches, estimated from
+            the scatter of the batches' means. Pixels of one image are not independent.
+        updates: Estimated number of updates of the running statistics: from `step` or
+            `weight` if the layer has them (with `debias` a lower bound, as the weight
+            reaches 1), else from `initial`.
+        initial: The share of the initial mean 0 and variance 1 in the running
+            statistics, if that explains the difference.
         data_mean: Mean of the data.
         data_var: Variance of the data.
-        within: What it has within batches.
-        drift: How far the mean of the data is from the running one, in running standard
-            deviations (with epsilon): by how much the normalized output is off.
-        ratio: Variance of the data over the running one, both with epsilon.
+        within: Mean variance within batches.
+        drift: Distance of the data's mean from the running mean, in running standard
+            deviations (with epsilon): the error of the normalized output.
+        ratio: Variance of the data divided by the running variance, both with epsilon.
         kl: Kullback-Leibler divergence in nats of N(data) from N(running), with these
             variances. 0 if and only if both agree.
-        noise: The divergence that chance alone makes.
-        running_noise: The part of it that the running average makes.
+        noise: The divergence expected by chance.
+        running_noise: The part of `noise` due to the running average.
         finite: Features with finite statistics on both sides.
-        dead: Those that are constant.
-        judged: Those about whose divergence something can be said.
+        dead: Constant features.
+        judged: Features whose divergence is reliable.
     """
 
     layer: str
@@ -85,12 +86,12 @@ class Measured:
 
     @property
     def name(self) -> str:
-        """Path and domain in one."""
+        """Path and domain."""
         name = self.layer or "(the model)"
         return name if self.domain is None else f"{name}[{self.domain}]"
 
     def summary(self) -> dict[str, Any]:
-        """Numbers over the features, without those that are dead or not finite."""
+        """Summary over the features, except dead and non-finite ones."""
         alive = self.finite & ~self.dead
         some = bool(alive.any())
         drift, kl = np.abs(self.drift[alive]), self.kl[alive]
@@ -117,7 +118,7 @@ def divergence(
 ) -> np.ndarray:
     """KL(N(mean, var) || N(other_mean, other_var)) in nats, for each feature.
 
-    (For complex means of circular normal distributions, which have it twice.)
+    (For complex means: of circular normal distributions, whose divergence is doubled.)
 
     Example:
         >>> one, two = np.array([1.0]), np.array([2.0])
@@ -125,7 +126,7 @@ def divergence(
         [0.5] [0.]
     """
     half = 1.0 if np.iscomplexobj(mean) or np.iscomplexobj(other_mean) else 0.5
-    # (Infinite where only one of the variances is zero.)
+    # (Infinite if only one of the variances is zero.)
     with np.errstate(all="ignore"):
         ratio = var / other_var
         moved = np.abs(mean - other_mean) ** 2 / other_var
@@ -139,10 +140,10 @@ def measure(
     where: Where,
     norms: Norms,
 ) -> tuple[list[Measured], int]:
-    """Runs the batches through the model; see `inspect`.
+    """Runs the model on the batches; see `inspect`.
 
-    Returns the layers, in the order in which they run (NNX: are defined), those that
-    did not run last; and the number of batches.
+    Returns the layers in the order in which they run (NNX: are defined), with those
+    that did not run at the end; and the number of batches.
     """
     iterator = iter(batches)
     some = list(itertools.islice(iterator, 1))
@@ -163,7 +164,7 @@ def measure(
         found = moments_of(leaves, batch)
         return {path: _take_up(seen[path], found[path]) for path in found}
 
-    # Traced, and not compiled, once more: to know what to start from.
+    # Traced again, without compiling, for the structure to start from.
     shapes = jax.eval_shape(moments_of, leaves, some[0])
     seen = {path: _nothing(moments) for path, moments in shapes.items()}
 
@@ -177,7 +178,7 @@ def measure(
     layers = []
     for layer in _layers(apply, variables, some[0], where, norms):
         shape = layer.stats["var"].shape
-        # Such as are frozen gather nothing.
+        # Frozen layers have no pending moments.
         found = seen.get(layer.path) or _nothing(Moments(*[jnp.zeros(shape)] * 3))
         for domain in range(shape[0]) if isinstance(layer.module, _DOMAINS) else [None]:
             layers.append(_measured(layer, domain, found))
@@ -187,7 +188,7 @@ def measure(
 _DOMAINS = (jbn.linen.DomainBatchNorm, jbn.nnx.DomainBatchNorm)
 
 
-# What the batches say.
+# The statistics of the batches.
 
 
 def _nothing(like: Moments) -> dict[str, Any]:
@@ -203,11 +204,11 @@ def _nothing(like: Moments) -> dict[str, Any]:
 
 
 def _take_up(seen: dict[str, Any], moments: Moments) -> dict[str, Any]:
-    """What was seen, and one more batch.
+    """Adds one batch to the summary of earlier ones.
 
-    Batches are summarized as rows are. The variance of the batches' means and the mean
-    of their variances add up to the variance of all rows, and their scatter says how
-    sure both are.
+    Batches are summarized like rows. The variance of the batches' means and the mean of
+    their variances add up to the variance of all rows, and the scatter of both gives
+    their uncertainty.
     """
     weight, mean, var = moments
     none = jnp.zeros_like(var)
@@ -221,7 +222,7 @@ def _take_up(seen: dict[str, Any], moments: Moments) -> dict[str, Any]:
     }
 
 
-# What the model says.
+# The variables of the model.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,7 @@ def _layers(
 
     apply = unjitted(apply)
     with nn.intercept_methods(record):
-        # A function of its own: JAX does not run again one that it has traced before.
+        # A new function, because JAX does not run a cached one again.
         jax.eval_shape(lambda *args: apply(*args), variables, batch)
     nodes = norms.nodes(variables.get("batch_stats", {}))
     found = []
@@ -273,7 +274,7 @@ def _layers(
             norm = words.get(path, Norm())
             there = {n: params.get(norm.name(n)) for n in ("scale", "bias")}
             params = {n: value for n, value in there.items() if value is not None}
-            # Boxes of metadata, such as axes for sharding, are of no matter here.
+            # Metadata boxes, such as axes for sharding, are not needed here.
             both = nn.meta.unbox((nodes[path], params))
             stats, params = (
                 {k: np.asarray(v) for k, v in tree.items() if k in _NAMES}
@@ -283,13 +284,13 @@ def _layers(
     return found
 
 
-# Both together.
+# The comparison.
 
-# Below this part of the layer's median variance a feature is constant.
+# Below this fraction of the layer's median variance a feature counts as constant.
 _DEAD = 1e-10
-# A variance that is not known to within a factor of two or so is not judged.
+# A variance that is not known within a factor of about two is not judged.
 _UNSURE = 0.25
-# What an explanation may leave, in nats, and no more than a tenth of all.
+# The most that an explanation may leave, in nats, and a tenth of the total.
 _EXPLAINED = 0.02
 
 
@@ -317,9 +318,9 @@ def _measured(layer: _Layer, domain: int | None, seen: Mapping[str, Any]) -> Mea
         kl = divergence(data_mean, data_var + epsilon, mean, var + epsilon)
     drift, ratio, kl = (np.where(finite, v, np.nan) for v in (drift, ratio, kl))
 
-    # How sure the mean of one batch is, and (relatively) its variance: by their scatter
-    # over the batches, of which there are `count` of equal weight; and no surer than
-    # independent rows of a normal distribution are.
+    # The uncertainty of a batch's mean, and the relative one of its variance: from
+    # their scatter over batches, `count` of equal weight, but at least that of
+    # independent rows of a normal distribution.
     count = _ratio(total**2, squares)
     bessel = np.where(count > 1.5, _ratio(count, count - 1), 0)
     rows = _ratio(total, count)
@@ -329,7 +330,7 @@ def _measured(layer: _Layer, domain: int | None, seen: Mapping[str, Any]) -> Mea
     of_mean = np.maximum(of_mean, _ratio(data_var, rows))
     of_var = _ratio(scatter * bessel, within**2)
     of_var = np.maximum(of_var, _ratio(2 * design, rows))
-    # What an average with this momentum over many batches has of the noise of one.
+    # The fraction of one batch's noise in an average of many with this momentum.
     share = 0.0 if momentum is None else (1 - momentum) / (1 + momentum)
     noise = _ratio(of_mean, var + epsilon) / 2 + of_var / 4
     judged = alive & (of_var * (share + _ratio(1, count)) < _UNSURE)
@@ -362,7 +363,7 @@ def _measured(layer: _Layer, domain: int | None, seen: Mapping[str, Any]) -> Mea
         running_noise=noise * share,
         finite=finite,
         dead=dead,
-        # Of what is constant only the mean can be wrong, and that is certain.
+        # For a constant feature only the mean can be wrong, and it has no noise.
         judged=judged | dead,
     )
 
@@ -374,13 +375,13 @@ def _flat(value: Any, domain: int | None) -> np.ndarray:
 
 
 def _ratio(a: Any, b: Any) -> np.ndarray:
-    """The quotient, 0 where `b` is."""
+    """`a / b`, 0 where `b` is 0."""
     a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
     return np.divide(a, b, out=np.zeros(b.shape), where=b != 0)
 
 
 def _affine(layer: _Layer, name: str) -> np.ndarray | None:
-    """Scale or bias in the shape of the statistics; of a table by label the largest."""
+    """Scale or bias in the shape of the statistics; the largest of a table by label."""
     value, shape = layer.params.get(name), layer.stats["var"].shape
     if value is None:
         return None
@@ -392,11 +393,11 @@ def _affine(layer: _Layer, name: str) -> np.ndarray | None:
 
 
 def _initial(mean, var, data_mean, data_var, epsilon, judged) -> float | None:
-    """The share of mean 0 and variance 1 in the statistics, if that explains them."""
+    """The share of the initial mean 0 and variance 1, if it explains the statistics."""
     mean, var, data_mean, data_var = (
         v[judged] for v in (mean, var, data_mean, data_var)
     )
-    # The smaller a variance is, the more of it are the rests of 1.
+    # The smaller a variance, the larger the share of the initial 1.
     unit = data_var + epsilon
     distance = lambda m, v: np.concatenate(
         [(m - data_mean).real / np.sqrt(unit), (v - data_var) / unit]
@@ -412,13 +413,13 @@ def _initial(mean, var, data_mean, data_var, epsilon, judged) -> float | None:
 
 
 def _updates(layer: _Layer, momentum, rows: float, initial) -> float | None:
-    """How many updates there were; see `Measured`."""
+    """The number of updates; see `Measured`."""
     if "step" in layer.stats:
         return float(layer.stats["step"].max())
     weight = layer.stats.get("weight")
     if momentum is None:
         return None if weight is None or not rows else float(weight.max()) / rows
-    # Within the last bits of float32 it may be any larger number.
+    # In the last bits of float32, it may be any larger number.
     left = initial if weight is None else max(1 - float(weight.max()), 2.0**-22)
     if left is None or not 0 < momentum < 1:
         return None

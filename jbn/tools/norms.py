@@ -1,4 +1,4 @@
-"""Which layers are batch norms, and what their fields and variables are called."""
+"""Which layers are batch norms, and the names of their fields and variables."""
 
 import dataclasses
 import difflib
@@ -20,15 +20,15 @@ LINEN_NORMS = (jbn.linen.BatchNorm, nn.BatchNorm)
 NNX_NORMS = (jbn.nnx.BatchNorm, nnx.BatchNorm)
 FLAX_NORMS = (nn.BatchNorm, nnx.BatchNorm)
 
-# Classes of batch norms that neither Flax nor we wrote; or, by class, what they call
-# what we call `mean`, `var`, `scale`, `bias`, `epsilon`, `momentum`, ...: a name; of a
-# field also its value, or a function of the layer.
+# Foreign classes of batch norms; or a dict from a class to its names for our `mean`,
+# `var`, `scale`, `bias`, `epsilon`, `momentum`, ... For a field, the entry may also be
+# its value, or a function of the layer.
 Also = type | Sequence[type] | Mapping[type, Mapping[str, Any]] | None
 
 VARIABLES = ("mean", "var", "scale", "bias")
-# Further statistics, which only our layers have.
+# Statistics that only our layers have.
 OWN_STATISTICS = ("weight", "step", "pending")
-# Fields that say the mode, and which of their values means inference.
+# Fields that set the mode, and their value at inference.
 _MODES = {
     "use_running_average": True,
     "deterministic": True,
@@ -38,7 +38,7 @@ _MODES = {
     "is_training": False,
 }
 _OTHERWISE = {"epsilon": ("epsilon", "eps")}
-# Fields of Flax's layers, which keep their meaning in copies of them.
+# Fields of Flax's layers; copies of these use them with the same meaning.
 _OF_FLAX = {
     *(field.name for field in dataclasses.fields(nn.BatchNorm)),
     *inspect.signature(nnx.BatchNorm.__init__).parameters,
@@ -49,25 +49,25 @@ _MISSING = object()
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """How a batch norm calls its fields and variables.
+    """The names of a batch norm's fields and variables.
 
     Attributes:
-        names: Theirs by ours, where these differ; see `Also`.
-        is_foreign: Whether neither Flax nor we wrote its class.
+        names: From our names to theirs, where they differ; see `Also`.
+        is_foreign: Whether the class is neither ours nor Flax's.
     """
 
     names: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_foreign: bool = False
 
     def name(self, ours: str) -> str:
-        """What a variable is called there."""
+        """The layer's name of one of our variables."""
         return self.names.get(ours, ours)
 
     def variables(self, layer: Any) -> dict[str, Any]:
-        """Scale, bias and statistics by our names, without those that are missing.
+        """Scale, bias and statistics by our names, except missing ones.
 
-        Of a Linen layer, which must be bound, the values; of an NNX layer the
-        variables.
+        Returns values for a Linen layer, which must be bound, and variables for an NNX
+        layer.
         """
         if isinstance(layer, nn.Module):
             params, stats = _linen_variables(layer)
@@ -75,7 +75,7 @@ class Norm:
             params = stats = vars(layer)
         found = {}
         for ours in (*VARIABLES, *OWN_STATISTICS):
-            # What another library calls `weight` is no weight of statistics.
+            # A foreign `weight` is not the weight of statistics.
             if self.is_foreign and ours not in VARIABLES:
                 continue
             tree = params if ours in ("scale", "bias") else stats
@@ -85,7 +85,7 @@ class Norm:
         return found
 
     def field(self, layer: Any, name: str) -> Any:
-        """The value of a field, or `None` for one that is not there."""
+        """The value of a field, or `None` if it is missing."""
         value = self._field(layer, name)
         return None if value is _MISSING else value
 
@@ -103,18 +103,18 @@ class Norm:
     def arguments(
         self, layer: Any, cls: type, needed: Iterable[str] = ()
     ) -> dict[str, Any]:
-        """What `cls` must be constructed with to be like `layer`, as far as it can.
+        """Constructor arguments that make a layer of `cls` as similar as possible.
 
         Args:
-            layer: A layer; a foreign one of Linen must be bound.
+            layer: The layer to imitate; a foreign Linen layer must be bound.
             cls: A class of ours.
-            needed: Arguments that must not be left to their defaults.
+            needed: Arguments that must not have their defaults.
 
         Returns:
             Keyword arguments.
 
         Raises:
-            ValueError: If a foreign layer has no field that is needed.
+            ValueError: If a foreign layer lacks a needed field.
         """
         names = _arguments_of(cls)
         if not self.is_foreign:
@@ -151,8 +151,8 @@ class Norm:
             given: Arguments of its call.
 
         Returns:
-            What the call says, else the fields, else, in Linen, whether `batch_stats`
-            is immutable. `None`: nothing says it.
+            The mode from the call, else from the fields, else (in Linen) whether
+            `batch_stats` is immutable. `None` if it is unknown.
         """
         own = self.names.get("use_running_average")
         if own is not None and not isinstance(own, str):
@@ -174,19 +174,19 @@ class Norm:
         kwargs: Mapping[str, Any],
         cls: type | None = None,
     ) -> tuple[Any, bool | None, dict[str, Any]]:
-        """The call of a foreign layer as one of ours.
+        """Translates the call of a foreign layer to one of ours.
 
         Args:
             layer: The layer.
             args: Its positional arguments, the input first.
             kwargs: Its keyword arguments.
-            cls: Its class, if it is not that of `layer`.
+            cls: Its class, if different from that of `layer`.
 
         Returns:
             The input, the mode, and the other arguments.
 
         Raises:
-            ValueError: If there are arguments that ours does not know.
+            ValueError: If there are arguments that ours does not have.
         """
         signature = inspect.signature((cls or type(layer)).__call__)
         bound = signature.bind(layer, *args, **kwargs)
@@ -204,12 +204,12 @@ class Norm:
             elif not (absent or empty):
                 raise ValueError(
                     f"`{(cls or type(layer)).__name__}` is called with `{name}`, which"
-                    " our layers do not know. Leave the layer out with `where=`."
+                    " our layers do not have. Leave the layer out with `where=`."
                 )
         return x, self.mode(layer, dict(given)), rest
 
     def equivalent(self, layer: Any) -> Any:
-        """A layer of ours with the fields of `layer`; itself unless it is foreign."""
+        """Our layer with the fields of a foreign `layer`; any other unchanged."""
         if not self.is_foreign:
             return layer
         cls = ours(layer)
@@ -219,17 +219,17 @@ class Norm:
         return cls(**options, rngs=nnx.Rngs(0))
 
 
-# Modules that hold others. Flax before 0.12 has none.
+# Container modules. Flax before 0.12 has none.
 _CONTAINERS = tuple(getattr(nnx, n) for n in ("Dict", "List") if hasattr(nnx, n))
 _KNOWN = Norm()
 
 
 class Norms:
-    """Finds the batch norms of models: ours, Flax's, and other people's.
+    """Finds the batch norms of models: ours, Flax's, and foreign ones.
 
-    Another's class is recognized if it is built like Flax's: statistics `mean` and
-    `var` and no others, parameters `scale` and `bias` and no others, of one shape, and
-    no fields but Flax's. Classes in `also` are batch norms in any case.
+    A foreign class is recognized if it is built like Flax's: its only statistics are
+    `mean` and `var`, its only parameters `scale` and `bias`, all have the same shape,
+    and it has no other fields than Flax's. Classes in `also` are always batch norms.
     """
 
     def __init__(self, also: Also = None):
@@ -242,13 +242,14 @@ class Norms:
         self._also = also
 
     def of(self, layer: Any) -> Norm | str | None:
-        """How a layer calls things, if it is a batch norm.
+        """The names of a layer, if it is a batch norm.
 
         Args:
             layer: Any module; in Linen a bound one.
 
         Returns:
-            Or why a layer that has running statistics is not recognized; or `None`.
+            The names; or the reason why a layer with running statistics is not
+            recognized; or `None`.
         """
         for cls, names in self._also.items():
             if isinstance(layer, cls):
@@ -264,7 +265,7 @@ class Norms:
         return why if why is None or why else Norm({}, True)
 
     def of_class(self, layer: Any) -> Norm | None:
-        """The same by the class alone, of a layer that may have no variables yet."""
+        """The same, only by the class, for a layer that may have no variables yet."""
         for cls, names in self._also.items():
             if isinstance(layer, cls):
                 return Norm(names, True)
@@ -281,13 +282,13 @@ class Norms:
         return {path: unrecognized(v, s) for path, v, s in seen if isinstance(s, str)}
 
     def _seen_in_nnx(self, model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
-        """Path and module, and how it calls things, or why that is not known."""
+        """Path, module, and its names or why they are unknown."""
         for path, layer in nnx.iter_graph(model):
             if isinstance(layer, nnx.Module):
                 yield "/".join(map(str, path)), layer, self.of(layer)
 
     def nodes(self, batch_stats: Mapping) -> dict[tuple[str, ...], dict[str, Any]]:
-        """The parts of Linen's `batch_stats` of one layer each, in our names."""
+        """The statistics of each layer in Linen's `batch_stats`, by our names."""
         found: dict[tuple[str, ...], dict[str, Any]] = {}
 
         def walk(tree: Any, path: tuple[str, ...]) -> None:
@@ -308,7 +309,7 @@ class Norms:
     def with_nodes(
         self, batch_stats: Mapping, nodes: Mapping[tuple[str, ...], Mapping]
     ) -> dict:
-        """`batch_stats` with the given layers in place of those at their paths."""
+        """`batch_stats` with the layers at the given paths replaced."""
 
         def walk(tree: Any, path: tuple[str, ...]) -> Any:
             if path in nodes:
@@ -323,7 +324,7 @@ class Norms:
         return walk(batch_stats, ())
 
     def unknown(self, batch_stats: Mapping) -> dict[str, str]:
-        """Parts of `batch_stats` that look like a batch norm's in other words."""
+        """Parts of `batch_stats` that look like a batch norm with other names."""
         known, found = self.nodes(batch_stats), {}
 
         def walk(tree: Any, path: tuple[str, ...]) -> None:
@@ -342,7 +343,7 @@ class Norms:
         return found
 
     def _words(self) -> list[dict[str, str]]:
-        """Pairs of their names of statistics, with ours."""
+        """The known names of statistics, as dicts from our names."""
         pairs = [{"mean": "mean", "var": "var"}]
         for names in self._also.values():
             pair = {names.get(n, n): n for n in ("mean", "var")}
@@ -352,7 +353,7 @@ class Norms:
 
 
 def unrecognized(layer: Any, why: str) -> str:
-    """Says of a layer why it is not recognized, and what to do about it."""
+    """The message why a layer is not recognized, and what to do about it."""
     if isinstance(layer, nn.Module):
         scope: Any = layer.scope
         name = "/".join(scope.path) or type(layer).__name__
@@ -368,14 +369,14 @@ def unrecognized(layer: Any, why: str) -> str:
 def warn_of_unknown(
     caller: str, unknown: Mapping[str, str], where: Where = None
 ) -> None:
-    """Warns of layers with statistics that are left out, and why, by path."""
+    """Warns of skipped layers with statistics, with the reason, by path."""
     for path, why in unknown.items():
         if why and chosen(path, where):
-            warnings.warn(f"`{caller}` leaves out a layer: {why}", stacklevel=4)
+            warnings.warn(f"`{caller}` skips a layer: {why}", stacklevel=4)
 
 
 def ours(layer: Any) -> type:
-    """The class of ours that a layer is of, or that takes its place."""
+    """Our class of a layer, or the one that replaces its class."""
     if isinstance(layer, jbn.linen.BatchNorm | jbn.nnx.BatchNorm):
         return type(layer)
     return jbn.linen.BatchNorm if isinstance(layer, nn.Module) else jbn.nnx.BatchNorm
@@ -397,7 +398,7 @@ def _linen_variables(layer: nn.Module) -> tuple[Mapping, Mapping]:
 
 
 def _statistics(layer: Any) -> dict[str, Any]:
-    """Statistics of a layer itself by their names."""
+    """The statistics of a layer, without those of its children."""
     if isinstance(layer, nn.Module):
         tree = _linen_variables(layer)[1]
         return {k: v for k, v in tree.items() if not isinstance(v, Mapping)}
@@ -424,7 +425,7 @@ def _why_not(layer: Any) -> str | None:
         return f"calls them {_listed(stats)}, not `mean` and `var`"
     more = set(params) - {"scale", "bias"}
     if more:
-        return f"has the parameters {_listed(more)} beside them"
+        return f"also has the parameters {_listed(more)}"
     stats = {name: stats[name] for name in ("mean", "var")}
     shapes = {tuple(v.shape) for v in (*stats.values(), *params.values())}
     if len(shapes) > 1:
@@ -432,7 +433,7 @@ def _why_not(layer: Any) -> str | None:
     more = {k for k, v in fields.items() if v is not None and v is not False}
     more = {name for name in more - _HARMLESS if not name.endswith("_init")}
     if more:
-        return f"has fields that Flax's has not, {_listed(more)}"
+        return f"has fields that Flax's does not have, {_listed(more)}"
     if not {"epsilon", "eps"} & set(fields):
         return "no field `epsilon`"
     return ""
@@ -460,8 +461,8 @@ def _check_also(cls: Any, names: Any) -> None:
             close = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"`also` maps our names to those of `{cls.__name__}`, and {name!r} is"
-                f" none of ours.{hint}"
+                f"`also` maps our names to those of `{cls.__name__}`, but {name!r} is"
+                f" not one of ours.{hint}"
             )
         if name in VARIABLES and not isinstance(theirs, str):
             raise TypeError(

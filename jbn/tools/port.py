@@ -1,4 +1,4 @@
-"""What the ports have in common: our arrays by path, matched with theirs by name."""
+"""The common part of the ports: matches our arrays with another library's."""
 
 import functools
 import math
@@ -18,20 +18,20 @@ from jbn.tools.norms import Norms
 from jbn.typing import BatchStats, Params
 
 
-# What a layer of ours, by its path, is called there. Paths that a dict lacks, and all
-# paths where there is none, are called there as here.
+# The other library's name of one of our layers, by its path. A path that is not in the
+# dict keeps its name, as all do without a dict.
 Names = Mapping[str, str] | Callable[[str], str] | None
 
-# For each name of theirs the other names of the same array.
+# For each of their names, the other names of the same array.
 Aliases = Mapping[str, Sequence[str]]
 _NO_ALIASES: Aliases = MappingProxyType({})
 
-# Our state that others have no array for.
+# State of ours without a counterpart.
 _OWN = ("weight", "step", "pending")
 
 
 class Leaf(NamedTuple):
-    """Names an array of ours."""
+    """The name of one of our arrays."""
 
     layer: str
     name: str
@@ -42,16 +42,16 @@ class Leaf(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """How another library calls its arrays, and lays them out.
+    """The names and layouts of another library's arrays.
 
     Attributes:
         library: Its name, in `from_...` and `to_...`.
-        words: For each name of a leaf the names it may have there. A leaf without an
-            entry has the same name there.
-        separator: What stands between the parts of names.
-        read: A value of theirs in our layout; also given the shape of ours.
-        write: A value of ours in their layout; also given the shape of theirs.
-        spare: Ends of the names of theirs that nothing of ours corresponds to.
+        words: The possible names in the library of each of our leaves' names. Without
+            an entry, the name is the same.
+        separator: Separates the parts of names.
+        read: Converts their value to our layout; also takes the shape of ours.
+        write: Converts our value to their layout; also takes the shape of theirs.
+        spare: Suffixes of their names that have no counterpart here.
     """
 
     library: str
@@ -74,16 +74,16 @@ def fill(
     """`variables` with the values of `source`; `from_...` without its conventions.
 
     Args:
-        dialect: Whose the source is.
+        dialect: The dialect of the source.
         source: Their arrays, by name.
         variables: As `leaves` takes them.
-        names: What our layers are called there.
-        skip: Which of our leaves stay as they are.
-        weight: What a layer's `weight` becomes, by the layer's name there.
-        aliases: Names of theirs for one array.
+        names: Their names of our layers.
+        skip: Which of our leaves to leave unchanged.
+        weight: The new `weight` of a layer, as a function of its name there.
+        aliases: Their names of the same array.
 
     Returns:
-        What `variables` are, anew.
+        A new structure like `variables`.
 
     Raises:
         ValueError: As `match` does.
@@ -98,7 +98,7 @@ def fill(
     for leaf, value in ours.items():
         if leaf.is_stat and leaf.name == "weight" and not chosen(str(leaf), skip):
             new[leaf] = np.full(value.shape, weight(their_name(leaf.layer, names)))
-    # Copies: a view of PyTorch's memory would change as its model trains on.
+    # Copies: a view of PyTorch's memory would change when its model is trained.
     values = {k: jnp.array(v, ours[k].dtype) for k, v in new.items()}
     return with_leaves(variables, values)
 
@@ -114,15 +114,15 @@ def spell(
     """`target` with the values of `variables`; `to_...` without its conventions.
 
     Args:
-        dialect: Whose the target is.
+        dialect: The dialect of the target.
         variables: As `leaves` takes them.
         target: Their arrays, by name.
-        names: What our layers are called there.
-        skip: Which of our leaves are left out.
-        aliases: Names of theirs for one array.
+        names: Their names of our layers.
+        skip: Which of our leaves to leave out.
+        aliases: Their names of the same array.
 
     Returns:
-        Their arrays, anew; those of `target` where ours have no value for them.
+        New arrays for the target; its own where ours have no value.
 
     Raises:
         ValueError: As `match` does.
@@ -133,7 +133,7 @@ def spell(
     new, written = dict(target), {}
     for leaf, key in pairs.items():
         value = np.asarray(ours[leaf])
-        if value.dtype.kind == "V":  # bfloat16, which others' NumPy does not know
+        if value.dtype.kind == "V":  # bfloat16, which plain NumPy does not have
             value = value.astype(np.float32)
         value = dialect.write(leaf, value, target[key].shape)
         for name in {key, *aliases.get(key, ())}:
@@ -155,22 +155,23 @@ def match(
     skip: Where,
     aliases: Aliases = _NO_ALIASES,
 ) -> dict[Leaf, str]:
-    """Finds for each of our leaves its name among theirs.
+    """Finds the other library's name of each of our leaves.
 
     Args:
-        caller: Who asks.
-        dialect: How they are called.
+        caller: The name of the public function.
+        dialect: The dialect of their names.
         ours: Our arrays, or their shapes.
         theirs: Their arrays.
-        names: What our layers are called there.
-        skip: What to leave out, by our name or theirs.
-        aliases: Names of theirs for one array, by each of them.
+        names: Their names of our layers.
+        skip: The arrays to leave out, by our name or theirs.
+        aliases: Their names of the same array, by each of them.
 
     Returns:
-        Names of theirs, one for each leaf that is not left out.
+        Their names, one for each leaf that is not left out.
 
     Raises:
-        ValueError: If one is not there, of another shape, used twice or not at all.
+        ValueError: If an array is missing, has another shape, or is used twice or
+            never.
     """
     pairs: dict[Leaf, str] = {}
     missing, shapes, twice, used, other_names = [], [], [], set(), set()
@@ -219,15 +220,15 @@ def match(
     if any(problems.values()):
         text = " ".join(f"{k}: {_some(v)}." for k, v in problems.items() if v)
         raise ValueError(
-            f"`{caller}` needs exactly one array of theirs for each of ours, of the"
-            f" same shape. {text} `names` says what layers are called there; `skip`"
-            " names arrays, ours or theirs, that are to be left out."
+            f"`{caller}` needs exactly one array of theirs for each of ours, with the"
+            f" same shape. {text} Pass `names` to map names of layers; pass `skip` to"
+            " leave out arrays, ours or theirs."
         )
     return pairs
 
 
 def their_name(layer: str, names: Names, separator: str = "/") -> str:
-    """What the layer of ours at the path `layer` is called there."""
+    """Their name of our layer at the path `layer`."""
     if callable(names):
         return names(layer)
     if names is not None and layer in names:
@@ -243,7 +244,7 @@ def leaves(variables: Any) -> dict[Leaf, Any]:
             a model; an NNX module; or a pair of `jbn.Params` and `jbn.BatchStats`.
 
     Returns:
-        Arrays. Pending moments and steps are none of a port's business.
+        Arrays. Pending moments and step counters are not included.
 
     Raises:
         TypeError: If `variables` are none of these.
@@ -284,7 +285,7 @@ def leaves(variables: Any) -> dict[Leaf, Any]:
 
 
 def with_leaves(variables: Any, new: Mapping[Leaf, jax.Array]) -> Any:
-    """What `variables` are, with other values in place of those named."""
+    """`variables` with the given values replaced."""
     if isinstance(variables, nnx.Module):
         model = nnx.clone(variables)
         for path, variable in nnx.iter_graph(model):
@@ -325,17 +326,17 @@ def compare(
     norm: Any,
     separator: str = "/",
 ) -> None:
-    """Warns of norm layers whose options are not those of their counterparts.
+    """Warns of norm layers whose options differ from their counterparts.
 
     Args:
-        caller: Who asks.
-        variables: An NNX module's layers are asked themselves.
-        theirs: The options that layers of ours must have to be like theirs, by the
-            name of the layer there.
-        names: What our layers are called there.
-        norm: Else what to compare: a layer, what makes one, or a dict of options. With
-            `None` nothing is compared.
-        separator: What stands between the parts of names.
+        caller: The name of the public function.
+        variables: For an NNX module, its layers are compared.
+        theirs: The options that our layers must have to be like theirs, by the layer's
+            name there.
+        names: Their names of our layers.
+        norm: Otherwise, the norm to compare: a layer, a class or partial, or a dict of
+            options. With `None` nothing is compared.
+        separator: Separates the parts of names.
     """
     if isinstance(variables, nnx.Module):
         there = functools.partial(their_name, names=names, separator=separator)
@@ -358,17 +359,17 @@ def compare(
             [repr(name) if name else "the layer" for name in sorted(layers)], 1
         )
         warnings.warn(
-            f"`{caller}`: {where} needs `{other}` here, and our layer has `{ours}`:"
+            f"`{caller}`: {where} needs `{other}` here, but our layer has `{ours}`:"
             f" {what} will differ. Make our layer with `{other}`.",
             stacklevel=4,
         )
 
 
 def rule(norm: Any) -> dict[str, Any]:
-    """The options of a norm layer that other libraries have, too.
+    """The options of a norm layer that other libraries also have.
 
     Args:
-        norm: A layer, what makes one, or a dict of options.
+        norm: A layer, a class or partial, or a dict of options.
 
     Returns:
         `epsilon` and, unless it is frozen, `momentum`, `unbiased` and `debias`.
@@ -384,7 +385,7 @@ def rule(norm: Any) -> dict[str, Any]:
 
 
 def unchanged(leaf: Leaf, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """For libraries whose arrays are laid out as ours."""
+    """For libraries whose arrays have the same layout."""
     return value
 
 
@@ -405,7 +406,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _call(options: Mapping[str, Any], wanted: Iterable[str]) -> str:
     def text(value: Any) -> str:
-        # One minus 0.3 is 0.7, whatever the last bit says.
+        # One minus 0.3 is 0.7, up to the last bit.
         return f"{value:.6g}" if type(value) is float else repr(value)
 
     return ", ".join(f"{name}={text(options[name])}" for name in wanted)

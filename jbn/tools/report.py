@@ -1,4 +1,4 @@
-"""What `inspect` found, as a table with advice, as a figure, and as plain values."""
+"""The report of `inspect`: a table with advice, a figure, and plain values."""
 
 import dataclasses
 import io
@@ -15,12 +15,12 @@ from jbn.tools.measure import Measured
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
-    """What `inspect` found. Prints as a table, with what to do below it.
+    """The result of `inspect`. Prints as a table, with advice below.
 
     Attributes:
-        layers: The numbers of each layer, in the order in which they run.
-        findings: What is wrong, the worst first.
-        num_batches: How many batches were looked at.
+        layers: The numbers of each layer, in running order.
+        findings: The findings, the worst first.
+        num_batches: Number of batches.
     """
 
     layers: tuple[Measured, ...]
@@ -29,7 +29,7 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether there is nothing but notes."""
+        """Whether all findings are notes."""
         return all(finding.severity == "note" for finding in self.findings)
 
     def of(self, layer: Measured) -> list[Finding]:
@@ -38,7 +38,7 @@ class Report:
         return [f for f in self.findings if (f.layer, f.domain) == place]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the numbers of single features, as JSON takes it."""
+        """Everything except the numbers of single features, ready for JSON."""
         return {
             "num_batches": self.num_batches,
             "healthy": self.healthy,
@@ -50,12 +50,12 @@ class Report:
         return _text(self)
 
     def figure(self, path: str | Path) -> None:
-        """Draws drift and divergence of each feature of each layer, with the findings.
+        """Plots drift and divergence of all features by layer, with the findings.
 
         Needs Matplotlib.
 
         Args:
-            path: The file to write; its suffix says what kind.
+            path: The file to write; its suffix sets the format.
         """
         _draw(self, Path(path))
 
@@ -76,7 +76,7 @@ def _text(report: Report) -> str:
     console = Console(
         file=out,
         force_terminal=terminal,
-        force_jupyter=False,  # It would print by itself there, and leave `out` empty.
+        force_jupyter=False,  # There, `rich` prints directly, and leaves `out` empty.
         width=width,
         highlight=False,
     )
@@ -114,7 +114,7 @@ def _text(report: Report) -> str:
             f"\nNo findings in {report.num_batches:,} batches: training and evaluation"
             " agree."
         )
-    # What several layers have in common is said once.
+    # Findings that several layers share are printed once.
     for advice in dict.fromkeys(f.advice for f in report.findings):
         console.print()
         for finding in report.findings:
@@ -137,12 +137,12 @@ def _cell(value: float | None, form: str) -> str:
 
 
 _COLORS = {"error": "#b2182b", "warning": "#d9822b", "note": "#5b7db1"}
-# Smaller numbers are drawn at this one.
+# Smaller values are drawn here.
 _LEAST = 1e-5
 
 
 def _draw(report: Report, path: Path) -> None:
-    # Not pyplot: that would look for a screen. And only here: it takes a second.
+    # Not pyplot, which would look for a display. Imported here: it takes a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -161,7 +161,7 @@ def _draw(report: Report, path: Path) -> None:
         for finding in found:
             marked[list(finding.features)] |= finding.severity == found[0].severity
         alive = layer.finite & ~layer.dead
-        # Spread over the height of the row, so that features do not hide each other.
+        # Spread over the height of the row, so that features do not overlap.
         spread = row + 0.28 * np.sin(2.4 * np.arange(len(alive)))
         summary = layer.summary()
         for axes, values, mean in (

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 
 def from_sbx(variables: Mapping) -> dict[str, Any]:
-    """Reads variables of a model with sbx's `BatchRenorm` as those of one with ours.
+    """Converts variables of a model with sbx's `BatchRenorm` to ours.
 
-    sbx keeps the limits and the number of training calls in each layer, as `r_max`,
-    `d_max` and `steps`. Ours has the limits as arguments, and the calls as `step`:
+    sbx stores the limits and the number of training calls in each layer, as `r_max`,
+    `d_max` and `steps`. In ours the limits are arguments, and the calls are `step`:
 
         layer = jbn.linen.BatchRenorm(warmup_steps=100_000, epsilon=1e-3)
 
@@ -21,10 +21,10 @@ def from_sbx(variables: Mapping) -> dict[str, Any]:
             dict.
 
     Returns:
-        The same tree with our names; other collections and layers as they are.
+        The same tree with our names; other collections and layers are unchanged.
 
     Raises:
-        ValueError: If there is no layer of sbx's.
+        ValueError: If there is no such layer.
 
     Example:
         >>> theirs = {"mean": 0.0, "var": 1.0, "r_max": 3, "d_max": 5, "steps": 7}
@@ -38,11 +38,11 @@ def from_sbx(variables: Mapping) -> dict[str, Any]:
 def to_sbx(
     variables: Mapping, *, r_max: float | int = 3.0, d_max: float | int = 5.0
 ) -> dict[str, Any]:
-    """The way back of `from_sbx`.
+    """The inverse of `from_sbx`.
 
     Args:
         variables: Variables with `batch_stats`, whose `BatchRenorm` layers count steps.
-        r_max: The limit that sbx's layers get.
+        r_max: The limit `r_max` for sbx's layers.
         d_max: Likewise.
 
     Returns:
@@ -60,7 +60,7 @@ def to_sbx(
 
     def theirs(node: Mapping) -> dict[str, Any]:
         own = {k: v for k, v in node.items() if k != "step"}
-        # As many as there are step counts: one a critic where these are mapped over.
+        # One per step count: `vmap` over critics gives one per critic.
         limits = {"r_max": r_max, "d_max": d_max}
         shape = jnp.shape(node["step"])
         own |= {name: jnp.full(shape, value) for name, value in limits.items()}
@@ -71,7 +71,7 @@ def to_sbx(
 
 def _ours(node: Mapping) -> dict[str, Any]:
     own = {k: v for k, v in node.items() if k not in ("r_max", "d_max", "steps")}
-    # (Before the first call sbx has a Python number there.)
+    # (Before the first call sbx has a Python number here.)
     return {**own, "step": jnp.asarray(node["steps"], jnp.int32)}
 
 

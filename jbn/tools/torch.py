@@ -26,52 +26,53 @@ def from_torch(
     |---|---|
     | `scale`, `bias` of a norm | `weight`, `bias` |
     | `mean`, `var` | `running_mean`, `running_var` |
-    | `kernel` of a `Dense` or `Conv` | `weight`, its axes in the other order |
+    | `kernel` of a `Dense` or `Conv` | `weight`, with transposed axes |
     | `embedding` | `weight` |
-    | anything else | the same name, as it is |
+    | anything else | the same name, unchanged |
 
-    So a convolution, grouped or not, of any rank, comes from (out, in, height, width)
-    to (height, width, in, out), and a linear layer from (out, in) to (in, out). Images
-    are channels-last here. Two things that shapes do not tell are up to the model:
-    a `ConvTranspose` must have `transpose_kernel=True`; and a `Dense` behind a
-    flattened image sees pixels first and channels last, so let its model transpose to
-    (channels, height, width) before it flattens.
+    So the kernel of a convolution of any rank, grouped or not, changes from (out, in,
+    height, width) to (height, width, in, out), and that of a linear layer from (out,
+    in) to (in, out). Images are channels-last here. Shapes do not show two differences,
+    which your model has to handle: a `ConvTranspose` must have `transpose_kernel=True`;
+    and before a `Dense` on a flattened image, the model must transpose to (channels,
+    height, width).
 
-    Conventions are a layer's and not in its weights. Make ours with those of
-    `torch_options`; PyTorch's running variance is the unbiased one.
-    `num_batches_tracked` becomes `weight` where our layer keeps one. It counts batches,
-    and `momentum=None` here counts rows: to go on with that, multiply `weight` by the
-    rows of a batch.
+    Weights do not include the conventions of a layer (PyTorch's running variance is
+    unbiased): make our layer with the options from `torch_options`. If our layer has a
+    `weight`, it becomes `num_batches_tracked`. That counts batches, but `momentum=None`
+    here counts rows: to continue with it, multiply `weight` by the rows of a batch.
 
         variables = from_torch(module, variables, names=torchvision_name)
 
     Args:
         source: A module, or a state dict, of tensors or arrays.
-        variables: What to fill: Linen's variables, of one layer or of a model; an NNX
-            module; or a pair of `jbn.Params` and `jbn.BatchStats` as `jbn.init` makes.
-            Linen's may be shapes alone, as of `jax.eval_shape`.
-        names: What a layer of ours is called there: a dict, or a function, of paths
-            such as `"encoder/norm"`. By default the path with dots, `"encoder.norm"`.
-        skip: What is left out, by our names or by theirs: patterns such as `"head/*"`
-            for arrays of ours that stay as they are, with their counterparts unused, or
-            `"unused.*"` for arrays of theirs; or a function of the name.
-        norm: What our norm layers are made with (a class, a partial of one, a layer, or
-            a dict of the options of `jbn.batch_norm`), to be compared with a module's.
-            An NNX module's layers are compared in any case.
+        variables: The variables to fill: Linen's, of one layer or of a model; an NNX
+            module; or a pair of `jbn.Params` and `jbn.BatchStats` as from `jbn.init`.
+            Linen's may be shapes only, as from `jax.eval_shape`.
+        names: The source's name of each of our layers: a dict from paths such as
+            `"encoder/norm"`, or a function of the path. By default the path with dots,
+            `"encoder.norm"`.
+        skip: Arrays to leave out, by our names or by theirs: patterns such as
+            `"head/*"` for our arrays, which stay unchanged, with their counterparts
+            unused, or `"unused.*"` for theirs; or a function of the name.
+        norm: Our norm (a class, a partial of one, a layer, or a dict of the options of
+            `jbn.batch_norm`), whose options are compared with a module's. The layers of
+            an NNX module are always compared.
 
     Returns:
-        What `variables` are, with other values: new variables, or a copy of the module.
+        The same structure as `variables`, with other values; a copy of an NNX module.
 
     Raises:
         TypeError: If `source` or `variables` are none of these.
-        ValueError: If an array of ours is not there or of another shape, or one of
-            theirs is not used, except `num_batches_tracked`. All are named. Or if a
-            `nnx.ConvTranspose` lacks `transpose_kernel=True`.
+        ValueError: If one of our arrays has no counterpart or another shape, or one of
+            the source's arrays is not used, except `num_batches_tracked` (the message
+            names all of them). Or if an `nnx.ConvTranspose` lacks
+            `transpose_kernel=True`.
 
     Warns:
-        UserWarning: If norm layers are not made with the options of theirs, or if a
-            transposed convolution has a kernel for Linen whose layout is not known by
-            its shape.
+        UserWarning: If options of norm layers differ from the source's, or if the
+            layout of a transposed convolution's kernel for Linen is not clear from its
+            shape.
 
     Example:
         >>> import jbn
@@ -110,7 +111,7 @@ def to_torch(
 ) -> dict[str, Any]:
     """Fills a PyTorch state dict with our weights and statistics.
 
-    The way back of `from_torch`:
+    The inverse of `from_torch`:
 
         module.load_state_dict(to_torch(variables, module, names=torchvision_name))
 
@@ -118,19 +119,19 @@ def to_torch(
         variables: Linen's variables, an NNX module, or `jbn.Params` and
             `jbn.BatchStats`.
         target: A module, or a state dict, with a place for each array. Not changed.
-        names: As for `from_torch`, like the rest.
-        skip: What is left out, by our names or by theirs.
-        norm: What our norm layers are made with.
+        names: As for `from_torch`, like the other arguments.
+        skip: Arrays to leave out, by our names or by theirs.
+        norm: Our norm, whose options are compared with the target's.
 
     Returns:
-        A state dict, of what `target`'s is of: tensors of the same dtype and device, or
-        arrays. `num_batches_tracked`, which matters to layers of `momentum=None` alone,
-        is the target's.
+        A state dict like that of `target`: tensors with the same dtype and device, or
+        arrays. `num_batches_tracked`, which only matters with `momentum=None`, is that
+        of the target.
 
     Raises:
         TypeError: As `from_torch` does.
-        ValueError: As `from_torch` does, or if two layers of ours that differ are one
-            there.
+        ValueError: As `from_torch` does, or if two different layers of ours share an
+            array in the target.
 
     Warns:
         UserWarning: As `from_torch` does.
@@ -156,7 +157,7 @@ def to_torch(
 
 
 def torch_options(module: Any) -> dict[str, Any]:
-    """The options that make a norm layer of ours go on as one of PyTorch.
+    """The options with which our norm layer continues like one of PyTorch.
 
         layer = jbn.BatchNorm(**torch_options(module))
 
@@ -165,11 +166,11 @@ def torch_options(module: Any) -> dict[str, Any]:
 
     Returns:
         `momentum`, which is one minus theirs; `epsilon`; and `unbiased=True`. With
-        `momentum=None` statistics are cumulative in both, but each batch counts alike
-        there, and each row here: equal, for the mean, if batches are of one size.
+        `momentum=None` statistics are cumulative in both, but batches have equal weight
+        there, and rows here: the means are equal if all batches have the same size.
 
     Raises:
-        TypeError: If `module` is no batch norm.
+        TypeError: If `module` is not a batch norm.
 
     Example:
         >>> import types
@@ -230,7 +231,7 @@ def _compare(caller: str, module: Any, variables: Any, names: port.Names, norm: 
 
 
 def _check_transposed(caller: str, module: Any, variables: Any, skip: Where) -> None:
-    """Refuses, or warns of, transposed convolutions in another layout than theirs."""
+    """Refuses or warns of transposed convolutions whose layout differs from theirs."""
     if isinstance(variables, nnx.Module):
         for path, layer in nnx.iter_graph(variables):
             name = "/".join(map(str, path))
@@ -240,8 +241,8 @@ def _check_transposed(caller: str, module: Any, variables: Any, skip: Where) -> 
                 and not chosen(f"{name}/kernel", skip)
             ):
                 raise ValueError(
-                    f"`{caller}` needs `transpose_kernel=True` in a `ConvTranspose`, as"
-                    f" PyTorch lays its kernel out; {name!r} has not."
+                    f"`{caller}` needs `transpose_kernel=True` in a `ConvTranspose`,"
+                    f" PyTorch's layout of the kernel; {name!r} lacks it."
                 )
     elif hasattr(module, "named_modules"):
         unsure = [
@@ -254,13 +255,13 @@ def _check_transposed(caller: str, module: Any, variables: Any, skip: Where) -> 
         if unsure:
             warnings.warn(
                 f"`{caller}`: {', '.join(unsure)} must be a Linen `ConvTranspose` with"
-                " `transpose_kernel=True` here, which its shape does not tell.",
+                " `transpose_kernel=True` here; its shape does not show that.",
                 stacklevel=3,
             )
 
 
 def _aliases(state: Mapping[str, Any]) -> dict[str, list[str]]:
-    """For each name the other names of the same memory."""
+    """For each name, the other names of the same memory."""
     groups: dict[Any, list[str]] = {}
     for name, value in state.items():
         if hasattr(value, "data_ptr"):
@@ -276,7 +277,7 @@ def _aliases(state: Mapping[str, Any]) -> dict[str, list[str]]:
         name: [other for other in group if other != name]
         for group in groups.values()
         for name in group
-        # (Empty arrays all are at one place.)
+        # (Empty arrays all have the same address.)
         if len(group) > 1 and math.prod(np.shape(state[name])) > 0
     }
 

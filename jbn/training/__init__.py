@@ -1,1 +1,1 @@
-"""What `train.py` calls: configuration, data, state, step, checkpoints, metrics."""
+"""The trainer: configuration, data, state, step, checkpoints, metrics."""

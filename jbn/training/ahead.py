@@ -1,4 +1,4 @@
-"""Compilation ahead of time, for devices that are not here, and what it tells."""
+"""Ahead-of-time compilation for devices that need not be present, and its report."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,12 @@ from jbn.training.devices import Device
 from jbn.training.errors import UsageError
 
 
-# What libtpu needs where there is no TPU. It reads this when it is loaded, and it must
-# not stay: on a real TPU the metadata server is what knows the other hosts.
+# Environment of libtpu without a TPU. It is read when libtpu is loaded, and must not
+# persist: on a real TPU the metadata server knows the other hosts.
 _ALONE = {
-    "TPU_SKIP_MDS_QUERY": "1",  # do not ask the metadata server of Google Cloud
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor lock out a second process
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: these two only silence complaints
+    "TPU_SKIP_MDS_QUERY": "1",  # do not query Google Cloud's metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # do not lock out other processes
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any value: these two only silence warnings
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 _EXAMPLES = (
@@ -32,9 +32,9 @@ _EXAMPLES = (
 )
 
 _MIB = 2**20
-# What programs may use of the memory of a device, by its kind: the capacity less what
-# is reserved, both as the compiler of libtpu 0.0.41 has them ("Ran out of memory in
-# memory space hbm. Used 16.00G of 15.75G"). Chips of v2, v3, v4 and 7x are two devices.
+# Memory available to programs by kind of device: the capacity minus the reserved part,
+# as in the compiler of libtpu 0.0.41 ("Ran out of memory in memory space hbm. Used
+# 16.00G of 15.75G"). Chips of v2, v3, v4 and 7x are two devices.
 _TPU_MEMORY = {
     "TPU v2": 8 * 1024 * _MIB - 530 * _MIB,
     "TPU v3": 16 * 1024 * _MIB - 530 * _MIB,
@@ -53,15 +53,16 @@ class DoesNotFitError(UsageError):
 
 
 def topology_devices(accelerator: Literal["tpu", "gpu"], topology: str) -> list[Device]:
-    """Describes devices that are not here, to compile for and not to run on.
+    """Describes devices to compile for, which need not be present.
 
-    From then on JAX itself uses the CPU alone.
+    Afterwards JAX itself only uses the CPU.
 
     Args:
         accelerator: The kind.
-        topology: Of TPUs, the generation and the shape of the slice, as in `v5e:4x4`.
-            Of GPUs, a file that describes one, the number of hosts, and of GPUs in
-            each, as in `h100.txt:1x8`. Machines with such a GPU print that text:
+        topology: For TPUs, the generation and the shape of the slice, such as
+            `v5e:4x4`. For GPUs, a file that describes one, the number of hosts and the
+            GPUs of each, such as `h100.txt:1x8`. On a machine with such a GPU, print
+            the file by
             `jaxlib.xla_client.get_topology_for_devices(jax.devices()).target_config`.
 
     Returns:
@@ -83,7 +84,7 @@ def _tpus(topology: str) -> list[Device]:
     sizes = [int(n) for n in re.findall(r"\d+", topology.partition(":")[2])]
     options: dict[str, Any] = {}
     if 1 in sizes[:2]:
-        # By default a host has 2x2 chips, which such a slice cannot be cut into.
+        # By default a host has 2x2 chips, which do not fit this slice.
         options["chips_per_host_bounds"] = (*(min(n, 2) for n in sizes[:2]), 1)
     try:
         with _environment(_ALONE):
@@ -100,9 +101,9 @@ def _gpus(topology: str) -> list[Device]:
     path, _, shape = topology.rpartition(":")
     if not re.fullmatch(r"\d+x\d+", shape) or not Path(path).is_file():
         raise UsageError(
-            f"--topology={topology}: for GPUs, this is a file, and after a colon how "
-            "many hosts there are with how many GPUs each: h100.txt:1x8. What is in "
-            "the file only a machine with such a GPU can tell: "
+            f"--topology={topology}: for GPUs, pass a file, a colon, the number of "
+            "hosts and the number of GPUs of each: h100.txt:1x8. Print the file on "
+            "a machine with such a GPU: "
             'python -c "import jax; from jaxlib import xla_client as x; '
             'print(x.get_topology_for_devices(jax.devices()).target_config)" > h100.txt'
         )
@@ -127,7 +128,7 @@ def _gpus(topology: str) -> list[Device]:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets the variables that are not set, for a while."""
+    """Temporarily sets environment variables that are not set."""
     new = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(new)
     try:
@@ -140,23 +141,23 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 def compile_ahead(
     lowered: jax.stages.Lowered, *, level: Literal["O0", "O1", "O2", "O3"] | None = None
 ) -> "CompileReport":
-    """Compiles, and reports what the compiler knows of memory, work and communication.
+    """Compiles, and reports memory, work and communication.
 
-    To be what will run, a step on a sharded batch must be lowered under
-    `jax.set_mesh(mesh)`: norm layers look there for the number of devices.
+    Lower a step on a sharded batch under `jax.set_mesh(mesh)`, where norm layers find
+    the number of devices: otherwise it differs from the step that will run.
 
     Args:
-        lowered: Of `jax.jit(step).lower(...)` or `jax.pmap(step).lower(...)`, for
-            devices here or from `topology_devices`.
-        level: How hard the compiler tries; by default as for a run. `O0` takes a
-            fraction of the time and gives the same collectives, but other memory and
-            other bytes: only compare numbers of the same level.
+        lowered: Result of `jax.jit(step).lower(...)` or `jax.pmap(step).lower(...)`,
+            for local devices or those of `topology_devices`.
+        level: The compiler's effort; by default that of a run. `O0` takes a fraction of
+            the time. Collectives are the same, but memory and bytes are not: only
+            compare numbers of the same level.
 
     Returns:
         The report.
 
     Raises:
-        DoesNotFitError: If the compiler finds that memory does not suffice.
+        DoesNotFitError: If the compiler runs out of device memory.
     """
     options: Any = None if level is None else {"optimization_level": _LEVELS[level]}
     try:
@@ -170,7 +171,7 @@ def compile_ahead(
 
 
 def _does_not_fit(error: str) -> str | None:
-    """What the compiler says of memory, in one paragraph; `None` if nothing."""
+    """The compiler's message about memory, in one paragraph, or `None`."""
     if found := re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", error):
         needed, needed_unit, has, has_unit = found.groups()
         text = f"{needed} {needed_unit}iB of the {has} {has_unit}iB"
@@ -194,14 +195,14 @@ def _does_not_fit(error: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One communication between devices, in a compiled program.
+    """One communication between devices in a compiled program.
 
     Attributes:
         kind: `all-reduce`, `all-gather`, ...
         bytes: Size of its result on each device.
-        in_loop: Whether it is in the body of a loop, and so may happen many times.
-        in_branch: Whether it is in a branch, of which one is taken.
-        op_name: What the program calls it, with the modules that it is in.
+        in_loop: Whether it is in the body of a loop, and may happen many times.
+        in_branch: Whether it is in a branch, which may not be taken.
+        op_name: Its name in the program, with the enclosing modules.
     """
 
     kind: str
@@ -213,24 +214,23 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """What a compiled program takes. All numbers are those of one device.
+    """The resources of a compiled program, per device.
 
-    What is in the body of a loop counts once. For a program that is a loop over steps,
-    these are numbers per step.
+    The body of a loop counts once: for a loop over steps, these are numbers per step.
 
     Attributes:
-        device_kind: What it is compiled for.
-        num_devices: And for how many.
-        arguments: Bytes of what goes in.
-        outputs: Bytes of what comes out.
-        aliased: Bytes of outputs that take the place of arguments.
-        temporaries: Bytes of what is kept meanwhile.
+        device_kind: The kind of device.
+        num_devices: The number of devices.
+        arguments: Bytes of the arguments.
+        outputs: Bytes of the outputs.
+        aliased: Bytes of outputs that reuse the memory of arguments.
+        temporaries: Bytes of temporary buffers.
         code: Bytes of the program itself.
-        peak: Most bytes in use at any time, as far as the compiler says: on a CPU
-            without temporaries, and everywhere without the program itself.
-        memory: Bytes that the device offers, or `None` if that is not known.
-        flops: Floating-point operations, or `None` if the compiler does not say.
-        bytes_accessed: Bytes read and written, or `None`, by the compiler's estimate.
+        peak: Most bytes in use at any time, as reported by the compiler: without the
+            program itself, and on a CPU without temporaries.
+        memory: Bytes that the device offers, or `None` if unknown.
+        flops: Floating-point operations, or `None` if unknown.
+        bytes_accessed: Bytes read and written, as estimated by the compiler, or `None`.
         collectives: All communication.
     """
 
@@ -249,7 +249,7 @@ class CompileReport:
 
     @classmethod
     def from_compiled(cls, compiled: jax.stages.Compiled) -> "CompileReport":
-        """Reads it off a compiled program."""
+        """The report of a compiled program."""
         devices = {
             device
             for sharding in jax.tree.leaves(
@@ -282,21 +282,21 @@ class CompileReport:
 
     @property
     def new_outputs(self) -> int:
-        """Bytes of outputs that do not take the place of arguments."""
+        """Bytes of outputs that do not reuse the memory of arguments."""
         return self.outputs - self.aliased
 
     @property
     def fits(self) -> bool | None:
-        """Whether memory suffices; `None` if it is not known how much there is."""
+        """Whether the memory is large enough; `None` if its size is unknown."""
         return None if self.memory is None else self.total <= self.memory
 
     def by_kind(self) -> dict[str, list[Collective]]:
-        """Sorts out the collectives."""
+        """The collectives by kind."""
         kinds = sorted({c.kind for c in self.collectives})
         return {kind: [c for c in self.collectives if c.kind == kind] for kind in kinds}
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns everything as JSON has it, with collectives in sums."""
+        """Returns everything ready for JSON, with sums over collectives."""
         content = dataclasses.asdict(self)
         content |= {"total": self.total, "fits": self.fits}
         content["collectives"] = {
@@ -312,7 +312,7 @@ class CompileReport:
         return content
 
     def __str__(self) -> str:
-        """Says it in some lines, for a terminal."""
+        """The report in a few lines, for a terminal."""
         available = "" if self.memory is None else f" of {_bytes(self.memory)}"
         verdict = {True: ": fits", False: ": DOES NOT FIT", None: ""}[self.fits]
         lines = [
@@ -320,7 +320,7 @@ class CompileReport:
             f"  memory          {_bytes(self.total)}{available}{verdict}",
             f"    arguments     {_bytes(self.arguments)}",
             f"    new outputs   {_bytes(self.new_outputs)}"
-            f" (and {_bytes(self.aliased)} in place of arguments)",
+            f" (and {_bytes(self.aliased)} in the memory of arguments)",
             f"    temporaries   {_bytes(self.temporaries)}",
             f"    program       {_bytes(self.code)}",
             f"  operations      {_count(self.flops)}",
@@ -344,12 +344,12 @@ class CompileReport:
 
 
 def _memory(device: Device) -> int | None:
-    """How many bytes programs may use."""
+    """The bytes that programs may use."""
     if device.platform != "gpu":
         return _TPU_MEMORY.get(device.device_kind)
     described = str(xla_client.get_topology_for_devices([device]).target_config)
     size = re.search(r"device_memory_size: (\d+)", described)
-    # Three quarters is what JAX takes of a GPU, unless it is told otherwise.
+    # JAX allocates three quarters of a GPU by default.
     return int(size[1]) * 3 // 4 if size else None
 
 
@@ -373,7 +373,7 @@ _KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-# Of two halves the second counts: the type of the first has the operands in it.
+# Of asynchronous pairs the second counts: the type of the first includes operands.
 _COLLECTIVE = re.compile(rf'\s+\S+(?: \S+)? = ([^"]+?) ({"|".join(_KINDS)})(-done)?\(')
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LOOP = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
@@ -388,7 +388,7 @@ def find_collectives(hlo: str) -> tuple[Collective, ...]:
     """Finds all communication in the text of a compiled program.
 
     Args:
-        hlo: As `jax.stages.Compiled.as_text()` gives it.
+        hlo: Text from `jax.stages.Compiled.as_text()`.
 
     Returns:
         The collectives, in the order of the text.
@@ -417,7 +417,7 @@ def find_collectives(hlo: str) -> tuple[Collective, ...]:
                 )
 
     def within(names: set[str]) -> set[str]:
-        """Those computations, and all that they call."""
+        """These computations, and all that they call."""
         inside: set[str] = set()
         while names:
             inside |= names

@@ -1,4 +1,4 @@
-"""Random changes of images on the device, the same for an image and its labels."""
+"""Augmentation on the device: an image and its labels change in the same way."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,15 @@ from jax import lax
 def augment(
     batch: dict[str, jax.Array], keys: jax.Array, shift: int, flip: bool
 ) -> dict[str, jax.Array]:
-    """Moves and mirrors each image.
+    """Shifts and mirrors each image.
 
     Args:
         batch: With `image`, of shape (batch, height, width, channels), and perhaps a
             `label` of shape (batch, height, width), which moves along.
         keys: One for each image.
-        shift: Most pixels to move by, in either direction. What comes in from outside
-            is zero, and of label -1.
-        flip: Whether to mirror left and right, every second image on average.
+        shift: Most pixels to move by, in either direction. New pixels at the border are
+            zero, with label -1.
+        flip: Whether to mirror left and right, with probability 1/2.
 
     Returns:
         The batch with other images.
@@ -49,14 +49,14 @@ def mixup(
         share ~ Beta(alpha, alpha), or one minus that, whichever is larger
         image = share * image + (1 - share) * other
 
-    The other image is the one as far from the end of the batch as this is from its
-    start, among the rows of this device. One of weight zero is not mixed in.
+    Row i is mixed with row n - 1 - i of the n rows of this device. Rows of weight zero
+    are not mixed in.
 
     Args:
         batch: With `image`, integers of shape (batch, height, width, channels), and
             `label` and `weight` of shape (batch,).
         keys: One for each image.
-        alpha: Above 0; the larger, the more alike the two shares.
+        alpha: Above 0; the larger, the more equal the two shares.
 
     Returns:
         The batch with other images, and with the labels `other_label` and the `share`

@@ -10,8 +10,8 @@ import numpy as np
 class Plan:
     """Row numbers and weights of a number of batches, both of shape (steps, rows).
 
-    Rows that only fill up a batch have weight zero and row number zero. So do all the
-    rows of the steps that only fill up the last chunk.
+    Rows that pad a batch have weight zero and row number zero, and so have all rows of
+    the steps that pad the last chunk.
     """
 
     indices: np.ndarray
@@ -19,12 +19,12 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """How many steps are not only there to fill up."""
+        """Number of steps without padding steps."""
         return int((self.weights.sum(axis=1) > 0).sum())
 
     @property
     def num_rows(self) -> int:
-        """How many rows a batch has."""
+        """Number of rows of a batch."""
         return self.indices.shape[1]
 
     def part(self, start: int, stop: int) -> "Plan":
@@ -37,16 +37,16 @@ class Plan:
 
 
 def plan_epoch(order: np.ndarray, batch_size: int, *, multiple: int) -> Plan:
-    """Cuts `order` into batches, without leaving a row out.
+    """Splits `order` into batches, without dropping a row.
 
     Args:
         order: Row numbers, in the order in which to visit them.
         batch_size: Rows in each batch; the last one may have fewer.
-        multiple: What the length of each batch is filled up to a multiple of: the
-            number of devices, times that of microbatches.
+        multiple: The length of each batch is padded to a multiple of this: the number
+            of devices times that of microbatches.
 
     Returns:
-        The plan, in which each batch is filled up to the same length.
+        The plan, in which all batches are padded to the same length.
     """
     batch_size = min(batch_size, len(order))
     steps = -(-len(order) // batch_size)
@@ -61,7 +61,7 @@ def plan_epoch(order: np.ndarray, batch_size: int, *, multiple: int) -> Plan:
 
 
 def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """The order of an epoch, which depends on nothing but the arguments."""
+    """The order of an epoch, which only depends on the arguments."""
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
@@ -72,7 +72,7 @@ def chunk_length(num_steps: int, max_steps: int) -> int:
 
 
 def chunks(plan: Plan, length: int) -> Iterator[Plan]:
-    """Cuts a plan into pieces of `length` steps, the last of which is filled up."""
+    """Splits a plan into chunks of `length` steps, padding the last one."""
     steps = len(plan.indices)
     fill = ((0, -steps % length), (0, 0))
     indices, weights = np.pad(plan.indices, fill), np.pad(plan.weights, fill)

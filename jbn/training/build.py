@@ -1,4 +1,4 @@
-"""Makes what a configuration says: data, norm layers, model, optimizer, task."""
+"""Makes the parts of a configuration: data, norm, model, optimizer, task."""
 
 import dataclasses
 import functools
@@ -22,12 +22,12 @@ from jbn.training.tasks import GAN, Supervised, Task
 
 
 _LATENT_SIZE = 64
-# Of the generator's: two time scales, as of Heusel et al., 2017.
+# Of the generator's rate: two time scales (Heusel et al., 2017).
 _DISCRIMINATOR_RATE = 0.2
 
 
 def target_of(config: Config) -> Target | None:
-    """What of a data set the model is to find."""
+    """The target of the model in a data set."""
     if config.model == "dcgan":
         return None
     return "segmentation_mask" if config.model == "unet" else "label"
@@ -104,10 +104,10 @@ def make_task(
 def make_norm(
     config: Config, executor: Executor | None, *, steps_per_epoch: int = 1
 ) -> Callable[..., Any]:
-    """Makes a factory of norm layers, which share statistics as the flags say.
+    """Makes a factory of norm layers that share statistics as configured.
 
-    Running statistics are those of all devices in any case, merged exactly in every
-    step, so that there is nothing to merge before an evaluation or a checkpoint.
+    Running statistics are always those of all devices, merged exactly in every step, so
+    there is nothing to merge before an evaluation or a checkpoint.
 
     Args:
         config: With `norm`, `norm_options`, `momentum`, `fix_after`, `bn_group_size`
@@ -162,11 +162,11 @@ def make_norm(
 
 
 def row_multiple(config: Config, num_devices: int) -> int:
-    """What the number of rows of a batch must be a multiple of, filled up if need be.
+    """The number that the rows of a batch are padded to a multiple of.
 
     Args:
         config: Of the run.
-        num_devices: Over which the rows are shared out.
+        num_devices: Number of devices that share the rows.
 
     Returns:
         The least common multiple of devices and ghost groups, times the microbatches.
@@ -176,7 +176,7 @@ def row_multiple(config: Config, num_devices: int) -> int:
 
 
 def warmup_steps(config: Config, steps_per_epoch: int) -> int:
-    """The number of steps of the warm-up, which leaves one step of the run."""
+    """The number of warm-up steps, at least one less than the run has."""
     warmup = round(config.warmup_epochs * steps_per_epoch)
     return min(warmup, total_steps(config, steps_per_epoch) - 1)
 
@@ -203,7 +203,7 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> Any:
     Returns:
         An `optax.GradientTransformation`.
     """
-    # A constant has no place in the optimizer's state, where a schedule counts.
+    # A constant has no counter in the optimizer's state, unlike a schedule.
     is_constant = config.schedule == "constant" and not warmup_steps(
         config, steps_per_epoch
     )
@@ -218,11 +218,10 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> Any:
         parts += [decay] if config.weight_decay else []
         parts.append(optax.trace(config.beta1, nesterov=True))
     else:
-        # A hidden unit that is active for every example of a batch has a bias that the
-        # norm takes away again: its gradient is zero, or 1e-8 after rounding. The usual
-        # epsilon, 1e-8, makes a step of nearly full size of that noise, and after three
-        # epochs one and four devices differ by 1e-2 in the loss of a step. With this
-        # one, by 1e-6.
+        # If a hidden unit is active for every example of a batch, the norm subtracts
+        # its bias: the gradient is zero, or 1e-8 after rounding. With the usual epsilon
+        # of 1e-8 this noise becomes a step of almost full size, and after three epochs
+        # the losses of one and four devices differ by 1e-2. With this epsilon, by 1e-6.
         parts.append(optax.scale_by_adam(b1=config.beta1, eps=1e-5))
         parts += [decay] if config.weight_decay else []
     return optax.chain(*parts, optax.scale_by_learning_rate(rate))

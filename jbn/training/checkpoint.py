@@ -1,7 +1,7 @@
-"""Saves the state with Orbax, in the background, and keeps the last and the best.
+"""Saves the state with Orbax, in the background, keeping the last and the best.
 
-Each checkpoint has a CRC-32 of every array, which is compared on every read: the files
-that Orbax writes by default have none that finds a changed byte.
+Each checkpoint has a CRC-32 of every array, which is verified on every read: by
+default, Orbax does not detect a changed byte.
 """
 
 import json
@@ -22,16 +22,16 @@ from jbn.training.state import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of a run, named by the number of steps they have behind them.
+    """The checkpoints of a run, named by the number of steps.
 
-    They hold NumPy arrays, and so do not depend on the devices of the run. Two are
-    kept: the last, and that of the best metric. One that has not been finished when the
-    process ends is not there; the one before it is.
+    They hold NumPy arrays, so they do not depend on the devices of the run. Two are
+    kept: the last, and the one with the best metric. If the process ends before one is
+    finished, the previous one remains.
 
     Args:
-        folder: Where they are, or are to be.
+        folder: The folder of the checkpoints.
         higher_is_better: Of the metric.
-        read_only: Whether to leave the folder as it is.
+        read_only: Whether to leave the folder unchanged.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Checkpoints:
     ):
         self._folder = folder
         self._sign = sign = 1 if higher_is_better else -1
-        # Not saved yet: the last state, and the best one if that is another.
+        # Not saved yet: the last state, and the best one if different.
         self._held: dict[str, tuple[TrainState, float]] = {}
         # (In the middle of an epoch there is no metric.)
         value = lambda metrics: sign * (metrics or {}).get("value", -sign * np.inf)
-        # Orbax reports each step of each save; errors still come through.
+        # Silence Orbax' reports of each save; errors are still shown.
         absl.logging.set_verbosity(absl.logging.ERROR)
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -93,21 +93,21 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Those that are there."""
+        """The steps of all checkpoints."""
         return sorted(self._manager.all_steps())
 
     @property
     def last_step(self) -> int | None:
-        """The last checkpoint, or `None` if there is none."""
+        """The step of the last checkpoint, or `None`."""
         return self._manager.latest_step()
 
     @property
     def best_step(self) -> int | None:
-        """That of the best metric, or `None`. The later one of two."""
+        """The step with the best metric, or `None`; of equal ones the later."""
         return self._manager.best_step()
 
     def describe(self) -> str:
-        """Says what can be loaded."""
+        """A sentence about the checkpoints that can be loaded."""
         self.flush()
         self.wait()
         if self.last_step is None:
@@ -128,7 +128,7 @@ class Checkpoints:
 
         Args:
             state: Of NumPy arrays.
-            metric: By which the best is chosen; `None` in the middle of an epoch.
+            metric: Selects the best; `None` in the middle of an epoch.
             progress: Sums over the epoch so far.
         """
         if "best" in self._held:
@@ -150,7 +150,7 @@ class Checkpoints:
         self._held["last"] = state, metric
 
     def flush(self) -> None:
-        """Saves what is held."""
+        """Saves the states held in memory."""
         if "last" in self._held:
             state, metric = self._held["last"]
             self.save(state, metric=metric)
@@ -172,11 +172,11 @@ class Checkpoints:
                 metrics=None if metric is None else {"value": metric},
                 force=True,
             )
-        except Exception as error:  # Of this save, or of the last in the background.
+        except Exception as error:  # Of this save, or of the previous one.
             raise self._not_saved(error) from error
 
     def wait(self) -> None:
-        """Waits until what has been saved is on disk."""
+        """Waits until all saves are on disk."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -191,7 +191,7 @@ class Checkpoints:
 
     def _not_saved(self, error: Exception) -> StorageError:
         steps = self.steps
-        left = f"the last one there is {self._folder / str(steps[-1])}" if steps else ""
+        left = f"the last one is {self._folder / str(steps[-1])}" if steps else ""
         return StorageError(
             f"A checkpoint cannot be written to {self._folder} ({_brief(error)}); "
             f"{left or 'there is none yet'}."
@@ -202,7 +202,7 @@ class Checkpoints:
 
         Args:
             step: One of `steps`.
-            like: A state of the same structure, whose values do not matter.
+            like: A state of the same structure, with any values.
 
         Returns:
             The state, in NumPy arrays, and its `progress`.
@@ -216,13 +216,13 @@ class Checkpoints:
         return TrainState(**state), progress
 
     def restore_variables(self, step: int) -> dict[str, Any]:
-        """Loads the variables of a model that is not known.
+        """Loads the variables of an unknown model.
 
         Args:
             step: One of `steps`.
 
         Returns:
-            `params` and `batch_stats`: the average of them, if there is one.
+            `params` and `batch_stats`, averaged if the run has an average.
 
         Raises:
             UsageError: As for `restore`.
@@ -264,13 +264,13 @@ class Checkpoints:
         if has_checksums:
             found = _checksums(state, progress)
             if target is None:
-                # The structure of the optimizer's state is not known then.
+                # In this case the structure of the optimizer's state is unknown.
                 found.pop("opt_state")
             _compare(found, restored["checksums"])
         return state, progress
 
     def _intact_instead_of(self, step: int, target: Any) -> str:
-        """Names the last other checkpoint that can be read."""
+        """A sentence with the last other checkpoint that can be read."""
         for other in reversed(self.steps):
             if other == step:
                 continue
@@ -283,27 +283,27 @@ class Checkpoints:
                 f"The checkpoint after step {other} is intact: use it with "
                 f"--checkpoint={name}."
             )
-        return "There is no other checkpoint that is intact."
+        return "There is no other intact checkpoint."
 
 
 class _DamagedError(Exception):
-    """The files of a checkpoint are not as they were written."""
+    """The files of a checkpoint have changed."""
 
 
 def check_alike(found: Any, expected: Any, path: Path) -> None:
-    """Compares names and shapes of a checkpoint with those of the model of the run.
+    """Compares names and shapes of a checkpoint with those of the run's model.
 
     Args:
         found: Metadata of the checkpoint.
         expected: A tree of arrays.
-        path: Of the checkpoint, for the message.
+        path: The path of the checkpoint, for the message.
 
     Raises:
         UsageError: With the first path that differs.
     """
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        # The optimizer's state is lists there and tuples here; it follows the others.
+        # The optimizer's state has lists there and tuples here; it follows the others.
         tree = {name: part for name, part in tree.items() if name != "opt_state"}
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {
@@ -341,7 +341,7 @@ def _as_dict(state: TrainState) -> dict:
 def _checksums(
     tree: Mapping[str, Any], progress: Mapping[str, Any]
 ) -> dict[str, dict[str, int]]:
-    """By part, a CRC-32 of each array with its shape and dtype, and of the sums."""
+    """By part, CRC-32s of each array with its shape and dtype, and of these sums."""
     sums = json.dumps(dict(progress), sort_keys=True).encode()
     found = {"progress": {"": zlib.crc32(sums)}}
     for part, values in tree.items():
@@ -349,7 +349,7 @@ def _checksums(
         found[part] = {}
         for i, (key, leaf) in enumerate(leaves):
             x = np.asarray(leaf)
-            # (The names in the optimizer's state are Optax's, and may change.)
+            # (The names in the optimizer's state are Optax's and may change.)
             path = jax.tree_util.keystr(key, simple=True, separator="/")
             header = f"{x.dtype.name}{x.shape}".encode()
             data: Any = np.ascontiguousarray(x).reshape(-1).view(np.uint8)

@@ -1,6 +1,6 @@
-"""The command line: `jbn COMMAND`, for which `python -m jbn` and train.py stand, too.
+"""The command line: `jbn COMMAND`, also run by `python -m jbn` and train.py.
 
-Commands are imported when they are run: most need Orbax, Optax and Flax, help does not.
+Commands are imported when they run: most need Orbax, Optax and Flax, but help does not.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from jbn.training.errors import NonFiniteLossError, StorageError, UsageError
 
 
-# With a sentence each, as the help shows them.
+# The commands, with a sentence each for the help.
 COMMANDS = {
     "train": "Train a network with batch normalization, or resume a run.",
     "eval": "Evaluate a checkpoint on the test split.",
@@ -35,12 +35,11 @@ def main(
     Args:
         args: The command and its flags; by default those of the process.
         prog: The name of the program, for help.
-        default: The command where none is named.
+        default: The command if none is named.
 
     Returns:
-        The exit status: 0; 1 if the run or the check failed; 2 if it could not start
-        as asked; 75 if SIGTERM has stopped training before its end, which --resume
-        goes on with; 130 after Ctrl-C.
+        The exit status: 0; 1 if the run or the check failed; 2 if it could not start;
+        75 if SIGTERM stopped training, which --resume continues; 130 after Ctrl-C.
     """
     args = list(sys.argv[1:] if args is None else args)
     if default is not None and (not args or args[0] not in COMMANDS):
@@ -60,7 +59,7 @@ def main(
     except KeyboardInterrupt:
         print("interrupted; nothing was trained or written", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # As of `| head`. Nothing is left for the flush at exit.
+    except BrokenPipeError:  # As with `| head`. The flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -77,7 +76,7 @@ def overview(prog: str) -> str:
 
 
 def _find(name: str) -> Callable[[Sequence[str], str], int]:
-    """The function of a command, of its flags and the name of the program."""
+    """The function of a command; it takes the flags and the name of the program."""
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f" Did you mean {close[0]}?" if close else ""

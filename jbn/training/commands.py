@@ -38,20 +38,20 @@ def inspect_run(
     dataset: _Text = None,
     data_dir: _Folder = None,
 ) -> int:
-    """Says where evaluation differs from training, layer by layer, and what to do.
+    """Reports where evaluation differs from training, layer by layer, with advice.
 
     Compares the running statistics of each batch norm with the moments of the data.
-    Prints a table and, below it, what was found. Changes nothing in the run.
+    Prints a table, and the findings below it. Does not change the run.
 
     Args:
-        run: Folder of a run, as train.py writes it.
-        checkpoint: The best on the test set, the last, or by its number of steps.
-        batches: How many batches to look at. By default all.
-        split: Which data to look at.
-        figure: Draw the layers to this new file, a .png or .pdf for example.
+        run: Folder of a run of train.py.
+        checkpoint: The best on the test set, the last, or a number of steps.
+        batches: Number of batches to read. By default all.
+        split: The data to read.
+        figure: Draw the layers to this new file, such as a .png or .pdf.
         json: Write the numbers to this new file.
-        strict: Exit with 1 if there is more than notes.
-        dataset: Another data set with classes of the same names. By default that of the
+        strict: Exit with 1 if a finding is worse than a note.
+        dataset: Another data set with the same names of classes. By default that of the
             run.
         data_dir: Folder of prepared data sets. By default that of the run.
     """
@@ -87,14 +87,14 @@ def recalibrate_run(
     """Replaces running averages by the statistics of the training data ("precise BN").
 
     Prints the test accuracy before and after, and writes a new run, which can be
-    inspected, or resumed by train.py. The old one stays as it is.
+    inspected, or resumed by train.py. The old run does not change.
 
     Args:
-        run: Folder of a run, as train.py writes it.
-        out: Folder of the new run; must not be there yet.
-        checkpoint: The best on the test set, the last, or by its number of steps.
-        batches: How many batches to take the statistics of. By default all.
-        dataset: Another data set with classes of the same names. By default that of the
+        run: Folder of a run of train.py.
+        out: Folder of the new run; must not exist.
+        checkpoint: The best on the test set, the last, or a number of steps.
+        batches: Number of batches for the statistics. By default all.
+        dataset: Another data set with the same names of classes. By default that of the
             run.
         data_dir: Folder of prepared data sets. By default that of the run.
     """
@@ -120,16 +120,16 @@ def fold_run(
     dataset: _Text = None,
     data_dir: _Folder = None,
 ) -> int:
-    """Folds batch norms into the linear layers beside them, for inference.
+    """Folds batch norms into the adjacent linear layers, for inference.
 
-    Prints what became of each batch norm, and the test accuracy before and after.
-    Writes the variables that are left; a .npz has names like params/Dense_0/kernel.
+    Prints the result for each batch norm, and the test accuracy before and after.
+    Writes the remaining variables; a .npz has names like params/Dense_0/kernel.
 
     Args:
-        run: Folder of a run, as train.py writes it.
-        out: A new .npz, or a .msgpack as of flax.serialization.
-        checkpoint: The best on the test set, the last, or by its number of steps.
-        dataset: Another data set with classes of the same names. By default that of the
+        run: Folder of a run of train.py.
+        out: A new .npz file, or .msgpack (flax.serialization).
+        checkpoint: The best on the test set, the last, or a number of steps.
+        dataset: Another data set with the same names of classes. By default that of the
             run.
         data_dir: Folder of prepared data sets. By default that of the run.
     """
@@ -173,19 +173,19 @@ def port_run(
 ) -> int:
     """Fills the model of a run with the weights and statistics of a PyTorch model.
 
-    Prints the test accuracy and writes a new run, with the optimizer at its start. The
-    old one stays as it is. Layers are called there as here, with dots in place of
-    slashes, or for a ResNet as in torchvision, unless --names says otherwise. Images
-    are channels-last here: for a Dense behind a flattened image of several channels,
-    reorder its weights first.
+    Prints the test accuracy and writes a new run, with a new optimizer state. The old
+    run does not change. By default, PyTorch's names are ours with dots instead of
+    slashes, or for a ResNet those of torchvision; --names maps others. Images are
+    channels-last here: for a Dense on a flattened image of several channels, reorder
+    its weights first.
 
     Args:
-        file: A state dict, as .pt (needs PyTorch) or .npz of arrays.
-        to: Folder of a run of the same model, as train.py writes it.
-        out: Folder of the new run; must not be there yet.
-        names: What layers are called there: Dense_0=0 BatchNorm_0=2.
-        skip: What stays as it is in the run: 'head/*' for a head of other classes.
-        dataset: Another data set with classes of the same names. By default that of the
+        file: A state dict: .pt (needs PyTorch), or .npz with arrays.
+        to: Folder of a run of train.py, with the same model.
+        out: Folder of the new run; must not exist.
+        names: Our names of layers and PyTorch's: Dense_0=0 BatchNorm_0=2.
+        skip: Layers to leave unchanged: 'head/*' for a head with other classes.
+        dataset: Another data set with the same names of classes. By default that of the
             run.
         data_dir: Folder of prepared data sets. By default that of the run.
     """
@@ -205,7 +205,7 @@ def port_run(
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Modules alone have options to compare.
+            warnings.simplefilter("ignore")  # Only modules have options to compare.
             variables = from_torch(
                 state_dict, opened.variables, names=their_name, skip=skip
             )
@@ -258,8 +258,8 @@ def _read_state_dict(path: Path) -> Mapping[str, Any]:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError(
-            f"{path} is PyTorch's, which is not installed: `pip install torch`, or save"
-            " the arrays by the same names as .npz."
+            f"{path} needs PyTorch, which is not installed: `pip install torch`, or"
+            " save the arrays under the same names as .npz."
         ) from error
     except Exception as error:
         raise UsageError(f"{path} is not an .npz: {_one_line(error)}") from error

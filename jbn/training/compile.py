@@ -1,4 +1,4 @@
-"""The command `compile`: the training step, compiled for devices that are not here."""
+"""The command `compile`: compiles the training step for any devices."""
 
 import dataclasses
 import json
@@ -35,20 +35,21 @@ _Level = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Compile:
-    """Compiles the training step, and runs nothing.
+    """Compiles the training step, without running it.
 
-    Prints the memory that a device needs and has, the work of a step, and what the
-    devices send each other.
+    Prints the memory that a device needs and has, the work of a step, and the
+    communication between devices.
 
     Attributes:
-        config: The flags of training. --batch-size is that of all devices together.
-        topology: Of devices that are not here. Of TPUs, the generation and the shape of
-            the slice, such as `v5e:2x2`; of GPUs, a file that describes one, hosts, and
-            GPUs of each, such as `h100.txt:1x8`. By default the devices that are here.
-        shape: Of images, so that no data set is needed.
-        num_classes: Then.
-        level: The compiler's effort, by default all of it. `O0` takes seconds where
-            that takes minutes, and needs about the same memory.
+        config: The flags of training. --batch-size is the total over all devices.
+        topology: Devices to compile for. For TPUs, the generation and the shape of the
+            slice, such as `v5e:2x2`; for GPUs, a file that describes one, the number of
+            hosts, and the GPUs of each, such as `h100.txt:1x8`. By default the local
+            devices.
+        shape: Shape of images, instead of a data set.
+        num_classes: Number of classes, together with --shape.
+        level: The compiler's effort, by default full. `O0` takes seconds instead of
+            minutes, and reports about the same memory.
         json: Write the numbers to this file.
     """
 
@@ -76,7 +77,7 @@ def main(args: Sequence[str], prog: str = "jbn compile") -> int:
     if config.batch_size % (len(devices) * config.microbatches):
         raise UsageError(
             f"--batch-size={config.batch_size} is not a multiple of {len(devices)} "
-            f"devices times {config.microbatches} microbatches. It would be filled up."
+            f"devices times {config.microbatches} microbatches. It would be padded."
         )
     lowered = lower(config, _dataset(command), Executor(devices, config.parallel))
     report = compile_ahead(lowered, level=command.level)
@@ -91,7 +92,7 @@ def lower(config: Config, dataset: Dataset, executor: Executor) -> Any:
 
     Args:
         config: Of the run.
-        dataset: Of which only shapes matter.
+        dataset: The data, of which only shapes are used.
         executor: With the devices.
 
     Returns:
@@ -115,7 +116,7 @@ def lower(config: Config, dataset: Dataset, executor: Executor) -> Any:
 def _dataset(command: Compile) -> Dataset:
     config = command.config
     if command.shape is None:
-        # (How images are cut out does not change their shape.)
+        # (Cropping does not change the shape of the images.)
         return open_dataset(dataclasses.replace(config, crop=False))
     nothing = InMemory(np.zeros((0, *command.shape), np.uint8), np.zeros(0, np.int32))
     classes = [str(i) for i in range(command.num_classes)]

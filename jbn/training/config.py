@@ -18,7 +18,7 @@ from jbn.training.errors import UsageError
 from jbn.training.flags import parse
 
 
-# Without "{None}|" and "(default: None)": the texts say what the default does.
+# Without "{None}|" and "(default: None)": the texts describe the default.
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 _Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 _Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
@@ -39,124 +39,127 @@ class Config:
     """Trains a network with batch normalization on images.
 
     Without flags: a perceptron with two hidden layers, on the handwritten digits that
-    come with the package. That takes some seconds and no network. Defaults are those of
-    --model, which --model=NAME --help shows.
+    come with the package. This takes a few seconds and no network access. Defaults
+    depend on --model: see --model=NAME --help.
 
     Attributes:
         model: `mlp`, `resnet8`, `resnet18` and `resnet50` classify images; `unet` their
-            pixels; `dcgan` learns to make such images. `module:Class` is one's own: a
-            Linen module (or a function that makes one) that takes `num_classes` and
-            `norm`, and is called with images, `train` and `mask`.
+            pixels; `dcgan` generates images. `module:Class` is your own: a Linen module
+            (or a function that makes one) that takes `num_classes` and `norm`, and is
+            called with images, `train` and `mask`.
         width: Width of the first layer; deeper ones are wider in proportion. By default
             64 (`mlp`, `resnet18`, `resnet50`), 16 (`resnet8`, `unet`), or what suits
             the images (`dcgan`).
         depth: Hidden layers of `mlp` (2), sizes of `unet` (3), and all layers of a
             ResNet: 8, 14, 20, ... for `resnet8`, 18 or 34 for `resnet18`, and 50, 101
             or 152 for `resnet50`.
-        dropout: Part of the units that are set to zero in training: after each hidden
-            layer of `mlp`, at the smallest size of `unet`, before the last layer of a
-            ResNet.
+        dropout: Fraction of the units that are set to zero in training: after each
+            hidden layer of `mlp`, at the smallest size of `unet`, before the last layer
+            of a ResNet.
         norm: The norm layers: batch normalization, batch renormalization, ghost batch
             normalization (by groups of a batch), group or layer normalization of each
-            image, or none, which leaves their scale and bias.
+            image, or none (only a scale and bias).
         norm_options: Options of the norm layers.
         dataset: The data: `digits` or `digit_trimaps`, which come with the package; the
             TensorFlow Datasets name of a set of images with labels (`mnist`, `cifar10`,
-            `imagenet2012`, ...), for `unet` with a segmentation mask
-            (`oxford_iiit_pet`), for `dcgan` of any images; the path of a folder with
-            one folder of images for each class, for `unet` with the folders `images`
-            and `masks`, each inside `train` and `test` or not; or an .npz file with
+            `imagenet2012`, ...), with segmentation masks for `unet`
+            (`oxford_iiit_pet`), or of any images for `dcgan`; the path of a folder with
+            one folder of images per class, or for `unet` the folders `images` and
+            `masks`, optionally inside `train` and `test`; or an .npz file with
             `train_images`, `train_labels`, `test_images` and `test_labels`.
         data_dir: Folder of prepared data sets. By default that of TensorFlow Datasets,
             which is $TFDS_DATA_DIR or ~/tensorflow_datasets.
-        manual_dir: Folder with the original files of the set, downloaded by hand.
-            Needed once, to prepare a set without a network.
-        test_fraction: The part of the images to test on, where a set has no test split.
-        image_size: Height and width to resize the images to. Needed where they differ
-            in size.
-        loader: `memory` reads the set into memory, `grain` reads images from disk when
-            they are needed. By default grain for sets of more than 4 GiB of pixels.
-        shift: Move training images by up to so many pixels, at random.
-        flip: Mirror training images, at random.
-        mixup: Mix each training image, and its label, with another one of the batch, in
-            shares from Beta(mixup, mixup); 0.2 is usual, 0 mixes nothing.
-        crop: Cut out random parts of training images, as for ImageNet, and the middle
-            part of others (grain alone).
-        workdir: Where configuration, metrics, curves and checkpoints go. By default a
+        manual_dir: Folder with the original files of the set, downloaded by hand. Only
+            needed once, to prepare a set without network access.
+        test_fraction: Fraction of the images to test on, if a set has no test split.
+        image_size: Height and width to resize the images to. Needed if they differ in
+            size.
+        loader: `memory` reads the set into memory, `grain` reads images from disk as
+            needed. By default grain for sets of more than 4 GiB of pixels.
+        shift: Move training images at random by up to this number of pixels.
+        flip: Mirror training images at random.
+        mixup: Mix each training image and its label with another one of the batch, with
+            shares from Beta(mixup, mixup); 0.2 is usual, 0 is off.
+        crop: Take random crops of training images, as for ImageNet, and the central
+            part of others (grain only).
+        workdir: Folder for configuration, metrics, curves and checkpoints. By default a
             new folder in runs/, named after the data, the seed and the time. A folder
-            with anything in it is refused, unless to resume the run in it.
-        resume: Continue the run in --workdir from its last checkpoint, with the flags
-            that it was started with. Give more --epochs to train on after its end.
+            that is not empty is refused, except with --resume.
+        resume: Continue the run in --workdir from its last checkpoint, with its
+            original flags. Pass more --epochs to train beyond its end.
         checkpoint: Resume from this checkpoint, or start --init-from it: `best` on the
             test set, `last`, or a number of steps. Resuming from an earlier checkpoint
             deletes the later ones.
-        config: Start from the flags of this `config.json`, of another run for example.
-            Flags on the command line come before it.
+        config: Start from the flags of this `config.json`, such as that of another run.
+            Flags on the command line take precedence.
         init_from: Start a new run from the weights and statistics of another: the
-            folder of a run, or a .npz or .msgpack file as `jbn fold` writes them. The
-            optimizer and the schedule start from zero.
-        init_skip: Leave layers out of --init-from that match this pattern: `head/*`
-            for a set with other classes.
+            folder of a run, or a .npz or .msgpack file from `jbn fold`. The optimizer
+            and the schedule start from zero.
+        init_skip: Do not initialize layers that match this pattern by --init-from:
+            `head/*` for a set with other classes.
         epochs: Passes over the training data.
-        steps: Train for so many steps, in place of --epochs.
-        patience: Stop after so many evaluations in a row without a better metric.
-        batch_size: Examples in each step, over all devices together. None is dropped:
-            the last batch of an epoch is smaller.
-        microbatches: Parts of a batch to take one after the other, in the memory of one
-            of them. Each is normalized by itself; the running statistics are those of
-            the batch.
+        steps: Number of training steps, instead of --epochs.
+        patience: Stop after this number of evaluations in a row without a better
+            metric.
+        batch_size: Examples in each step, over all devices. None is dropped: the last
+            batch of an epoch is smaller.
+        microbatches: Split a batch into this number of parts, processed one after the
+            other to save memory. Each part is normalized separately; the running
+            statistics are those of the whole batch.
         optimizer: `adam` (with --weight-decay AdamW), or `sgd` with momentum.
-        learning_rate: Its largest step size. Of dcgan, the generator's; that of the
-            discriminator is a fifth.
-        beta1: Of Adam; the momentum of SGD.
-        schedule: `cosine` lets the step size fall to zero at the end.
-        warmup_epochs: Epochs over which the step size rises from zero.
-        weight_decay: Of kernels alone: not of biases, nor of the scales of norms.
-        clip_norm: Scale gradients down to this norm. By default not at all.
-        label_smoothing: Share of the probability that all classes have in equal parts.
-        ema_decay: Evaluate an average of the parameters over the steps, of which the
-            old has this weight. Its statistics are taken anew from the data.
+        learning_rate: Largest learning rate. For dcgan that of the generator; the
+            discriminator's is a fifth of it.
+        beta1: Adam's beta1, or the momentum of SGD.
+        schedule: `cosine` decays the learning rate to zero.
+        warmup_epochs: Epochs over which the learning rate rises from zero.
+        weight_decay: Weight decay of kernels; biases and norms are not decayed.
+        clip_norm: Clip the norm of the gradients to this value. By default not at all.
+        label_smoothing: Share of the probability that is spread evenly over all
+            classes.
+        ema_decay: Evaluate an exponential moving average of the parameters with this
+            decay. Its statistics are recalibrated on the training data.
         precision: `bf16` computes in bfloat16; parameters and statistics stay float32.
         momentum: Weight of the old running statistics in batch normalization.
-            Evaluation uses these, so they must have caught up with the model. On the
-            digits, 0.99 keeps 79 % of what they were an epoch ago, and the test
-            accuracy of a short run trails far behind the training accuracy. With 0.9
-            it is 9 %.
+            Evaluation uses these, so they must follow the model. On the digits, with
+            0.99 their values from one epoch ago still have a weight of 79 %, and the
+            test accuracy of a short run is far below the training accuracy. With 0.9
+            the weight is 9 %.
         fix_after: Epochs after which training normalizes by the running statistics, as
             evaluation does (FixBN). By default never.
-        bn_group_size: How many devices share the statistics of a batch: 1 is per-device
-            batch normalization. By default all. Running statistics are those of all.
+        bn_group_size: Number of devices that share the statistics of a batch: 1 is
+            per-device batch normalization. By default all. Running statistics are
+            always those of all devices.
         seed: Sets the initial parameters and the order of the examples. On one device,
-            equal seeds give equal runs, to the last bit.
+            runs with equal seeds are bitwise identical.
         parallel: How several devices share a batch: `pmap` maps the step over them,
-            with synchronized batch normalization; `jit` leaves it to the compiler. The
+            with synchronized batch normalization; `jit` lets the compiler shard it. The
             results are the same.
-        accelerator: What to run on. By default whatever JAX finds; one that is not
-            there is an error.
-        num_devices: How many devices to run on, of each process. By default all, or one
-            CPU. CPU devices are virtual: there are as many as asked for.
-        steps_per_dispatch: The most steps to hand to the devices at once. More keeps a
-            small model from waiting for Python.
-        eval_every: Evaluate after so many steps (`500`) or minutes (`10m`). By default
+        accelerator: The kind of device. By default whatever JAX finds; a missing one is
+            an error.
+        num_devices: Number of devices of each process. By default all, or one CPU. CPU
+            devices are virtual, so any number is available.
+        steps_per_dispatch: Most steps in one dispatch. With more, a small model waits
+            less for Python.
+        eval_every: Evaluate every so many steps (`500`) or minutes (`10m`). By default
             after each epoch.
-        save_every: Save a checkpoint after so many steps (`500`) or minutes (`10m`),
-            also within an epoch. By default after an evaluation, unless the last
-            checkpoint is less than 10 seconds old; a run that ends saves in any case.
+        save_every: Save a checkpoint every so many steps (`500`) or minutes (`10m`),
+            also within an epoch. By default after each evaluation, unless the last
+            checkpoint is less than 10 seconds old. The end of a run is always saved.
         log_every: Seconds between reports within an epoch: loss, learning rate,
-            examples a second and time left, in `progress.jsonl` and TensorBoard, and
-            as lines where there is no terminal.
-        max_skipped: How many steps in a row may be skipped, because something in them
-            is infinite or not a number, before the run stops.
+            examples per second and time left, in `progress.jsonl` and TensorBoard, and
+            as lines if there is no terminal.
+        max_skipped: Number of non-finite steps in a row that may be skipped before the
+            run stops.
         profile: Write a trace of a few steps to the folder of the run, for TensorBoard
             or Perfetto.
         distributed: Run as one of several processes, on one or several machines, that
-            find each other by themselves: under Slurm, Open MPI, Kubernetes, on Cloud
-            TPU. Where they do not, give the next three.
+            find each other automatically: under Slurm, Open MPI, Kubernetes, or on
+            Cloud TPU. Elsewhere, pass the next three flags.
         coordinator: Address and port of process 0, such as `10.0.0.1:1234`.
-        num_processes: How many processes there are.
-        process_id: Which of them this is, from 0.
-        peer_timeout: Seconds without a sign of life after which another process is
-            given up, and this one ends.
+        num_processes: Number of processes.
+        process_id: Index of this process, from 0.
+        peer_timeout: Seconds without a heartbeat of another process after which this
+            one ends.
     """
 
     model: _ModelName = "mlp"
@@ -272,21 +275,21 @@ class Config:
         self._check_together()
 
     def _check_together(self) -> None:
-        """Refuses flags that have no meaning together."""
+        """Refuses flags that do not work together."""
         if self.model not in PRESETS and ":" not in self.model:
             close = difflib.get_close_matches(self.model, PRESETS, 1)
             hint = f"Did you mean `{close[0]}`? " if close else ""
             raise UsageError(
                 f"--model={self.model} is not known. {hint}There are "
-                f"{', '.join(PRESETS)}, and module:Class for one's own."
+                f"{', '.join(PRESETS)}, and module:Class for your own."
             )
         if self.mixup and self.model in ("unet", "dcgan"):
             raise UsageError(f"--mixup is not for --model={self.model}.")
         norms.check(self.norm, self.norm_options)
         if self.bn_group_size is not None and self.norm != "batch":
-            raise UsageError("--bn-group-size is for --norm=batch alone.")
+            raise UsageError("--bn-group-size is only for --norm=batch.")
         if self.crop and self.image_size is None:
-            raise UsageError("--crop needs --image-size: what to make the parts.")
+            raise UsageError("--crop needs --image-size: the size of the crops.")
         if self.model == "dcgan":
             for name in (
                 *("microbatches", "bn_group_size", "label_smoothing", "dropout"),
@@ -300,7 +303,7 @@ class Config:
         given = [name for name in several if getattr(self, name) is not None]
         if given and len(given) < len(several):
             missing = next(name for name in several if name not in given)
-            raise UsageError(f"{flag(given[0])} needs {flag(missing)}, too.")
+            raise UsageError(f"{flag(given[0])} also needs {flag(missing)}.")
         if given and self.process_id >= self.num_processes:  # type: ignore[operator]
             raise UsageError(
                 f"--process-id={self.process_id} is out of range: it counts from 0 to "
@@ -308,7 +311,7 @@ class Config:
             )
 
 
-# As the help shows them.
+# The groups of flags in the help.
 GROUPS: Mapping[str, Sequence[str]] = {
     "model": ("model", "width", "depth", "dropout", "precision", "microbatches"),
     "normalization": ("norm", "norm_options", "momentum", "fix_after", "bn_group_size"),
@@ -334,8 +337,8 @@ GROUPS: Mapping[str, Sequence[str]] = {
 }
 
 
-# What suits a model on the data that it has by default.
-# (One step a dispatch: on a CPU, convolutions are slow inside of a loop.)
+# Defaults of each model, for its default data.
+# (One step per dispatch: on a CPU, convolutions are slow inside a loop.)
 _RESNET = {
     "epochs": 20,
     "shift": 1,
@@ -371,10 +374,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-# The file in a run's folder that the process which trains there holds a lock on.
+# The lock file in a run's folder, held by the process that trains there.
 LOCK = ".lock"
 
-# Other values of these make another run, not the continuation of one.
+# A run cannot be resumed with other values of these.
 _FIXED = (
     "model",
     "width",
@@ -407,13 +410,13 @@ _FIXED = (
     "init_skip",
     "seed",
 )
-# How one process is started, which the folder of a run does not record.
+# Flags of a single process, which the folder of a run does not record.
 _OF_A_PROCESS = (
     *("resume", "config", "distributed", "coordinator"),
     *("num_processes", "process_id"),
 )
 
-# The flags of version 0.2.0, which its `config.json` has all of.
+# The flags of version 0.2.0, all of which are in its `config.json`.
 _IN_0_2_0 = frozenset(
     """model dataset data_dir manual_dir image_size loader shift flip crop workdir
     resume epochs batch_size microbatches optimizer learning_rate beta1 schedule
@@ -427,18 +430,18 @@ _IN_0_2_0 = frozenset(
 def parse_config(
     args: Sequence[str] | None = None, *, prog: str | None = None
 ) -> Config:
-    """Reads the command line, and what suits the model, or a saved run, beneath it.
+    """Reads the command line, with defaults from the model or from a saved run.
 
     Args:
-        args: Instead of the command line.
+        args: Flags, by default those of the command line.
         prog: The name of the program, for help.
 
     Returns:
-        The configuration, in which `workdir` may still be `None`.
+        The configuration. `workdir` may still be `None`.
 
     Raises:
-        UsageError: If a value is out of range, if there is a run in `workdir` already,
-            or nothing to resume, or something fixed would change on resuming.
+        UsageError: If a value is out of range, if `workdir` already has a run, if there
+            is nothing to resume, or if a fixed flag would change on resuming.
     """
     args = list(sys.argv[1:] if args is None else args)
     config = _absolute(parse(_defaults(args), GROUPS, args, prog=prog))
@@ -455,7 +458,7 @@ def parse_config(
         if config.config is not None:
             raise UsageError("--config is for a new run: leave it out with --resume.")
         config = _absolute(parse(saved_here, GROUPS, args, prog=prog))
-        # A schedule over all epochs is another one with more of them.
+        # A schedule over all epochs changes with their number.
         length = () if saved.schedule == "constant" else ("epochs", "steps")
         fixed = (*_FIXED, *length)
         for name in fixed:
@@ -478,14 +481,14 @@ def parse_config(
 
 
 def preset(model: str) -> Config:
-    """The defaults of a model; of one that is not known, the general ones."""
+    """The defaults of a model; the general ones for an unknown model."""
     return (
         Config(**{"model": model, **PRESETS[model]}) if model in PRESETS else Config()
     )
 
 
 def claim_workdir(config: Config) -> Path:
-    """Makes the folder of the run, for it alone, and saves the configuration there.
+    """Makes the folder of a new run, and saves the configuration there.
 
     Args:
         config: With `workdir`.
@@ -494,12 +497,12 @@ def claim_workdir(config: Config) -> Path:
         The folder, with `config.json` in it.
 
     Raises:
-        UsageError: If another run has been faster to claim it, or it cannot be written.
+        UsageError: If another run has taken it in the meantime, or it is not writable.
     """
     workdir = config.workdir
     if workdir is None:
         raise ValueError("The configuration has no workdir.")
-    # How it is started, and as which of several processes, is no matter of the run.
+    # The flags of a single process are not part of the run.
     defaults = {name: getattr(Config, name) for name in _OF_A_PROCESS}
     values = dataclasses.asdict(config) | defaults
     text = json.dumps(values, indent=2, default=str) + "\n"
@@ -507,7 +510,7 @@ def claim_workdir(config: Config) -> Path:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if config.resume:
-            # In one step: a run that is killed right now can still be resumed.
+            # Atomically: a run that is killed right now can still be resumed.
             new = path.with_suffix(".new")
             new.write_text(text)
             new.replace(path)
@@ -529,14 +532,14 @@ def load_config(path: Path) -> Config:
     """Reads a `config.json`.
 
     Args:
-        path: The file, as `claim_workdir` wrote it, or edited since.
+        path: The file written by `claim_workdir`, possibly edited.
 
     Returns:
-        The configuration. Flags that a version after 0.2.0 has added have their
-        defaults where they are missing.
+        The configuration. Missing flags that were added after version 0.2.0 have their
+        defaults.
 
     Raises:
-        UsageError: If it cannot be read, or has a key or a value that no flag has.
+        UsageError: If it cannot be read, or has an unknown key or an invalid value.
     """
     wrong = lambda text: UsageError(f"{path} is not the configuration of a run: {text}")
     try:
@@ -584,7 +587,7 @@ def load_config(path: Path) -> Config:
 
 
 def model_in(args: Sequence[str]) -> str:
-    """What --model says, before all the rest is read."""
+    """The value of --model, before other flags are read."""
     return _value_of("--model", args) or "mlp"
 
 
@@ -597,7 +600,7 @@ def _value_of(wanted: str, args: Sequence[str]) -> str | None:
 
 
 def _absolute(config: Config) -> Config:
-    """With absolute paths to the data, as a run may be used from any folder."""
+    """Makes paths to the data absolute, as a run may be used from any folder."""
     paths: dict[str, Any] = {
         name: getattr(config, name).expanduser().absolute()
         for name in ("data_dir", "manual_dir")
@@ -610,11 +613,11 @@ def _absolute(config: Config) -> Config:
 
 
 def _defaults(args: Sequence[str]) -> Config:
-    """The configuration beneath the flags: a file's, or that of the model."""
+    """The defaults under the flags: from a file, or of the model."""
     path = _value_of("--config", args)
     if not path:
         return preset(model_in(args))
-    # What the other run was, and not where and how it was started.
+    # The other run's flags, except where and how it was started.
     return dataclasses.replace(
         load_config(Path(path)),
         workdir=None,
@@ -624,7 +627,7 @@ def _defaults(args: Sequence[str]) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Period:
-    """How often something happens: every so many steps, or seconds."""
+    """An interval, in steps or in seconds."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -635,13 +638,13 @@ def period_of(config: Config, name: str) -> Period | None:
 
     Args:
         config: Of the run.
-        name: Of the flag.
+        name: Name of the flag.
 
     Returns:
-        The period, or `None` where the flag is not given.
+        The period, or `None` if the flag is not set.
 
     Raises:
-        UsageError: If it is no period.
+        UsageError: If it is not a period.
     """
     value = getattr(config, name)
     if value is None:
@@ -668,7 +671,7 @@ def _check(config: Config, name: str, valid: bool, range_text: str) -> None:
 
 
 def flag(name: str) -> str:
-    """A field of the configuration, as on the command line."""
+    """The command-line form of a field of the configuration."""
     return "--" + name.replace("_", "-")
 
 
@@ -677,7 +680,7 @@ def _shown(name: str) -> str:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether there is no folder, or an empty one, or one that was only locked."""
+    """Whether a folder is missing, empty, or only has a lock file."""
     try:
         return {path.name for path in folder.iterdir()} <= {LOCK}
     except FileNotFoundError:

@@ -30,12 +30,12 @@ Loader = Literal["memory", "grain"]
 
 _READ_AT_ONCE = 1024
 _MOST_IN_MEMORY = 4 * 2**30  # Bytes of pixels, of both splits.
-_VOID = 255  # Of pixels without a label, as in Pascal VOC.
+_VOID = 255  # The value of pixels without a label, as in Pascal VOC.
 
 
 @runtime_checkable
 class Split(Protocol):
-    """The examples of a split, by their number."""
+    """The examples of a split, by number."""
 
     def __len__(self) -> int: ...
 
@@ -67,14 +67,14 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class OnDisk:
-    """Examples that are read and decoded one by one, when they are needed.
+    """Examples that are read and decoded one by one, as needed.
 
     Attributes:
-        source: Examples by their number, with encoded images.
-        preparation: Of each image.
-        crop: Whether to take a random part of each image instead, of 8 to 100 % of the
+        source: Examples by number, with encoded images.
+        preparation: Prepares each image.
+        crop: Whether to take a random crop of each image instead, of 8 to 100 % of the
             area.
-        seed: Of the parts, with the number of the example and the `epoch`.
+        seed: Seed of the crops, with the number of the example and the `epoch`.
         name: What to call the split in messages.
     """
 
@@ -110,12 +110,12 @@ class Dataset:
     """A training and a test split.
 
     Args:
-        name: What it is called.
+        name: The name of the data set.
         classes: The names of the classes.
         image_shape: Shape of one image.
         train: The split to train on, or a function that opens it.
         test: The split to test on, or a function that opens it.
-        part: Of each image, in evaluation (see `Preparation`).
+        part: Part of each image to use in evaluation (see `Preparation`).
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Dataset:
         return self._test if isinstance(self._test, Split) else self._test()
 
     def describe(self) -> "Description":
-        """All that a model needs to know of it to be used elsewhere."""
+        """The description that a model needs to be used elsewhere."""
         return Description(
             name=self.name,
             classes=tuple(self.classes),
@@ -156,13 +156,13 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a run keeps of its data set, to be evaluated and applied elsewhere.
+    """The description of a data set that a run saves, to be evaluated elsewhere.
 
     Attributes:
-        name: Of the data set.
+        name: Name of the data set.
         classes: The names of the classes, in the order of their numbers.
         image_shape: Shape of one image, as the model takes it.
-        part: Of each image (see `Preparation`).
+        part: Part of each image to use (see `Preparation`).
         num_train: Number of training examples.
         num_test: Number of test examples.
     """
@@ -183,7 +183,7 @@ class Description:
         """Reads what `save` wrote.
 
         Raises:
-            UsageError: If the file is not of that kind.
+            UsageError: If the file is not a description.
         """
         try:
             values = json.loads(path.read_text())
@@ -207,10 +207,10 @@ class Description:
         return found
 
     def dataset(self, find: Callable[[], Dataset]) -> Dataset:
-        """The data set, which is only searched for when its examples are needed.
+        """The data set, which is only opened when its examples are needed.
 
         Args:
-            find: Finds it.
+            find: Opens it.
 
         Returns:
             The data set of this description.
@@ -239,10 +239,10 @@ def load_dataset(
     test_fraction: float = 0.2,
     like: Description | None = None,
 ) -> Dataset:
-    """Finds a data set, which is first prepared if it is not yet.
+    """Opens a data set, and prepares it first if needed.
 
-    The test split is the one called `test`, or else `validation`, or else a part of
-    `train`, which is then left out of the training split.
+    The test split is `test`, or else `validation`, or else a part of `train`, which is
+    then excluded from the training split.
 
     Args:
         name: Its name in TFDS, or `digits`, or `digit_trimaps`; or the path of a folder
@@ -267,8 +267,8 @@ def load_dataset(
         Both splits, in the order in which they lie on disk.
 
     Raises:
-        UsageError: If the set is not there and not to be had, or has no such target, or
-            images of different sizes and `image_size` is `None`.
+        UsageError: If the set is missing and cannot be prepared, has no such target, or
+            has images of different sizes and `image_size` is `None`.
     """
     with _quiet():
         size = None if image_size is None else (image_size, image_size)
@@ -305,7 +305,7 @@ def load_dataset(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS from reporting each step, and that Pillow is in use; not errors."""
+    """Silences TFDS's reports of each step and about Pillow, but not errors."""
     import absl.logging
 
     verbosity = absl.logging.get_verbosity()
@@ -337,11 +337,11 @@ def _from_source(
         large = _bytes_in_memory(examples, known, channels) > _MOST_IN_MEMORY
         loader = "grain" if large else "memory"
     if loader == "memory" and crop:
-        raise UsageError("--crop is for sets that are read with --loader=grain.")
+        raise UsageError("--crop needs a set that is read with --loader=grain.")
     if loader == "grain" and known is None:
         raise UsageError(
             f"`{source.name}` is read from disk, image by image: pass --image-size, "
-            "the height and width to make them."
+            "the height and width to resize to."
         )
     if loader == "grain" and target == "segmentation_mask":
         raise UsageError(
@@ -412,7 +412,7 @@ _SPLITS = ("train", "test")
 
 
 class _Renumbered:
-    """Examples with the numbers that the classes have in a run."""
+    """Examples with the class numbers of a run."""
 
     def __init__(self, examples: Examples, numbers: np.ndarray):
         self._examples, self._numbers = examples, numbers
@@ -426,13 +426,13 @@ class _Renumbered:
 
 
 def _numbers(source: Source, like: Description | None) -> np.ndarray | None:
-    """The numbers in a run of the classes of a set; `None` if they are the same."""
+    """The run's number of each class of a set; `None` if they are the same."""
     if like is None or tuple(source.classes) == tuple(like.classes):
         return None
     unknown = [name for name in source.classes if name not in like.classes]
     if unknown:
         raise UsageError(
-            f"`{source.name}` has the class {unknown[0]}, which the run does not know: "
+            f"`{source.name}` has the class {unknown[0]}, which the run does not have: "
             f"its classes are {', '.join(like.classes)}."
         )
     return np.array([like.classes.index(name) for name in source.classes])
@@ -441,7 +441,7 @@ def _numbers(source: Source, like: Description | None) -> np.ndarray | None:
 def _bytes_in_memory(
     examples: Sequence[Examples], size: tuple[int, int] | None, channels: int
 ) -> int:
-    """How much the pixels of all splits would take, if all are as the first image."""
+    """The memory for all splits if all images have the size of the first."""
     if size is None:
         image = examples[0][0]["image"]
         first = decode(image, channels, _name(image, 0, "the data set"))
@@ -513,9 +513,9 @@ def _size(image: np.ndarray) -> str:
 
 
 def _class_values(*labels: np.ndarray) -> Sequence[int]:
-    """The values of pixels that are classes, in rising order."""
+    """The pixel values that are classes, in increasing order."""
     values = np.unique(np.concatenate([np.unique(x) for x in labels]))
-    # Beside one other value alone, 255 is the foreground, and not void.
+    # If there is only one other value, 255 is the foreground, not void.
     if len(values) > 2 or _VOID not in values:
         values = values[values != _VOID]
     if len(values) < 2:

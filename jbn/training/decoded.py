@@ -1,4 +1,4 @@
-"""Keeps images that have been decoded, so that later runs need not decode them."""
+"""Caches decoded images for later runs."""
 
 import contextlib
 import secrets
@@ -18,17 +18,17 @@ _MOST_BYTES = 2**30
 def keep(path: Path, make: Callable[[], Arrays]) -> Arrays:
     """Reads arrays from a file, or makes them and writes it.
 
-    A file that cannot be read is made anew. One that cannot be written is left out, and
-    so is one of more than 1 GiB: the next run then makes the arrays again.
+    A file that cannot be read is replaced. If the file cannot be written, or would be
+    larger than 1 GiB, it is skipped, and the next run makes the arrays again.
 
     Args:
-        path: A `.npz` file. Its name must say all that the arrays depend on.
+        path: A `.npz` file. Its name must encode everything that the arrays depend on.
         make: Makes the arrays.
 
     Returns:
         The arrays, by name.
     """
-    # (What is wrong with a broken file depends on where it is broken off.)
+    # (The error of a truncated file depends on where it ends.)
     with contextlib.suppress(
         OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error
     ):
@@ -42,7 +42,7 @@ def keep(path: Path, make: Callable[[], Arrays]) -> Arrays:
 
 
 def _write(path: Path, arrays: Arrays) -> None:
-    # In one step: other runs may read it, or write it too.
+    # Atomically: other runs may read or write it as well.
     new = path.with_name(f".{path.stem}-{secrets.token_hex(8)}.npz")
     try:
         np.savez(new, **arrays)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Chooses the devices to run on, before JAX has touched any."""
+"""Selects the devices to run on, before JAX initializes any."""
 
 from typing import Any, Literal
 
@@ -7,7 +7,7 @@ import jax
 from jbn.training.errors import UsageError
 
 
-Device = Any  # `jax.Device` is no type to a type checker.
+Device = Any  # Type checkers do not accept `jax.Device` as a type.
 Accelerator = Literal["cpu", "gpu", "tpu"]
 
 _INSTALL = {
@@ -20,24 +20,24 @@ _INSTALL = {
 def select_devices(
     accelerator: Accelerator | None, num_devices: int | None
 ) -> list[Device]:
-    """Finds the devices asked for. To be called before any use of a device.
+    """Finds the requested devices. Call it before any use of a device.
 
     Args:
-        accelerator: The kind; `None` for whatever JAX takes by itself.
-        num_devices: How many, of each process. CPU devices are virtual, and there are
-            as many as asked for. `None` for all, or one CPU.
+        accelerator: The kind; `None` for JAX's default.
+        num_devices: Number of devices of each process. CPU devices are virtual, so any
+            number is available. `None` for all, or one CPU.
 
     Returns:
-        The devices, of all processes, those of a process in a row.
+        The devices of all processes, ordered by process.
 
     Raises:
         UsageError: If there are none of that kind, or not enough.
     """
     try:
-        # With no effect on other platforms, where the number is what it is.
+        # No effect on other platforms, where the number is fixed.
         jax.config.update("jax_num_cpu_devices", num_devices or 1)
     except RuntimeError:
-        pass  # JAX is in use already: see below whether there are enough.
+        pass  # JAX is already initialized: the number is checked below.
     if accelerator is not None:
         _require(accelerator)
     local = jax.local_devices()
@@ -47,7 +47,7 @@ def select_devices(
     if count > len(local):
         raise UsageError(
             f"--num-devices={num_devices}, but JAX found {describe(local)}. "
-            "Ask for no more than that, or for virtual ones with --accelerator=cpu."
+            "Use at most that number, or virtual ones with --accelerator=cpu."
         )
     by_process: dict[int, list[Device]] = {}
     for device in sorted(jax.devices(), key=lambda d: (d.process_index, d.id)):
@@ -56,14 +56,14 @@ def select_devices(
 
 
 def _require(accelerator: Accelerator) -> None:
-    """Makes JAX use nothing but `accelerator`, or raises a message that helps."""
+    """Makes JAX only use `accelerator`, or raises an error with the fix."""
     before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     platform = "cuda" if accelerator == "gpu" else accelerator
     try:
         jax.config.update("jax_platforms", platform)
         if jax.default_backend() == accelerator:
             return
-    except Exception:  # JAX raises anything here, an empty AssertionError included.
+    except Exception:  # JAX may raise anything here, even an empty AssertionError.
         pass
     jax.config.update("jax_platforms", before)
     try:
@@ -72,12 +72,12 @@ def _require(accelerator: Accelerator) -> None:
         found = "found no device at all"
     raise UsageError(
         f"--accelerator={accelerator}, but JAX {found}. {_INSTALL[accelerator]} "
-        "Without --accelerator, whatever JAX finds is used."
+        "Without --accelerator, JAX's default is used."
     )
 
 
 def describe(devices: list[Device]) -> str:
-    """Says how many devices there are, and of which kind."""
+    """The number and kind of the devices, in words."""
     platform, kind = devices[0].platform.upper(), devices[0].device_kind
     name = platform if kind.upper() == platform else f"{platform} ({kind})"
     processes = len({device.process_index for device in devices})

@@ -2,7 +2,7 @@
 
 
 class UsageError(Exception):
-    """The run cannot start as asked: the message says why and what to do."""
+    """The run cannot start: the message says why, and what to do."""
 
 
 class NonFiniteLossError(Exception):
@@ -10,4 +10,4 @@ class NonFiniteLossError(Exception):
 
 
 class StorageError(Exception):
-    """The folder of a run cannot be written any more: the message says what is left."""
+    """The folder of a run is no longer writable: the message says what is saved."""

@@ -1,4 +1,4 @@
-"""Evaluates a model on the test split, and takes statistics anew for it."""
+"""Evaluates a model on the test split, and recalibrates it."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from jbn.training.tasks import Task
 _MOST_ROWS = 1024
 _MOST_BATCH_BYTES = 2**24
 _MOST_CHUNK_BYTES = 2**26
-# Of training examples: the moments of some thousand are those of all.
+# Number of training examples for statistics: a few thousand are enough.
 _CALIBRATION_ROWS = 8192
 
 
@@ -26,14 +26,14 @@ class Evaluation:
     """Evaluates on all the devices of a run.
 
     Args:
-        task: What the model is for.
-        executor: What to run it on.
+        task: The task.
+        executor: Runs the evaluation.
         dataset: Its data.
         batch_size: That of training.
-        most_steps: How many batches to hand to the devices at once.
-        seed: Of the order in which examples are taken for statistics.
-        multiple: What the number of rows of a batch must be a multiple of; by default
-            the number of devices.
+        most_steps: Most batches in one dispatch.
+        seed: Seed of the order of examples for statistics.
+        multiple: The rows of a batch are padded to a multiple of this; by default the
+            number of devices.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class Evaluation:
 
     @functools.cached_property
     def _calibration(self) -> Plan:
-        """Of few runs alone, and the same each time."""
-        # Epochs count from 1: an order that the training has not had.
+        """The plan of the batches for statistics, the same each time."""
+        # Training counts epochs from 1, so this order is a different one.
         order = permutation(self._seed, 0, len(self._dataset.train))
         return self._plan_of(order[:_CALIBRATION_ROWS], self._batch_size)
 
@@ -98,7 +98,7 @@ class Evaluation:
 
 
 def steps_per_dispatch(split: Split, plan: Plan, most: int) -> int:
-    """How many batches to hand to the devices at once.
+    """The number of batches in one dispatch.
 
     Args:
         split: Where the examples come from.
@@ -106,7 +106,7 @@ def steps_per_dispatch(split: Split, plan: Plan, most: int) -> int:
         most: The most.
 
     Returns:
-        As many as 64 MiB hold, in chunks of equal length.
+        The number that fits into 64 MiB, for chunks of equal length.
     """
     example = split.rows(np.zeros(1, np.int64))
     size = plan.num_rows * sum(x.nbytes for x in example.values())

@@ -1,4 +1,4 @@
-"""Runs a step on the devices of one or several processes, many times a dispatch."""
+"""Runs a step on the devices of one or several processes, many times per dispatch."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ Batches = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
-    """Shares out the rows of each batch over `devices`, in one of two ways.
+    """Distributes the rows of each batch over `devices`, by `pmap` or `jit`.
 
-    Device `i` of `n` has the `i`-th of `n` equal parts of the rows.
+    Device `i` of `n` gets the `i`-th of `n` equal parts of the rows.
 
     Attributes:
-        devices: Those to run on, of all processes, those of a process in a row.
-        parallel: `pmap` maps the step over a named axis, over which the step itself
-            takes its sums; `jit` gives the compiler the whole batch, sharded.
+        devices: The devices of all processes, ordered by process.
+        parallel: `pmap` maps the step over a named axis, over which the step has to
+            sum; `jit` gives the compiler the whole batch, sharded.
     """
 
     devices: Sequence[Device]
@@ -54,7 +54,7 @@ class Executor:
 
     @property
     def num_local(self) -> int:
-        """How many of the devices are of this process."""
+        """The number of devices of this process."""
         return len(self._local)
 
     @property
@@ -63,21 +63,21 @@ class Executor:
         return [i for i, d in enumerate(self.devices) if d.process_index == here]
 
     def share(self, num_rows: int) -> slice:
-        """Which of the rows of a batch are for this process."""
+        """The rows of a batch that belong to this process."""
         part = num_rows // len(self.devices)
         return slice(part * self._local[0], part * (self._local[-1] + 1))
 
     def put(self, tree: Any) -> Any:
-        """Copies a pytree of NumPy arrays, or of this executor's, to every device."""
+        """Replicates NumPy arrays, or arrays of this executor, on all devices."""
         return jax.device_put(self.get(tree), self._everywhere)
 
     def get(self, tree: Any) -> Any:
-        """Copies a pytree from the devices, which all have it, to NumPy arrays."""
+        """Copies a replicated pytree to NumPy arrays."""
         first = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x
         return jax.device_get(jax.tree.map(first, tree))
 
     def put_rows(self, batch: Batches) -> dict[str, jax.Array]:
-        """Shares out one batch for plain `jit`, from this process's rows of it."""
+        """Shards one batch for plain `jit`, given the rows of this process."""
         by_row = NamedSharding(self._mesh, PartitionSpec(_AXIS))
         return {
             name: jax.make_array_from_process_local_data(by_row, x)
@@ -92,9 +92,9 @@ class Executor:
                 executor's `axis_name`.
 
         Returns:
-            The function `(state, batches) -> (state, metrics)`, where `state` comes
-            from `put`, and is used up; `batches` from `put_batches`; and each metric
-            has one entry per step. What it returns is still being computed.
+            The function `(state, batches) -> (state, metrics)`. `state` comes from
+            `put`, and is donated; `batches` come from `put_batches`; each metric has
+            one entry per step. The function does not wait for its results.
         """
         compiled = self._compile(functools.partial(_repeat, step), donate=True)
         return self._on_mesh(compiled)
@@ -125,12 +125,12 @@ class Executor:
         return lambda variables, batches: compiled(variables, batches)[1]
 
     def lower(self, step: Step, state: Any, batch: Mapping[str, Any]) -> Any:
-        """Lowers one training step, for devices that may not be there.
+        """Lowers one training step, for devices that need not be present.
 
         Args:
             step: As for `train`.
             state: Shapes and dtypes of the state.
-            batch: Those of a batch, with the rows of all devices.
+            batch: Shapes and dtypes of a batch, with the rows of all devices.
 
         Returns:
             A `jax.stages.Lowered`.
@@ -149,7 +149,7 @@ class Executor:
             return compiled.lower(state, batches)
 
     def _on_mesh(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """Calls it under the mesh, where norm layers find the number of devices."""
+        """Calls a function under the mesh, where norm layers find the device count."""
 
         def call(*args: Any) -> Any:
             with jax.set_mesh(self._mesh):
@@ -176,7 +176,7 @@ class Executor:
         )
 
     def put_batches(self, batches: Batches) -> dict[str, Any]:
-        """Shares out this process's rows of several batches, (steps, rows, ...)."""
+        """Shards several batches, given this process's rows: (steps, rows, ...)."""
         if self.parallel == "pmap":
             count = self.num_local
             return {
@@ -190,9 +190,9 @@ class Executor:
 
 
 def _repeat(step: Callable[..., Any], carry: Any, batches: Batch) -> tuple[Any, Any]:
-    """`lax.scan`, without a loop around a single step.
+    """`lax.scan`, but without a loop for a single step.
 
-    XLA's convolutions for CPUs are ten times slower inside of a loop.
+    XLA's convolutions on CPU are ten times slower inside a loop.
     """
     if jax.tree.leaves(batches)[0].shape[0] > 1:
         return lax.scan(step, carry, batches)

@@ -21,9 +21,9 @@ def parse(
     """Reads flags.
 
     Args:
-        default: A dataclass, whose docstring explains it and its fields.
-        groups: Names of fields, by the name of the group that help shows them in.
-            Fields that are in none come last, in a group called `more`.
+        default: A dataclass; its docstring becomes the help text.
+        groups: Names of fields, by the name of their group in the help. Other fields
+            come last, in a group called `more`.
         args: The command line.
         prog: The name of the program, for help.
 
@@ -58,7 +58,7 @@ def parse(
 
 
 def _group(kind: type, names: Sequence[str]) -> Any:
-    """A dataclass of some of the fields, with their texts."""
+    """A dataclass with some of the fields and their texts."""
     hints = get_type_hints(kind, include_extras=True)
     texts = {
         param.arg_name: param.description or ""

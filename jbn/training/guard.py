@@ -1,4 +1,4 @@
-"""Stops a run that has come to infinite values, or to none."""
+"""Stops a run after too many non-finite steps."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,9 +17,9 @@ class Guard:
     """Counts steps that were skipped.
 
     Args:
-        most: How many in a row are let pass.
+        most: Number of skipped steps in a row that is allowed.
         steps_per_epoch: For the message.
-        describe: Says what checkpoint can be loaded.
+        describe: Returns a sentence about checkpoints that can be loaded.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class Guard:
         self._in_a_row = 0
 
     def check(self, metrics: Mapping[str, np.ndarray], done: int) -> None:
-        """Looks at some more steps.
+        """Checks further steps.
 
         Args:
-            metrics: With `skipped`, one entry per step.
+            metrics: Metrics with `skipped`, one entry per step.
             done: Steps before them.
 
         Raises:
@@ -44,12 +44,12 @@ class Guard:
                 raise NonFiniteLossError(
                     f"{self._in_a_row} steps in a row were skipped, up to step {step}, "
                     f"in epoch {(step - 1) // self._steps + 1}: in the last, "
-                    f"{_REASONS[int(reason)]}. Look at the data, or try a smaller "
+                    f"{_REASONS[int(reason)]}. Check the data, or try a smaller "
                     f"--learning-rate, or --clip-norm. {self._describe()}"
                 )
 
     def check_test(self, metrics: Mapping[str, float], done: int) -> None:
-        """Looks at an evaluation.
+        """Checks an evaluation.
 
         Args:
             metrics: By name.

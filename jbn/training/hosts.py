@@ -24,21 +24,21 @@ from jbn.training.errors import NonFiniteLossError, StorageError, UsageError
 
 
 _SHUTDOWN_SECONDS = 30
-# JAX adds some seconds to the time limit for joining.
+# JAX adds a few seconds to the time limit for joining.
 _JOIN_SECONDS = 5
 
-# What may differ between the processes of a run.
+# Flags that may differ between the processes of a run.
 _OWN = ("process_id", "data_dir", "manual_dir", "num_devices", "accelerator")
 
 
 def connect(config: Config) -> None:
-    """Joins the other processes, if there are any. To be called before all else.
+    """Connects to the other processes, if any. Call it before anything else.
 
     Args:
-        config: With the flags on processes.
+        config: The configuration of this process.
 
     Raises:
-        UsageError: If the others are not found, or were started with other flags.
+        UsageError: If the others are not found, or have different flags.
     """
     given = config.coordinator is not None
     if not given and not config.distributed:
@@ -75,7 +75,7 @@ _HOW_TO_START = (
 
 
 def _check_address(config: Config) -> None:
-    """Opens or reaches the port of process 0, before JAX ends the process over it."""
+    """Tests the port of process 0, because JAX would end the process on failure."""
     host, _, port = str(config.coordinator).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(
@@ -109,7 +109,7 @@ def _check_address(config: Config) -> None:
 
 
 def _translate_errors(config: Config) -> None:
-    """Sends what C++ writes to the error output through `peers.py`."""
+    """Filters the error output of C++ code through `peers.py`."""
     given = config.process_id is not None
     names = (config.process_id, config.num_processes) if given else ("?", "?")
     script = Path(__file__).with_name("peers.py")
@@ -119,7 +119,7 @@ def _translate_errors(config: Config) -> None:
         [sys.executable, "-I", "-S", *map(str, (script, *names, config.peer_timeout))],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is not for it.
+        start_new_session=True,  # It must not receive Ctrl-C.
     )
     assert process.stdin is not None
     os.dup2(process.stdin.fileno(), 2)
@@ -127,7 +127,7 @@ def _translate_errors(config: Config) -> None:
 
 
 def _compare_flags(config: Config) -> None:
-    """Ends all processes if one was started with other flags than process 0."""
+    """Ends all processes if the flags of one differ from those of process 0."""
     state: Any = distributed.global_state
     client = state.client
     flags = {
@@ -145,26 +145,26 @@ def _compare_flags(config: Config) -> None:
     for i, other in enumerate(every):
         for name in sorted(other):
             if other[name] != every[0][name]:
-                jax.distributed.shutdown()  # Waits until all have found out.
+                jax.distributed.shutdown()  # Wait until all processes have compared.
                 raise UsageError(
                     f"Process {i} was started with {flag(name)}={other[name]}, process "
-                    f"0 with {every[0][name]}. Give all processes the same flags."
+                    f"0 with {every[0][name]}. Start all processes with the same flags."
                 )
 
 
 def agree(value: bool) -> bool:
-    """What the first process has for `value`."""
+    """The `value` of the first process."""
     return from_first(str(int(value))) == "1"
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
-    # (`jax.process_index` would choose the devices.)
+    """Whether this process writes and prints."""
+    # (`jax.process_index` would initialize the devices.)
     return distributed.global_state.process_id == 0
 
 
 def from_first(text: str) -> str:
-    """What the first process has for `text`, at most 4096 bytes."""
+    """The `text` of the first process, at most 4096 bytes."""
     if jax.process_count() == 1:
         return text
     from jax.experimental import multihost_utils
@@ -177,14 +177,14 @@ def from_first(text: str) -> str:
 
 
 def end_at_once(run: Callable[[], int]) -> int:
-    """Runs something that, if it fails, must not wait for processes that are gone.
+    """Runs a function; on failure, does not wait for processes that are gone.
 
-    Where there are others, an exception is printed and ends the process at once: JAX
-    would wait for the others for minutes, each for the others. They are told by the
-    coordinator, or miss this one's sign of life.
+    With several processes, an exception is printed and ends the process at once;
+    otherwise all would wait for each other in JAX for minutes. The others learn of it
+    from the coordinator, or from the missing heartbeat.
 
     Args:
-        run: Returns the exit status.
+        run: A function that returns the exit status.
 
     Returns:
         It.
@@ -196,7 +196,7 @@ def end_at_once(run: Callable[[], int]) -> int:
             raise
         status, text = _explain(error)
         count, i = jax.process_count(), jax.process_index()
-        # (Through `peers.py`, which prints the first error alone.)
+        # (Through `peers.py`, which only prints the first error.)
         message = (
             f"error: process {i} of {count} ends: {text} Start all of them, with "
             "--resume and --workdir=FOLDER to go on after the last checkpoint.\n"
@@ -209,7 +209,7 @@ def end_at_once(run: Callable[[], int]) -> int:
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
-    """The exit status for an error, and its message."""
+    """The exit status and the message of an error."""
     if isinstance(error, UsageError):
         return 2, str(error)
     if isinstance(error, (NonFiniteLossError, StorageError)):
@@ -217,7 +217,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "it was interrupted."
     if isinstance(error, jax.errors.JaxRuntimeError):
-        # As a rule, an operation on all devices, of which some are gone.
+        # Usually a collective operation, when some devices are gone.
         line = " ".join(str(error).split())
         return 1, f"another process has ended ({line[:200]})."
     traceback.print_exception(error)
@@ -225,7 +225,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
 
 
 class Preemption:
-    """Notices that the run is to end soon: SIGTERM to any process, or Ctrl-C.
+    """Detects that the run should end: SIGTERM to any process, or Ctrl-C.
 
     A second signal ends the process at once.
     """
@@ -237,8 +237,7 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
-            # With several processes JAX has a handler of its own for SIGTERM, and
-            # tells all of them.
+            # With several processes, JAX handles SIGTERM, and notifies all of them.
             numbers = [signal.SIGINT]
             numbers += [signal.SIGTERM] if jax.process_count() == 1 else []
             for number in numbers:
@@ -251,7 +250,7 @@ class Preemption:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        # Not as before: Python's own handler would first clean up.
+        # Not Python's own handler, which would clean up first.
         default = signal.SIG_DFL if number == signal.SIGINT else self._old[number]
         signal.signal(number, default)
         if number == signal.SIGINT:
@@ -260,12 +259,12 @@ class Preemption:
                 signal.raise_signal(signal.SIGTERM)
 
     def reached(self) -> bool:
-        """Whether to save and end now; the same in all, which must ask as often."""
+        """Whether to save and end now. All processes must call it equally often."""
         if jax.process_count() == 1:
             return self.signal is not None
         from jax.experimental import multihost_utils
 
-        # JAX picks the next number that no process has had yet: they must count by one.
+        # JAX picks the next number that no process has reached, so count by one.
         self._calls += 1
         reached = multihost_utils.reached_preemption_sync_point(self._calls)
         if reached and self.signal is None:

@@ -1,8 +1,7 @@
 """MNIST and the sets in its file format, prepared without TensorFlow.
 
-The builders of TFDS itself parse these files with TensorFlow. The ones made here have
-the same name, version, features and checksums, so that what they prepare is read back
-by any TFDS as the set of that name.
+TFDS's own builders parse these files with TensorFlow. The ones made here have the same
+name, version, features and checksums, so any TFDS can read the sets that they prepare.
 """
 
 import functools
@@ -31,7 +30,7 @@ def builder_class(name: str) -> type[tfds.core.GeneratorBasedBuilder]:
     stock: Any = tfds.builder_cls(name)
 
     class IdxBuilder(stock, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
-        """The builder of TFDS with the reading of the files replaced."""
+        """TFDS's builder, with another reader of the files."""
 
         name = stock.name
         url_infos = stock.url_infos
@@ -57,8 +56,8 @@ def builder_class(name: str) -> type[tfds.core.GeneratorBasedBuilder]:
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads a gzipped file of unsigned bytes in MNIST's format.
 
-    Two zero bytes, one for the type (8: unsigned byte), one for the rank; then each
-    dimension as four bytes, the highest first; then the values.
+    The format: two zero bytes, the type (8: unsigned byte), the rank; each dimension as
+    a big-endian 32-bit integer; the values.
 
     Args:
         path: The file.
@@ -67,7 +66,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         Its values.
 
     Raises:
-        ValueError: If the file is not of that format.
+        ValueError: If the file has another format.
     """
     with gzip.open(path) as file:
         content = file.read()

@@ -1,4 +1,4 @@
-"""Prepares images: the one way from a file to the pixels that a model is given."""
+"""Prepares images: the only path from a file to the input of a model."""
 
 import dataclasses
 import io
@@ -17,22 +17,22 @@ Encoded = bytes | Path | np.ndarray
 Box = tuple[int, int, int, int]
 Part = Literal["whole", "middle"]
 
-_MIDDLE = 0.875  # Of the shorter side, as usual on ImageNet.
+_MIDDLE = 0.875  # Fraction of the shorter side, as usual for ImageNet.
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _WITH_RGBA = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
-# Images that Pillow warns of are refused below, with a message of ours.
+# Images that Pillow warns about are refused below, with our message.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How an image becomes the input of a model, in evaluation and in prediction.
+    """Turns an image into the input of a model, for evaluation and prediction.
 
     Attributes:
         shape: Height, width and channels of the result.
         part: `whole` resizes the whole image to `shape`, whatever its aspect ratio;
-            `middle` the middle square of 87.5 % of the shorter side.
+            `middle` resizes the central square of 87.5 % of the shorter side.
     """
 
     shape: tuple[int, int, int]
@@ -43,13 +43,13 @@ class Preparation:
 
         Args:
             image: A file, its content, or an array from `decode`.
-            name: What to call it in messages.
+            name: Its name in messages.
 
         Returns:
             uint8 of the shape `shape`.
 
         Raises:
-            UsageError: If it is not an image that can be read (see `decode`).
+            UsageError: If the image cannot be read (see `decode`).
         """
         pixels = decode(image, self.shape[-1], name)
         box = middle_box(*pixels.shape[:2]) if self.part == "middle" else None
@@ -61,22 +61,22 @@ def decode(
 ) -> UInt8[np.ndarray, "height width channels"]:
     """Decodes an image to 8 bits per channel.
 
-    Samples of 16 bits are rounded to 8 bits, EXIF orientation is applied, palettes and
-    other color spaces become RGB, and color becomes gray for one channel. Transparent
-    images are laid over white, unless there are four channels, of which the last is
-    alpha. Of several frames the first is taken.
+    16-bit samples are rounded to 8 bits, EXIF orientation is applied, palettes and
+    other color spaces are converted to RGB, and color to gray for one channel.
+    Transparent images are laid over white, unless there are four channels (the last is
+    alpha). Of several frames, the first is used.
 
     Args:
         image: A file, its content, or pixels of shape (height, width, `channels`).
         channels: 1 (gray), 3 (RGB) or 4 (RGBA).
-        name: What to call it in messages.
+        name: Its name in messages.
 
     Returns:
         The pixels.
 
     Raises:
-        UsageError: If it is damaged, too large, or of 32-bit samples or another kind
-            with no defined black and white.
+        UsageError: If the image is damaged, too large, or has 32-bit or other samples
+            without a defined black and white.
     """
     if isinstance(image, np.ndarray):
         return as_uint8(image, name)
@@ -93,11 +93,11 @@ def decode(
 def decode_labels(
     image: Encoded, name: str = "a mask"
 ) -> Int[np.ndarray, "height width"]:
-    """Decodes an image that has the number of a class in each pixel.
+    """Decodes an image whose pixels are class numbers.
 
     Args:
         image: A file, its content, or an array of shape (height, width, 1).
-        name: What to call it in messages.
+        name: Its name in messages.
 
     Returns:
         The values of a gray image, or the indices of one with a palette.
@@ -115,7 +115,7 @@ def as_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
 
     Args:
         pixels: Of any shape.
-        name: What to call them in messages.
+        name: Their name in messages.
 
     Returns:
         uint8 of the same shape; 16 bits are rounded, as value / 257.
@@ -142,14 +142,14 @@ def resize(
     *,
     nearest: bool = False,
 ) -> np.ndarray:
-    """Resizes an image, or the part of it in `box`.
+    """Resizes an image, or the part in `box`.
 
     Args:
         pixels: uint8 of shape (height, width, channels), or, with `nearest`, labels of
             shape (height, width).
         size: The new height and width.
         box: Left, upper, right and lower edge of the part.
-        nearest: Whether to take the nearest pixel, not a mean weighted by distance.
+        nearest: Whether to use the nearest pixel instead of interpolating.
 
     Returns:
         An array of the same rank and dtype.
@@ -163,7 +163,7 @@ def resize(
         resized = image.resize((width, height), Image.Resampling.NEAREST, box)
         return np.asarray(resized).astype(pixels.dtype)
     channels = pixels.shape[-1]
-    # Pillow knows images of 1, 3 and 4 channels; of others each is resized alone.
+    # Pillow supports 1, 3 and 4 channels; otherwise resize each channel separately.
     parts = (
         [pixels.squeeze(-1) if channels == 1 else pixels]
         if channels in _MODES
@@ -181,13 +181,13 @@ def resize(
 
 
 def middle_box(height: int, width: int) -> Box:
-    """The middle square of 87.5 % of the shorter side."""
+    """The central square of 87.5 % of the shorter side."""
     side = max(1, round(_MIDDLE * min(height, width)))
     return _centered(height, width, side)
 
 
 def random_box(rng: np.random.Generator, height: int, width: int) -> Box:
-    """A part of 8 to 100 % of the area, of an aspect ratio from 3/4 to 4/3.
+    """A random box of 8 to 100 % of the area, with an aspect ratio of 3/4 to 4/3.
 
     As for training on ImageNet (Szegedy et al., 2015).
     """
@@ -207,7 +207,7 @@ def _centered(height: int, width: int, side: int) -> Box:
 
 
 def _open(image: bytes | Path, name: str, mode: str | None) -> Image.Image:
-    """Opens and decodes an image: in `mode`, or, for `None`, as labels."""
+    """Opens and decodes an image in `mode`, or as labels for `None`."""
     try:
         source = io.BytesIO(image) if isinstance(image, bytes) else image
         with Image.open(source) as file:
@@ -227,7 +227,7 @@ def _open(image: bytes | Path, name: str, mode: str | None) -> Image.Image:
             f"{name} is too large to be read: it has more than "
             f"{Image.MAX_IMAGE_PIXELS:,} pixels. Make it smaller."
         ) from error
-    except Exception as error:  # Of a damaged file, decoders raise anything.
+    except Exception as error:  # For a damaged file, decoders may raise anything.
         text = str(error) or type(error).__name__
         raise UsageError(
             f"{name} is not an image that can be read: {' '.join(text.split())}"
@@ -261,7 +261,7 @@ def _converted(
 
 
 def _eight_bits(image: Image.Image, file_format: str | None, name: str) -> Image.Image:
-    """A gray image of 16-bit samples, with 8 bits."""
+    """Converts a gray image of 16-bit samples to 8 bits."""
     values = np.asarray(image)
     if image.mode == "I" and file_format not in ("PNG", "PPM"):
         raise UsageError(

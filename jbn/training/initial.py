@@ -1,4 +1,4 @@
-"""Weights and statistics from elsewhere, for `--init-from`."""
+"""Loads weights and statistics for `--init-from`."""
 
 import dataclasses
 import fnmatch
@@ -19,17 +19,17 @@ Variables = dict[str, np.ndarray]
 
 
 def initialize_from(config: Config, state: TrainState) -> TrainState:
-    """Replaces parameters and statistics by those that `config` names.
+    """Replaces parameters and statistics by those of `config.init_from`.
 
     Args:
         config: With `init_from`, `init_skip` and `checkpoint`.
-        state: Of the model that is to be trained. Its optimizer is at its start.
+        state: The initial state of the model to train.
 
     Returns:
-        The state. An average over the steps starts at the new parameters.
+        The new state. An average over steps starts at the new parameters.
 
     Raises:
-        UsageError: If the source cannot be read or is of another model.
+        UsageError: If the source cannot be read, or belongs to another model.
     """
     source = config.init_from
     assert source is not None
@@ -73,20 +73,22 @@ def _read(source: Path, checkpoint: str) -> Variables:
         if source.suffix == ".msgpack":
             tree: Any = flax.serialization.msgpack_restore(source.read_bytes())
             return _flat(tree)
-    except Exception as error:  # Both raise anything here.
+    except Exception as error:  # Both may raise anything here.
         line = (str(error).strip().splitlines() or [""])[0]
         raise UsageError(
             f"--init-from={source} cannot be read ({type(error).__name__}: {line})."
         ) from error
-    what = "is not there" if not source.exists() else "is no .npz or .msgpack"
+    what = (
+        "does not exist" if not source.exists() else "is not an .npz or .msgpack file"
+    )
     raise UsageError(
-        f"--init-from={source} {what}. Give the folder of a run, or a file as "
-        "`jbn fold` writes it."
+        f"--init-from={source} {what}. Pass the folder of a run, or a file from "
+        "`jbn fold`."
     )
 
 
 def _matches(name: str, pattern: str | None) -> bool:
-    """Whether a pattern is that of a layer, or of an array in it."""
+    """Whether a pattern matches an array or its layer."""
     path = name.partition("/")[2]
     return pattern is not None and fnmatch.fnmatchcase(path, pattern)
 

@@ -1,4 +1,4 @@
-"""Where the results of a run go: terminal, metrics, TensorBoard, pictures."""
+"""Writes the results of a run: terminal, metrics, TensorBoard, pictures."""
 
 import contextlib
 import datetime
@@ -21,7 +21,7 @@ class Journal:
     Args:
         setup: The run.
         workdir: Its folder.
-        done: Steps before; lines of later ones are dropped.
+        done: Steps so far; lines of later steps are dropped.
     """
 
     def __init__(self, setup: Setup, workdir: Path, done: int):
@@ -64,19 +64,19 @@ class Journal:
             tqdm.write(text)
 
     def start_clock(self, done: int) -> None:
-        """Starts to measure the pace of the run, after compiling."""
+        """Starts to measure the speed of the run, after compilation."""
         self._start, self._done = time.monotonic(), done
         self.restart(done)
 
     def restart(self, done: int) -> None:
-        """Starts to measure the pace of training, after an evaluation."""
+        """Starts to measure the speed of training, after an evaluation."""
         self._last = time.monotonic(), done
 
     def advance(self, done: int, metrics: Mapping[str, Any]) -> None:
-        """Reports a dispatch: in the bar, and now and then elsewhere.
+        """Reports a dispatch in the bar, and every `log_every` seconds elsewhere.
 
         Args:
-            done: Steps after it.
+            done: Steps, including it.
             metrics: Of its steps.
         """
         if not self._first:
@@ -101,13 +101,13 @@ class Journal:
             self.write(f"step {done}/{total}  {_brief(line)}  {left} left")
 
     def append(self, line: Line) -> None:
-        """Adds an evaluation to the metrics. To be called before it is saved."""
+        """Adds an evaluation to the metrics. Call it before the checkpoint is saved."""
         self.history.append(line)
         if self._first:
             self._metrics.append(line)
 
     def show(self, line: Line, figures: Callable[[], Mapping[str, Any]]) -> None:
-        """Shows an evaluation, with pictures every half minute and at the end."""
+        """Reports an evaluation, with pictures every half minute and at the end."""
         if not self._first:
             return
         drawn: Mapping[str, Any] = {}

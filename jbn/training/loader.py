@@ -1,4 +1,4 @@
-"""Reads the batches of a plan, from memory, or from disk by threads of grain."""
+"""Reads the batches of a plan, from memory, or from disk with grain's threads."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -29,17 +29,16 @@ def load(
     """Reads chunk after chunk.
 
     Args:
-        split: Where the examples are.
-        plan: Which make up each batch.
+        split: The examples.
+        plan: The rows of each batch.
         length: Steps in each chunk.
-        share: Which of the rows of each batch are for this process.
-        epoch: Sets what is random about examples on disk.
-        threads: That read examples from disk; by default as many as there are cores.
+        share: The rows of each batch for this process.
+        epoch: Seeds the random crops of examples on disk.
+        threads: Number of threads that read from disk; by default one per core.
 
     Yields:
-        The number of steps in the chunk that are not only there to fill it up, and the
-        batches: what the split has of each example, its `index` and its `weight`, in
-        arrays of shape (length, rows, ...).
+        The number of steps in the chunk without padding steps, and the batches: the
+        arrays of the split, with `index` and `weight`, of shape (length, rows, ...).
     """
     whole = list(chunks(plan, length))
     pieces = [piece.columns(share) for piece in whole]
@@ -56,11 +55,11 @@ def load(
 def ahead(
     chunks: Iterator[tuple[int, Batches]], put: Callable[[Batches], Any]
 ) -> Iterator[tuple[int, Any]]:
-    """Reads the next chunk, and brings it to the devices, while this one is in use.
+    """Prefetches the next chunk to the devices while the current one is in use.
 
     Args:
         chunks: From `load`.
-        put: Brings batches to the devices.
+        put: Copies batches to the devices.
 
     Yields:
         The chunks.
@@ -81,7 +80,7 @@ def ahead(
 def empty_chunk(
     split: Split, plan: Plan, length: int, *, share: slice = _ALL
 ) -> Batches:
-    """Batches of the shapes of a chunk, in which no row has any weight."""
+    """Batches with the shapes of a chunk, in which all rows have weight zero."""
     shape = (length, plan.columns(share).num_rows)
     example = split.rows(np.zeros(1, np.int64))
     batches = {k: np.zeros((*shape, *v.shape[1:]), v.dtype) for k, v in example.items()}

@@ -35,7 +35,7 @@ from jbn.training.state import TrainState
 from jbn.training.workdir import reserved
 
 
-# The exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, start it again.
+# The exit status after SIGTERM: EX_TEMPFAIL of sysexits.h, for "start it again".
 NOT_FINISHED = 75
 
 _NOT_WRITABLE = (
@@ -43,7 +43,7 @@ _NOT_WRITABLE = (
     *(errno.ENOENT, errno.ENOTDIR),
 )
 
-# An evaluation saves a checkpoint if the last one is older, and where the run ends.
+# An evaluation saves a checkpoint if the last one is older than this, in seconds.
 _SAVE_SECONDS = 10.0
 
 
@@ -59,7 +59,7 @@ def main(args: Sequence[str], prog: str = "jbn train") -> int:
 
 
 def train(config: Config) -> int:
-    """Trains as `config` says.
+    """Trains with the given configuration.
 
     Writes configuration, metrics, curves and checkpoints to the folder of the run.
 
@@ -70,7 +70,7 @@ def train(config: Config) -> int:
         The exit status.
 
     Raises:
-        UsageError: If the run cannot start as asked.
+        UsageError: If the run cannot start.
         NonFiniteLossError: If too many steps in a row were not finite.
     """
     with contextlib.ExitStack() as stack:
@@ -94,7 +94,7 @@ def train(config: Config) -> int:
 
 
 def _train(setup: Setup, workdir: Path) -> int:
-    """Trains in a folder that is this run's; returns the exit status."""
+    """Trains in the run's own folder; returns the exit status."""
     config, first = setup.config, hosts.is_first()
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -127,7 +127,7 @@ def _train(setup: Setup, workdir: Path) -> int:
 def _start(
     setup: Setup, checkpoints: Checkpoints, workdir: Path
 ) -> tuple[TrainState, int, dict[str, Any]]:
-    """The state to start from, its step, and sums over its epoch so far."""
+    """The state to start from, its step, and the sums over its epoch so far."""
     config = setup.config
     if not config.resume or checkpoints.last_step is None:
         return setup.initial_state(), 0, {}
@@ -138,10 +138,10 @@ def _start(
 
 
 class Due:
-    """Says whether a period is over. With several processes it is the first one's.
+    """Tells whether a period is over; the first of several processes decides.
 
     Args:
-        period: `None` for one of no length, which `is_due` may be given.
+        period: The period, or `None` if only `otherwise` of `is_due` applies.
     """
 
     def __init__(self, period: Period | None):
@@ -157,7 +157,7 @@ class Due:
 
         Args:
             step: The steps so far.
-            otherwise: Seconds, where there is no period; `None` for never.
+            otherwise: Seconds if there is no period; `None` for never.
         """
         if self.period is not None and self.period.steps is not None:
             return step - self._step >= self.period.steps
@@ -174,8 +174,8 @@ class Loop:
         setup: What to train.
         checkpoints: Where states are saved.
         journal: Where results go.
-        preemption: Says when to stop before the end.
-        profile: Is told of each dispatch.
+        preemption: Tells when to stop early.
+        profile: Called after each dispatch.
     """
 
     def __init__(
@@ -200,10 +200,10 @@ class Loop:
         self.done = 0
 
     def run(self, state: TrainState, done: int, progress: dict[str, Any]) -> bool:
-        """Trains to the end.
+        """Trains to the end of the run.
 
         Args:
-            state: Where to start.
+            state: The state to start from.
             done: Steps before.
             progress: Sums over the steps since the last evaluation.
 
@@ -231,7 +231,7 @@ class Loop:
         return True
 
     def _next_stop(self) -> int:
-        """The last step to go to without looking up: an epoch does not go on."""
+        """The last step of the current stretch, at most the end of the epoch."""
         per_epoch = self._setup.steps_per_epoch
         epoch_end = (self.done // per_epoch + 1) * per_epoch
         stops = [epoch_end, self._setup.total_steps]
@@ -251,7 +251,7 @@ class Loop:
         return self._evaluations.is_due(done)
 
     def _settled(self) -> bool:
-        """Whether the metric has not become better for too long."""
+        """Whether the metric has not improved for `patience` evaluations."""
         patience, metric = self._setup.config.patience, self._setup.task.metric
         if patience is None or not self._journal.history:
             return False
@@ -260,7 +260,7 @@ class Loop:
         return len(values) - 1 - int(np.argmax(values)) >= patience
 
     def _train_until(self, stop: int) -> None:
-        """Trains to a step of this epoch, or until there is something else to do."""
+        """Trains to a step of this epoch, or until a save or an evaluation is due."""
         setup = self._setup
         start = time.perf_counter()
         for count, batches in setup.batches(self.done, stop):
@@ -297,7 +297,7 @@ class Loop:
         test = task.summarize(sums)
         self._guard.check_test(test, self.done)
         line = self._line(test)
-        # In this order: on resuming, a line without a checkpoint is dropped.
+        # In this order: resuming drops a line without a checkpoint.
         self._journal.append(line)
         self._checkpoints.hold(state, metric=test[task.metric.name])
         is_last = self.done == setup.total_steps
@@ -347,7 +347,7 @@ def _introduce(journal: Journal, setup: Setup, state: TrainState, done: int) -> 
 
 
 def _epoch(done: int, setup: Setup) -> float | int:
-    """The number of epochs, whole where it is."""
+    """The number of epochs; an integer if it is whole."""
     whole, rest = divmod(done, setup.steps_per_epoch)
     return round(done / setup.steps_per_epoch, 4) if rest else whole
 

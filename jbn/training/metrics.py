@@ -19,11 +19,11 @@ Line = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """How a metric is called, shown and compared.
+    """The name, format and order of a metric.
 
     Attributes:
-        name: In the files of metrics, after `train_` or `test_`.
-        label: In words.
+        name: Name in the files of metrics, after `train_` or `test_`.
+        label: Name for people.
         percent: Whether to show it as a percentage.
         higher_is_better: Which of two values is better.
     """
@@ -34,7 +34,7 @@ class Metric:
     higher_is_better: bool = True
 
     def show(self, value: float) -> str:
-        """The value, for people."""
+        """The value as text."""
         return f"{100 * value:.2f} %" if self.percent else f"{value:.4g}"
 
 
@@ -42,20 +42,20 @@ class Sums:
     """Sums over the steps of an epoch, in float64.
 
     Args:
-        start: Those of its first steps, from an earlier process.
+        start: Sums over its first steps, from an earlier process.
     """
 
     def __init__(self, start: Mapping[str, float] | None = None):
         self.values: dict[str, Any] = dict(start or {})
 
     def add(self, metrics: Mapping[str, np.ndarray]) -> None:
-        """Adds those of some more steps."""
+        """Adds the sums over further steps."""
         for name, value in metrics.items():
             total = self.values.get(name, 0) + _wide(value)
             self.values[name] = np.asarray(total)
 
     def add_steps(self, metrics: Mapping[str, np.ndarray]) -> None:
-        """Adds those of some more steps, one after the other."""
+        """Adds further steps, given one by one."""
         each = {**metrics, "num_skipped": metrics["skipped"] > 0}
         self.add({k: np.asarray(np.sum(_wide(v), axis=0)) for k, v in each.items()})
 
@@ -65,10 +65,10 @@ class Sums:
 
 
 class MetricsFile:
-    """A file of JSON lines, each with the `step` that it is of.
+    """A file of JSON lines, each with its `step`.
 
     Args:
-        path: Where it is, or is to be.
+        path: The path of the file.
     """
 
     def __init__(self, path: Path):
@@ -80,10 +80,10 @@ class MetricsFile:
             file.write(json.dumps(line) + "\n")
 
     def read(self) -> list[Line]:
-        """Reads all lines, but for a last one that was not written to its end.
+        """Reads all lines, except an incomplete last one.
 
         Raises:
-            UsageError: If another line is not one that `append` wrote.
+            UsageError: If any other line is damaged.
         """
         if not self.path.exists():
             return []
@@ -99,11 +99,11 @@ class MetricsFile:
             pass
         raise UsageError(
             f"{self.path} is damaged: line {number} is not one that a run wrote. "
-            "Remove it to go on without it."
+            "Delete the line to continue without it."
         )
 
     def truncate(self, step: int) -> None:
-        """Drops the lines after `step`, which a run wrote that ended in between."""
+        """Drops the lines after `step`, written by a run that ended before a save."""
         kept = [line for line in self.read() if line["step"] <= step]
         new = self.path.with_suffix(".new")
         new.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -111,7 +111,7 @@ class MetricsFile:
 
 
 def peak_memory() -> int:
-    """The most bytes in use so far, on a device; on a CPU, of the whole process."""
+    """The peak memory of a device, in bytes; on a CPU, of the whole process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     if peaks:
@@ -121,7 +121,7 @@ def peak_memory() -> int:
 
 
 def show(line: Line, metric: Metric) -> str:
-    """An epoch in a line, for people."""
+    """An epoch as a line of text."""
     losses = [name for name in line if name.startswith("train_") and "loss" in name]
     parts = [
         f"{name.removeprefix('train_').replace('_', ' ')} {line[name]:.4f}"

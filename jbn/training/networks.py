@@ -1,4 +1,4 @@
-"""Makes the networks of `--model`: ours, in width and depth, or one's own class."""
+"""Makes the networks of `--model`: ours, with width and depth, or a user's class."""
 
 import importlib
 import inspect
@@ -16,7 +16,7 @@ from jbn.training.config import Config
 from jbn.training.errors import UsageError
 
 
-_LARGE = 96  # Height and width from which a ResNet has the stem for large images.
+_LARGE = 96  # Image size from which a ResNet uses the stem for large images.
 _STAGES = {
     "resnet18": {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)},
     "resnet50": {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)},
@@ -26,11 +26,11 @@ _STAGES = {
 def make_model(
     config: Config, num_classes: int, image_shape: tuple[int, ...], norm: Any
 ) -> nn.Module:
-    """Makes a network that finds classes.
+    """Makes a classification network.
 
     Args:
         config: With `model`, `width`, `depth`, `dropout` and `precision`.
-        num_classes: How many.
+        num_classes: Number of classes.
         image_shape: Shape of one image.
         norm: Makes a norm layer.
 
@@ -38,7 +38,7 @@ def make_model(
         The network.
 
     Raises:
-        UsageError: If there is no such network, or not of such a depth.
+        UsageError: If the network or its depth is not available.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "norm": norm}
     if config.precision == "bf16":
@@ -100,25 +100,25 @@ def _own(path: str, options: dict[str, Any]) -> nn.Module:
             raise UsageError(f"--model={path} must take `{name}`{why}.")
     try:
         model = make(**options)
-    except Exception as error:  # Of other people's code.
+    except Exception as error:  # The user's code may raise anything.
         text = " ".join(str(error).split())
         raise UsageError(
             f"--model={path} cannot be made ({type(error).__name__}: {text})."
         ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"--model={path} makes a {type(model).__name__}, and not a Linen module."
+            f"--model={path} makes a {type(model).__name__}, not a Linen module."
         )
     return model
 
 
 def _import(path: str) -> Callable[..., Any]:
     module_name, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:  # A console script does not look there.
+    if os.getcwd() not in sys.path:  # A console script does not have it in its path.
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # Of other people's code.
+    except Exception as error:  # The user's code may raise anything.
         text = " ".join(str(error).split())
         raise UsageError(
             f"--model={path}: the module {module_name} cannot be imported "

@@ -23,7 +23,7 @@ _TYPES: dict[Any, Any] = {
     Number | None: float | None,
     bool: bool,
 }
-# These have flags of their own, follow from them, or are without effect.
+# These have their own flags, follow from them, or have no effect.
 _LEFT_OUT = ("momentum", "accumulate", "use_fast_variance")
 _LAYER = tuple(
     name
@@ -39,12 +39,12 @@ _OF: dict[str, tuple[str, ...]] = {
     "layer": ("epsilon", *_AFFINE),
     "none": _AFFINE,
 }
-_CHANNELS = 16  # In a group: the second choice of Wu and He, 2018, for any width.
+_CHANNELS = 16  # Per group: the second option of Wu and He, 2018, for any width.
 
 
 def _flag(name: str, type_: Any, text: str) -> Any:
     optional = type(None) in get_args(type_)
-    # Groups of flags leave their names out: the prefix is part of the name.
+    # Groups of flags omit the group's name, so the prefix is part of the name.
     shown: dict[str, Any] = {"name": f"norm.{name}"}
     if optional:
         shown["metavar"] = "INT" if int in get_args(type_) else "FLOAT"
@@ -53,7 +53,7 @@ def _flag(name: str, type_: Any, text: str) -> Any:
 
 
 def _fields() -> list[tuple[str, Any, Any]]:
-    """A field for each option of the layers, and those of single methods."""
+    """A field for each common option of the layers, and for those of single methods."""
     options = options_of(LayerOptions)
     fields: list[tuple[str, Any, Any]] = [
         (name, _flag(name, _TYPES[kind], option.text), option.default)
@@ -115,7 +115,7 @@ def check(norm: str, options: Any) -> None:
 
 
 def check_values(norm: str, options: Any) -> None:
-    """Refuses values that the layer refuses, by calling one; not before JAX is set up.
+    """Refuses values that the layer refuses, by calling it; needs JAX to be set up.
 
     Args:
         norm: One of `Norm`.
@@ -140,7 +140,7 @@ def flag(name: str) -> str:
 
 
 def first_difference(old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The flag of the first option in which two records differ, and both values."""
+    """The flag of the first option that differs in two records, and both values."""
     return next(
         (flag(name), value, getattr(new, name))
         for name, value in dataclasses.asdict(old).items()
@@ -161,7 +161,8 @@ def make(
             `axis_name`.
 
     Returns:
-        What the models call with `name` and perhaps `scale_init` and `activation`.
+        The factory, which models call with `name`, and optionally `scale_init` and
+        `activation`.
     """
     chosen = {name: getattr(options, name) for name in _OF[norm]}
     if norm == "batch":
@@ -179,7 +180,7 @@ def make(
 
 
 def make_of_domains(norm: str, options: Any, **batch: Any) -> Callable[..., Any]:
-    """`make`, for the discriminator of a GAN: two domains in place of one batch."""
+    """`make`, for the discriminator of a GAN: with two domains."""
     if norm == "batch":
         chosen = {name: getattr(options, name) for name in _OF[norm]}
         return partial(DomainBatchNorm, num_domains=2, **(chosen | batch))
@@ -197,7 +198,7 @@ def _of_examples(
     scale_init: Any = nn.initializers.ones,
     **options: Any,
 ) -> Callable[..., jax.Array]:
-    """A layer that is called as a batch norm is, and looks at single examples."""
+    """A layer that is called like a batch norm, but normalizes single examples."""
 
     def apply(x: jax.Array, **call: Any) -> jax.Array:
         del call  # The mask, the mode and the domain.
@@ -219,7 +220,7 @@ def _group_norm(x: jax.Array, *, num_groups: int | None, **options: Any) -> nn.M
 
 
 def _layer_norm(x: jax.Array, **options: Any) -> nn.Module:
-    """Over all of an example, as group normalization with one group."""
+    """Layer norm over all axes of an example: group norm with one group."""
     axes = tuple(range(1, x.ndim))
     return nn.LayerNorm(reduction_axes=axes, dtype=x.dtype, **options)
 
@@ -232,8 +233,8 @@ def _affine(x: jax.Array, **options: Any) -> nn.Module:
 class Affine(nn.Module):
     """The scale and bias of a norm, without the normalization.
 
-    A residual network whose last scales start at zero trains so, too: "SkipInit" (De
-    and Smith, 2020).
+    A residual network whose last scales start at zero can be trained with it:
+    "SkipInit" (De and Smith, 2020).
 
     Attributes:
         use_bias: Whether to learn a bias.

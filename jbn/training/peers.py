@@ -1,8 +1,8 @@
-"""Replaces the messages of JAX's runtime about other processes by one line each.
+"""Replaces messages of JAX's runtime about other processes by one line each.
 
 When another process is gone, the runtime ends this one from C++ with a stack trace. Its
-error output goes through this script, which a process of its own runs:
-`python peers.py ID COUNT SECONDS`. It imports nothing of this package.
+error output goes through this script, which runs in a separate process:
+`python peers.py ID COUNT SECONDS`. It does not import this package.
 """
 
 import re
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 
-# A line of C++; the lines after it belong to it, up to the next such line.
+# A log line of C++; following lines belong to it, up to the next such line.
 _LOG = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ ([\w.]+):\d+\] ")
 _ABOUT_PEERS = re.compile(r"coordination_service|preemption_sync|client\.h|Terminating")
 _REASONS = (
@@ -34,14 +34,14 @@ _ERROR = "error: "
 
 
 def explain(text: str, seconds: str) -> str | None:
-    """Says why the runtime ends this process.
+    """Finds why the runtime ends this process.
 
     Args:
-        text: What it has written.
+        text: The output of the runtime.
         seconds: The time limit.
 
     Returns:
-        The reason, or `None` if there is none in the text.
+        The reason, or `None` if the text has none.
     """
     for pattern, reason in _REASONS:
         found = re.search(pattern, text)
@@ -51,15 +51,15 @@ def explain(text: str, seconds: str) -> str | None:
 
 
 def replaced(lines: Iterable[str], who: str, seconds: str) -> Iterator[str]:
-    """Leaves out the lines of the runtime about other processes.
+    """Removes the lines of the runtime about other processes.
 
     Args:
-        lines: What this process and its libraries write.
+        lines: The error output of this process and its libraries.
         who: Names this process.
         seconds: The time limit.
 
     Yields:
-        The other lines; and if the runtime has ended this process, one that says why.
+        The other lines; and, if the runtime ended this process, one with the reason.
     """
     dropped, dropping, said = "", False, False
     for line in lines:
@@ -71,10 +71,10 @@ def replaced(lines: Iterable[str], who: str, seconds: str) -> Iterator[str]:
             dropping = True
         elif not line.startswith(_ERROR):
             yield line
-        elif not said:  # The process has found out by itself.
+        elif not said:  # The process has detected it by itself.
             yield line
             said = True
-    # The first error names the process, the ones after it follow from it.
+    # The first error names the process; later ones follow from it.
     reason = explain(dropped, seconds)
     ended = any(word in dropped for word in ("Terminating process", "terminate called"))
     if ended and not said and reason is not None:

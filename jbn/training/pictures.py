@@ -1,4 +1,4 @@
-"""Pictures of runs and of what models find or make; figures of Matplotlib."""
+"""Matplotlib figures of runs, and of predictions or samples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from jbn.training.metrics import Metric
 
 _TRAIN, _TEST, _OTHER = "#5b7db1", "#d1495b", "#66a182"
 _MOST_IN_LEGEND = 24
-_MARKED = 30  # Most epochs to have a marker each.
+_MARKED = 30  # Up to this number of epochs, each has a marker.
 
 
 def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any:
-    """Draws the losses and the metric over the epochs.
+    """Plots the losses and the metric over the epochs.
 
     Args:
         history: The metrics of each epoch.
-        metric: Which.
-        title: Put above the picture.
+        metric: The metric to plot.
+        title: Title of the figure.
 
     Returns:
         The figure.
@@ -53,7 +53,7 @@ def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any
         left.set_yscale("log" if len(epochs) > 1 else "linear")
     else:
         right.set_yscale("log")
-    right.margins(y=0.15)  # Room for the text.
+    right.margins(y=0.15)  # Space for the text.
     final = history[-1]
     value = final[f"test_{metric.name}"]
     right.annotate(
@@ -77,7 +77,7 @@ def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any
 
 
 def _lines(line: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Label and color of each loss: of the splits, or of the networks of a GAN."""
+    """The label and color of each loss: by split, or by network of a GAN."""
     if "train_generator_loss" in line:
         return {
             "train_generator_loss": ("generator", _TRAIN),
@@ -87,7 +87,7 @@ def _lines(line: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> Any:
-    """Draws how often which class was taken for which.
+    """Draws a confusion matrix.
 
     Args:
         counts: Examples by label and prediction.
@@ -101,7 +101,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Any:
     figure = new_figure(side, side)
     axes = figure.subplots()
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # The root shows the few mistakes beside the many right answers.
+    # The square root makes the few mistakes visible next to the many right answers.
     axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted", fontsize=10)
     axes.set_ylabel("label", fontsize=10)
@@ -120,7 +120,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Any:
 def overlays(
     images: np.ndarray, labels: np.ndarray, found: np.ndarray, classes: Sequence[str]
 ) -> Any:
-    """Draws images, their labels, and the predicted ones.
+    """Draws images, their labels, and the predicted labels.
 
     Args:
         images: uint8 of shape (n, height, width, channels).
@@ -164,7 +164,7 @@ def overlays(
 
 
 def samples(generated: np.ndarray, real: np.ndarray) -> Any:
-    """Draws generated images, and real ones beside them.
+    """Draws generated images next to real ones.
 
     Args:
         generated: uint8 of shape (n, height, width, channels).
@@ -186,7 +186,7 @@ def samples(generated: np.ndarray, real: np.ndarray) -> Any:
 
 
 def tiles(images: np.ndarray, columns: int) -> np.ndarray:
-    """Lays images out in rows of `columns`, with a line of white between them."""
+    """Arranges images in rows of `columns`, separated by white lines."""
     n, height, width, channels = images.shape
     rows = -(-n // columns)
     sheet = np.full(
@@ -199,10 +199,10 @@ def tiles(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def color_labels(images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Colors each pixel by its label, over the image in gray.
+    """Colors each pixel by its label, over a gray image.
 
-    No color is gray, so that labels differ from any image. Pixels without a label stay
-    gray.
+    No class color is gray, so labels can be told from the image. Pixels without a label
+    stay gray.
 
     Args:
         images: uint8 of shape (n, height, width, channels).
@@ -212,7 +212,7 @@ def color_labels(images: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
     Returns:
         uint8 of shape (n, height, width, 3).
     """
-    # (Of RGB the weights of ITU-R 601.)
+    # (The RGB weights of ITU-R 601.)
     rgb = as_rgb(images).astype(np.float32)
     gray = (rgb @ np.array([0.299, 0.587, 0.114], np.float32))[..., None].repeat(
         3, axis=-1
@@ -234,15 +234,15 @@ def class_colors(count: int) -> np.ndarray:
 
 
 def as_rgb(images: np.ndarray) -> np.ndarray:
-    """Images of three channels, of one channel or at least three (without alpha)."""
+    """Converts images with one or at least three channels to RGB (without alpha)."""
     if images.shape[-1] < 3:
         return np.repeat(images[..., :1], 3, axis=-1)
     return images[..., :3]
 
 
 def new_figure(width: float | int, height: float | int) -> Any:
-    """A figure that needs no screen, which pyplot would look for."""
-    # Only here: it takes a second.
+    """A figure without pyplot, which would look for a display."""
+    # Imported here, as it takes a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -254,7 +254,7 @@ def new_figure(width: float | int, height: float | int) -> Any:
 def render(figure: Any) -> np.ndarray:
     """The pixels of a figure from `new_figure`: uint8 of (height, width, 3).
 
-    They are drawn once, as that takes longer than all else about a picture.
+    The figure is only drawn once, which is the slowest part of a picture.
     """
     if figure.stale:
         figure.canvas.draw()

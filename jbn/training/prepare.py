@@ -1,4 +1,4 @@
-"""Prepares a TFDS data set on disk, or says within seconds what to do by hand."""
+"""Prepares a TFDS data set on disk, or quickly reports what to do by hand."""
 
 import contextlib
 import difflib
@@ -23,25 +23,25 @@ from jbn.training import idx
 from jbn.training.errors import UsageError
 
 
-FILE_FORMAT = "array_record"  # The one that is read without TensorFlow.
+FILE_FORMAT = "array_record"  # The file format that is read without TensorFlow.
 _PROBE_SECONDS = 5.0
 
 
 def is_prepared(builder: Any) -> bool:
-    """Whether the data set lies in its folder already."""
+    """Whether the data set is already in its folder."""
     return (Path(builder.data_dir) / "dataset_info.json").exists()
 
 
 def prepare(builder: Any, manual_dir: Path | None) -> None:
-    """Writes the data set into its folder, from a download or from files at hand.
+    """Writes the data set into its folder, from a download or from local files.
 
     Args:
         builder: The TFDS builder.
         manual_dir: Folder in which to look for the original files first.
 
     Raises:
-        UsageError: If the files are neither there nor to be had, or not the original
-            ones, or if TensorFlow would be needed and is not installed.
+        UsageError: If the files are missing and cannot be downloaded, if they are not
+            the original ones, or if TensorFlow is needed but not installed.
     """
     if manual_dir is not None and not manual_dir.is_dir():
         raise UsageError(f"--manual-dir={manual_dir} is not a folder.")
@@ -83,7 +83,7 @@ def prepare(builder: Any, manual_dir: Path | None) -> None:
 
 
 def _missing_files(builder: Any, manual_dir: Path | None) -> list[str]:
-    """The addresses of the files that are not in `manual_dir`."""
+    """The URLs of the files that are not in `manual_dir`."""
     infos = builder.url_infos or {}
     return [
         url
@@ -93,13 +93,13 @@ def _missing_files(builder: Any, manual_dir: Path | None) -> list[str]:
 
 
 def _needs_tensorflow(builder: Any) -> bool:
-    """Whether the builder is one of TFDS's own, and TensorFlow is not installed."""
+    """Whether TFDS's own builder is used, and TensorFlow is not installed."""
     own = type(builder).__module__.startswith("jbn.")
     return not own and importlib.util.find_spec("tensorflow") is None
 
 
 def _probe(urls: list[str]) -> str | None:
-    """Asks one address of each host (three at most); a text if none answers."""
+    """Requests one URL of each host (at most three); the error if none answers."""
     by_host = {urllib.parse.urlsplit(url).hostname: url for url in reversed(urls)}
     failures: dict[str, str] = {}
 
@@ -115,7 +115,7 @@ def _probe(urls: list[str]) -> str | None:
     threads = []
     for host, url in list(by_host.items())[:3]:
         failures[str(host)] = f"no answer in {_PROBE_SECONDS:g} s"
-        # Looking up a name knows no time limit, hence threads that can be left behind.
+        # A name lookup has no timeout, so it runs in threads that can be abandoned.
         thread = threading.Thread(target=ask, args=(str(host), url), daemon=True)
         thread.start()
         threads.append(thread)
@@ -152,14 +152,14 @@ def _by_hand(
 
 
 def known_names() -> Sequence[str]:
-    """The names of all data sets, ours and those of TFDS."""
-    with contextlib.redirect_stderr(io.StringIO()):  # A banner about TensorFlow.
+    """The names of all data sets, ours and TFDS's."""
+    with contextlib.redirect_stderr(io.StringIO()):  # TensorFlow's banner.
         theirs = tfds.list_builders(with_community_datasets=False)
     return ["digits", "digit_trimaps", *theirs]
 
 
 def make_builder(name: str, data_dir: Path | None) -> Any:
-    """Makes the TFDS builder of the data set called `name`.
+    """Makes the TFDS builder of the data set `name`.
 
     Args:
         name: Its name in TFDS, such as `mnist` or `emnist/letters`, or `digits`, or
@@ -170,7 +170,7 @@ def make_builder(name: str, data_dir: Path | None) -> Any:
         The builder.
 
     Raises:
-        UsageError: If TFDS knows no such data set.
+        UsageError: If TFDS has no such data set.
     """
     folder = None if data_dir is None else str(data_dir.expanduser())
     if name == "digits":
@@ -184,7 +184,7 @@ def make_builder(name: str, data_dir: Path | None) -> Any:
     if name in idx.NAMES:
         return idx.builder_class(name)(data_dir=folder)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # A banner about TensorFlow.
+        with contextlib.redirect_stderr(io.StringIO()):  # TensorFlow's banner.
             return tfds.builder(name, data_dir=folder)
     except DatasetNotFoundError as error:
         close = difflib.get_close_matches(re.split("[/:]", name)[0], known_names(), 1)

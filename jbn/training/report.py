@@ -1,4 +1,4 @@
-"""What a run writes for people beside its metrics: pictures, events, a trace."""
+"""The output of a run besides metrics: pictures, events, a trace."""
 
 import sys
 import time
@@ -20,9 +20,9 @@ class Report:
     """The pictures of a run.
 
     Args:
-        workdir: Where they go.
-        metric: Drawn over the epochs, with the loss.
-        title: Of that picture.
+        workdir: The folder to write to.
+        metric: Plotted over the epochs, with the loss.
+        title: Title of that plot.
     """
 
     def __init__(self, workdir: Path, metric: Metric, title: str):
@@ -31,7 +31,7 @@ class Report:
         self._next = time.monotonic() + _SECONDS
 
     def is_due(self) -> bool:
-        """Whether to draw what a model finds or makes, which is every half minute."""
+        """Whether to draw predictions or samples, which is every half minute."""
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + _SECONDS
@@ -48,10 +48,10 @@ class Report:
 
 
 class Events:
-    """Numbers and pictures for TensorBoard.
+    """Scalars and pictures for TensorBoard.
 
     Args:
-        folder: Of the event files; `None` for none.
+        folder: Folder of the event files; `None` for none.
     """
 
     def __init__(self, folder: Path | None):
@@ -65,11 +65,11 @@ class Events:
             self._writer.close()
 
     def write(self, line: Line, figures: Mapping[str, Any]) -> None:
-        """Adds those of a line of metrics."""
+        """Adds a line of metrics."""
         if self._folder is None:
             return
         if self._writer is None:
-            # Only here: it makes a file.
+            # Only here, as it creates a file.
             self._writer = _summary_writer(self._folder)
         step = line["step"]
         for name, value in line.items():
@@ -85,7 +85,7 @@ class Events:
 
 
 def _summary_writer(folder: Path) -> Any:
-    """A `SummaryWriter`, without PyTorch, which it would import for seconds."""
+    """A `SummaryWriter`, without importing PyTorch, which takes seconds."""
     missing = "torch" not in sys.modules
     if missing:
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -98,10 +98,10 @@ def _summary_writer(folder: Path) -> Any:
 
 
 class Profile:
-    """A trace of the second dispatch of a run; the first one is still warming up.
+    """A trace of the second dispatch of a run; the first is a warm-up.
 
     Args:
-        folder: Of the trace; `None` for none.
+        folder: Folder of the trace; `None` for none.
     """
 
     def __init__(self, folder: Path | None):
@@ -115,7 +115,7 @@ class Profile:
             jax.profiler.stop_trace()
 
     def next(self) -> None:
-        """Called after each dispatch."""
+        """Call it after each dispatch."""
         if self._folder is None:
             return
         self._dispatches += 1

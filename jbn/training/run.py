@@ -1,4 +1,4 @@
-"""Opens what `train.py` has left in the folder of a run, without changing it."""
+"""Opens the folder of a run, without changing it."""
 
 import dataclasses
 import shutil
@@ -32,14 +32,14 @@ class OpenRun:
     """A run, opened at one checkpoint, on one device.
 
     Attributes:
-        folder: Where it is.
-        config: What it was started with.
-        step: That of the checkpoint.
-        steps_per_epoch: Of its training.
+        folder: The folder of the run.
+        config: Its configuration.
+        step: The step of the checkpoint.
+        steps_per_epoch: Steps per epoch of its training.
         dataset: Its data.
-        task: What it is for.
+        task: Its task.
         state: The state of the checkpoint.
-        progress: Sums over the epoch that it is in the middle of, or `{}`.
+        progress: Sums over an unfinished epoch, or `{}`.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class OpenRun:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables of the model; the average of them, if the run has one."""
+        """The variables of the model; averaged if the run has an average."""
         return self.state.variables
 
     @property
@@ -61,12 +61,12 @@ class OpenRun:
         """The task, if it has one model.
 
         Raises:
-            UsageError: If it has not.
+            UsageError: If it has two.
         """
         if isinstance(self.task, Supervised):
             return self.task
         raise UsageError(
-            f"{self.folder} is of --model={self.config.model}, which is two networks; "
+            f"{self.folder} has --model={self.config.model}, which is two networks; "
             "this is for one."
         )
 
@@ -78,14 +78,14 @@ class OpenRun:
     def batches(
         self, split: str = "train", *, most: int | None = None
     ) -> Iterator[dict[str, jax.Array]]:
-        """Batches as in training, in an order of its own.
+        """Batches as in training, but in another order.
 
         Args:
             split: `"train"` or `"test"`.
-            most: How many batches at most.
+            most: Most batches.
 
         Yields:
-            The batches. Rows that only fill up the last one have weight zero.
+            The batches. Rows that pad the last one have weight zero.
         """
         rows = getattr(self.dataset, split)
         # Epochs count from 1: an order that the training has not had.
@@ -104,7 +104,7 @@ class OpenRun:
 
         Args:
             variables: Of the model.
-            model: In place of the run's own.
+            model: Used instead of the run's model.
 
         Returns:
             The metrics by name.
@@ -115,7 +115,7 @@ class OpenRun:
     def test_sums(
         self, variables: Mapping[str, Any], model: Any = None
     ) -> dict[str, np.ndarray]:
-        """The sums that `evaluate` is made of."""
+        """The sums for `evaluate`."""
         task = self.task
         if model is not None:
             task = dataclasses.replace(self.supervised, model=model)
@@ -137,26 +137,26 @@ def open_run(
     dataset: str | None = None,
     data_dir: Path | None = None,
 ) -> OpenRun:
-    """Opens a run. Nothing is written there.
+    """Opens a run, without writing to its folder.
 
-    Its data set is not searched for before one of its examples is needed.
+    Its data set is only opened when an example is needed.
 
     Args:
         path: The folder that `train.py` wrote, or one of its `checkpoints`.
-        checkpoint: `last`, `best`, or the number of steps of one that is kept.
-        dataset: In place of the run's data set, one of the same classes.
-        data_dir: In place of the run's folder of prepared data sets.
+        checkpoint: `last`, `best`, or a number of steps.
+        dataset: Another data set with the same classes, instead of the run's.
+        data_dir: Folder of prepared data sets, instead of the run's.
 
     Returns:
         The run.
 
     Raises:
-        UsageError: If there is no run, or no such checkpoint, or if that is of another
-            model.
+        UsageError: If there is no run or no such checkpoint, or if the checkpoint
+            belongs to another model.
     """
     path, checkpoint = _split(path, checkpoint)
     config = read_config(path)
-    # On one device: a CPU, or whatever JAX finds.
+    # On one device, a CPU or JAX's default.
     select_devices(None, None)
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
@@ -179,12 +179,12 @@ def open_run(
 def _data(
     folder: Path, config: Config, dataset: str | None, data_dir: Path | None
 ) -> tuple[Dataset, int]:
-    """The data set of a run, and how many examples it was trained on."""
+    """The data set of a run, and the number of its training examples."""
     where: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir}
     elsewhere = {name: value for name, value in where.items() if value is not None}
     config = dataclasses.replace(config, **elsewhere)
     path = folder / "dataset.json"
-    if not path.exists():  # As of runs of version 0.2 and before.
+    if not path.exists():  # For runs of version 0.2 and before.
         opened = open_dataset(config)
         return opened, len(opened.train)
     described = Description.load(path)
@@ -200,13 +200,13 @@ def read_variables(path: Path, checkpoint: str = "last") -> dict[str, Any]:
         checkpoint: `last`, `best`, or a number of steps.
 
     Returns:
-        `params` and `batch_stats`, in NumPy arrays: the average, if there is one.
+        `params` and `batch_stats` as NumPy arrays, averaged if the run has an average.
 
     Raises:
         UsageError: If there is no such checkpoint, or it is damaged.
     """
     path, checkpoint = _split(path, checkpoint)
-    # (The metric is an accuracy, or a distance of a GAN.)
+    # (The metric is an accuracy, or for a GAN a distance.)
     higher_is_better = read_config(path).model != "dcgan"
     with _checkpoints_of(path, higher_is_better) as found:
         return found.restore_variables(find_checkpoint(found, path, checkpoint))
@@ -220,10 +220,10 @@ def read_config(folder: Path) -> Config:
     """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder. Give one that train.py wrote.")
+        raise UsageError(f"{folder} is not a folder. Pass the folder of a run.")
     if not path.is_file():
         raise UsageError(
-            f"{folder} is not a run: it has no config.json. Give a folder that train.py"
+            f"{folder} is not a run: it has no config.json. Pass a folder that train.py"
             " wrote."
         )
     return load_config(path)
@@ -236,19 +236,19 @@ def save_run(
     test: Mapping[str, float],
     progress: Mapping[str, float] | None = None,
 ) -> None:
-    """Writes a run like another, with another state.
+    """Writes a copy of a run with another state.
 
-    It has the one checkpoint, and can be resumed.
+    It has one checkpoint, and can be resumed.
 
     Args:
         run: The other.
-        folder: Where to; must not be there.
+        folder: The new folder; must not exist.
         state: The state.
-        test: The test metrics with it.
-        progress: Sums over the epoch that the state is in the middle of.
+        test: The test metrics of this state.
+        progress: Sums over an unfinished epoch.
 
     Raises:
-        UsageError: If `folder` is there already.
+        UsageError: If `folder` exists.
     """
     refuse_existing(folder)
     claim_workdir(dataclasses.replace(run.config, workdir=folder, resume=False))
@@ -274,9 +274,11 @@ def save_run(
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises a `UsageError` if there is something at `path`, or no folder to be in."""
+    """Raises a `UsageError` if `path` exists, or its parent folder does not."""
     if path.exists() or path.is_symlink():
-        raise UsageError(f"{path} exists already, and is left alone. Choose another.")
+        raise UsageError(
+            f"{path} already exists, and is not overwritten. Choose another."
+        )
     if not path.absolute().parent.is_dir():
         raise UsageError(
             f"{path} cannot be written: there is no folder {path.absolute().parent}."
@@ -284,7 +286,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def _split(path: Path, checkpoint: str) -> tuple[Path, str]:
-    """The folder of a run and a checkpoint, where `path` may be the latter."""
+    """The folder of a run and a checkpoint; `path` may be that of a checkpoint."""
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return path.parent.parent, path.name
     return path, checkpoint
@@ -331,6 +333,6 @@ def find_checkpoint(checkpoints: Checkpoints, folder: Path, checkpoint: str) -> 
     if int(checkpoint) not in steps:
         kept = ", ".join(map(str, steps))
         raise UsageError(
-            f"{folder} has no checkpoint {checkpoint}: it has kept steps {kept}."
+            f"{folder} has no checkpoint {checkpoint}: there are steps {kept}."
         )
     return int(checkpoint)

@@ -1,4 +1,4 @@
-"""What a data set is read from: encoded examples by their number."""
+"""The source of a data set: encoded examples by number."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +13,8 @@ Target = Literal["label", "segmentation_mask"]
 class Examples(Protocol):
     """The examples of a split, by their number, each with `image` and `label`.
 
-    An image is as `images.decode` takes it. A label is the number of a class, or a mask
-    as `images.decode_labels` takes it.
+    An image is an argument of `images.decode`. A label is the number of a class, or a
+    mask for `images.decode_labels`.
     """
 
     def __len__(self) -> int: ...
@@ -27,13 +27,13 @@ class Source:
     """A training and a test split, encoded.
 
     Attributes:
-        name: Of the data set, in messages.
-        classes: Names of the classes; `()` for images alone and for masks, where they
-            are found in the pixels.
-        channels: Of an image.
-        size: Height and width that all images have, or `None` if that is not known.
+        name: Name of the data set in messages.
+        classes: Names of the classes; `()` for images without labels, and for masks,
+            whose classes are found in the pixels.
+        channels: Channels of an image.
+        size: Height and width of all images, or `None` if unknown.
         splits: `train` and `test`, by name. Each is a function that opens the split.
-        decoded: Where decoded images may be saved, by split: the start of a path.
+        decoded: Path prefixes for the cache of decoded images, by split.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""All that changes during training, as one frozen pytree."""
+"""The training state, as one frozen pytree."""
 
 import dataclasses
 from typing import Any
@@ -9,19 +9,18 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The number of steps taken, the variables of the model, the optimizer's state.
+    """The number of steps, the variables of the model, and the optimizer's state.
 
-    The fields are arrays, or pytrees of arrays; or of whatever a `jax.tree.map` over
-    the state makes of them.
+    The fields are arrays or pytrees of arrays, or of whatever `jax.tree.map` returns.
 
     Attributes:
-        step: Batches seen. It counts those that were skipped for not being finite, so
-            that it says where in the data the run is.
+        step: Number of batches, including skipped non-finite steps, so that it gives
+            the position in the data.
         params: Parameters.
         batch_stats: Running statistics.
         opt_state: The optimizer's state.
-        average: `{}`, or an average over the steps: its `params`, and the `batch_stats`
-            that belong to them.
+        average: `{}`, or an average over the steps: its `params` and their
+            `batch_stats`.
     """
 
     step: Any
@@ -38,7 +37,7 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def with_variables(self, variables: dict[str, Any]) -> "TrainState":
-        """Replaces what `variables` is."""
+        """Replaces `variables`."""
         if self.average:
             return dataclasses.replace(self, average=variables)
         return dataclasses.replace(self, **variables)

@@ -1,9 +1,9 @@
 """The training step: a pure function of state and batch, whatever is trained.
 
 A batch is a dict of arrays with one row per example: `image`, uint8; `weight`; `index`,
-the row of the data set; and what else the task needs. Rows of weight zero only fill it
-up: they take no part in the loss, the gradient, the metrics or the batch statistics. A
-batch of nothing but such rows leaves the state as it was.
+the row of the data set; and further arrays of the task. Rows of weight zero are
+padding: they do not affect the loss, the gradient, the metrics or the batch statistics.
+A batch with only such rows does not change the state.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Objective = Callable[[Any, Any, Batch], tuple[jax.Array, tuple[Any, Metrics]]]
 
 @runtime_checkable
 class Updates(Protocol):
-    """What the step needs of a task (see `tasks`)."""
+    """The part of a task that the step uses (see `tasks`)."""
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Makes `params`, `batch_stats` and `opt_state`."""
@@ -37,7 +37,7 @@ class Updates(Protocol):
     def update(
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        """Makes new ones of a batch."""
+        """Updates them with a batch."""
         ...
 
 
@@ -45,7 +45,7 @@ def create_state(task: Updates, seed: int, *, averaged: bool = False) -> TrainSt
     """Initializes the model and the optimizer.
 
     Args:
-        task: What is trained.
+        task: The task.
         seed: Everything that is random follows from this.
         averaged: Whether to keep an average over the steps.
 
@@ -60,7 +60,7 @@ def create_state(task: Updates, seed: int, *, averaged: bool = False) -> TrainSt
         )
         if not averaged:
             return state
-        # A copy: donated buffers must not be given twice.
+        # A copy: a buffer cannot be donated twice.
         copy = lambda tree: jax.tree.map(jnp.array, tree)
         return dataclasses.replace(state, average=copy(state.variables))
 
@@ -68,10 +68,10 @@ def create_state(task: Updates, seed: int, *, averaged: bool = False) -> TrainSt
 
 
 def initialize(task: Updates, seed: int, *, averaged: bool = False) -> TrainState:
-    """`create_state`, compiled for a single use; not to be traced.
+    """`create_state`, compiled for a single use; do not trace it.
 
-    With less effort, XLA's compiler for CPUs makes the same numbers, for a U-Net in two
-    seconds instead of nine.
+    With reduced effort, XLA on CPU computes the same numbers, and compiles a U-Net in
+    two seconds instead of nine.
     """
     on_cpu = jax.default_backend() == "cpu"
     create = jax.jit(
@@ -84,24 +84,24 @@ def initialize(task: Updates, seed: int, *, averaged: bool = False) -> TrainStat
 def make_train_step(
     task: Updates, *, seed: int = 0, ema_decay: float | None = None
 ) -> Step:
-    """Makes the one training step, whichever way it is then run.
+    """Makes the training step, the same for every way to run it.
 
-    With the task's `axis_name`, `batch` is one device's share of the rows, and sums go
-    over all the devices. A step that makes anything infinite or not a number is skipped
-    whole: parameters, statistics, optimizer and average stay as they were.
+    With the task's `axis_name`, `batch` is one device's share of the rows, and sums are
+    over all devices. A step with a non-finite result is skipped entirely: parameters,
+    statistics, optimizer and average do not change.
 
     Args:
-        task: What is trained.
-        seed: What is random in a step follows from this, the step's number and the rows
-            of the data set, and from nothing else.
-        ema_decay: Weight of the old in the average of the parameters, once the run is
-            long enough: it is at most `(1 + step) / (10 + step)`, so that the average
-            soon forgets the initial parameters.
+        task: The task.
+        seed: Random numbers in a step only depend on this, the number of the step, and
+            the rows of the data set.
+        ema_decay: Decay of the average of the parameters. It is limited to
+            `(1 + step) / (10 + step)`, so that the average soon forgets the initial
+            parameters.
 
     Returns:
         The function `(state, batch) -> (state, metrics)`. The metrics are sums over all
         rows of all devices: those of the task, and `skipped`: 1 if the `loss` was not
-        finite, 2 if anything else was not. Of a skipped step they are 0.
+        finite, 2 if anything else was not. Those of a skipped step are 0.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -149,11 +149,11 @@ def gradient(
         batch_stats: Running statistics.
         batch: The batch, or one device's share of it.
         axis_name: The mapped axis over the devices, if there is one.
-        microbatches: Into how many parts to cut the batch, one after the other, so that
-            the memory of one is enough. Each is normalized by itself. The norm layers
-            must then gather moments (`accumulate=True`).
-        momentum: With several microbatches, that of the running statistics, which move
-            once, by the moments of all.
+        microbatches: Number of parts of the batch, processed one after the other to
+            save memory. Each is normalized separately, and norm layers must collect
+            moments (`accumulate=True`).
+        momentum: With several microbatches, the momentum of the single update of the
+            running statistics.
 
     Returns:
         The gradient, the new statistics, and the metrics.
@@ -172,7 +172,7 @@ def gradient(
             (_, (_, metrics)), grads = differentiate(params, batch_stats, part)
             return grads, metrics
 
-        # Every k-th row: cutting it into blocks would move rows between devices.
+        # Every k-th row: contiguous blocks would move rows between devices.
         parts = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0),
             batch,
@@ -182,9 +182,9 @@ def gradient(
         (batch_stats, (grads, metrics)), _ = lax.scan(body, (batch_stats, zeros), parts)
         batch_stats = jbn.commit(batch_stats, momentum=momentum)
     if axis_name is not None:
-        # The loss is already the sum over the devices, and under pmap its gradient with
-        # respect to this device's copy of the parameters counts each of them: the mean
-        # of these gradients is the gradient of the loss.
+        # The loss is already summed over the devices, so under pmap each device's
+        # gradient with respect to its own copy of the parameters includes all of them:
+        # the mean of these gradients is the gradient of the loss.
         grads = lax.pmean(grads, axis_name)
     return grads, batch_stats, metrics
 
@@ -192,25 +192,25 @@ def gradient(
 def descend(
     optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
 ) -> tuple[Any, Any]:
-    """New parameters, and the new state of the optimizer."""
+    """The new parameters and the new optimizer state."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 
 def sum_rows(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Sums everything, over all devices."""
+    """Sums all elements, over all devices."""
     total = jnp.sum(x)
     return total if axis_name is None else lax.psum(total, axis_name)
 
 
 def by_row(key: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """A key for each row, which does not depend on which device has it."""
+    """A key for each row, independent of the device."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
 
 
 def _all_finite(tree: Any) -> jax.Array:
-    # A parameter and its moments have one shape: a reduction for each shape is a third
-    # of those for each array, which XLA compiles and runs one by one.
+    # A parameter and its moments have the same shape: one reduction per shape needs a
+    # third of the reductions per array, which XLA compiles and runs one by one.
     finite: dict[tuple[int, ...], jax.Array] = {}
     for x in jax.tree.leaves(tree):
         if jnp.issubdtype(x.dtype, jnp.inexact):

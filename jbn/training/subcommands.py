@@ -23,7 +23,7 @@ _Which = Annotated[str, tyro.conf.arg(metavar="best|last|STEP")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 _Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 
-_AT_ONCE = 64  # Images; a model of pixels needs the memory.
+_AT_ONCE = 64  # Images per batch; a segmentation model needs the memory.
 
 
 def evaluate(
@@ -38,12 +38,12 @@ def evaluate(
     """Evaluates a checkpoint on the test split. Prints metrics as JSON.
 
     Args:
-        run: Folder of a run, or of one of its checkpoints.
-        checkpoint: The best on the test set, the last, or by its number of steps.
+        run: Folder of a run, or one of its checkpoints.
+        checkpoint: The best on the test set, the last, or a number of steps.
         pictures: Draw the confusion matrix, overlays or samples in this folder.
         per_class: Add the recall, precision and intersection over union of each class.
-        dataset: Another data set with classes of the same names, such as the same
-            folder at another place. By default that of the run.
+        dataset: Another data set with the same names of classes, such as a moved
+            folder. By default that of the run.
         data_dir: Folder of prepared data sets. By default that of the run.
     """
     opened = open_run(run, checkpoint, dataset=dataset, data_dir=data_dir)
@@ -59,7 +59,7 @@ def evaluate(
         figures = opened.task.pictures(opened.variables, sums, opened.dataset)
         for name, figure in figures.items():
             figure.savefig(pictures / f"{name}.png")
-            # Not among the JSON.
+            # Not mixed with the JSON.
             print(f"saved in {pictures / name}.png", file=sys.stderr)
     return 0
 
@@ -76,30 +76,32 @@ def predict(
     json: bool = False,
     data_dir: _Folder = None,
 ) -> int:
-    """Applies a checkpoint to image files, or lets it make images.
+    """Applies a checkpoint to image files, or generates images.
 
-    Images are prepared as in evaluation. Prints a line for each: its class, and the
-    probability of that; or the share of pixels of each class, with the classes of the
-    pixels as a PNG of gray values in --out, and in color over the image. A GAN takes no
-    files, and writes samples.png and samples.npy to --out.
+    Images are prepared as in evaluation. A classifier prints the class of each image
+    and its probability. A segmentation model prints the share of pixels of each class,
+    and writes two PNGs to --out: the classes as gray values, and in color over the
+    image. A GAN takes no files, and writes samples.png and samples.npy to --out.
 
     Args:
-        run: Folder of a run, or of one of its checkpoints.
-        files: Images.
-        out: Where files go. By default the folder in which you are.
-        checkpoint: The best on the test set, the last, or by its number of steps.
-        samples: How many images to make.
-        seed: Of these.
-        top: Print the so many most probable classes of each image.
+        run: Folder of a run, or one of its checkpoints.
+        files: Image files.
+        out: Folder for the files. By default the current folder.
+        checkpoint: The best on the test set, the last, or a number of steps.
+        samples: Number of images to generate.
+        seed: Seed of the generated images.
+        top: Print this number of most probable classes of each image.
         json: Print each line as JSON.
-        data_dir: Folder of prepared data sets, which only runs of version 0.2 and
-            before need here.
+        data_dir: Folder of prepared data sets; only needed for runs of version 0.2 and
+            before.
     """
     opened = open_run(run, checkpoint, data_dir=data_dir)
     folder = Path() if out is None else out
     if isinstance(opened.task, GAN):
         if files:
-            raise UsageError("A GAN makes images, and takes none: leave the files out.")
+            raise UsageError(
+                "A GAN generates images, and takes none: leave the files out."
+            )
         if samples < 1:
             raise UsageError(f"--samples={samples} is out of range: at least 1.")
         if not 0 <= seed < 2**32:

@@ -15,12 +15,12 @@ from jbn.training.source import Source, Target
 
 
 class Prepared:
-    """The examples of a split that TFDS has prepared, with images still encoded.
+    """The examples of a split prepared by TFDS, with encoded images.
 
     Args:
-        rows: A data source of TFDS.
+        rows: A data source from TFDS.
         image_key: The feature that is the image.
-        label_key: The feature that is the label; `None` for images alone.
+        label_key: The feature that is the label; `None` for images without labels.
     """
 
     def __init__(self, rows: Any, image_key: str, label_key: str | None):
@@ -33,7 +33,7 @@ class Prepared:
         return self._named(self._rows[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
-        """Several at once, which is twice as fast as one by one."""
+        """Reads several at once, which is twice as fast as one by one."""
         return [self._named(row) for row in self._rows.__getitems__(indices)]
 
     def _named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -49,22 +49,22 @@ def open_prepared(
     manual_dir: Path | None,
     test_fraction: float,
 ) -> Source:
-    """Finds a data set by its TFDS name, and prepares it if it is not yet.
+    """Finds a data set by its TFDS name, and prepares it if needed.
 
     Args:
         name: The name.
         target: What to learn, as of `load_dataset`.
         data_dir: Folder of prepared data sets; `None` for TFDS's own default.
         manual_dir: Folder with the original files.
-        test_fraction: Of the training split, the part to test on if there is no split
-            called `test` or `validation`.
+        test_fraction: The fraction of the training split to test on if there is no
+            split `test` or `validation`.
 
     Returns:
         The splits.
 
     Raises:
-        UsageError: If the set is not there and not to be had, or is not of images with
-            the target.
+        UsageError: If the set is missing and cannot be prepared, or does not have
+            images with the target.
     """
     builder = make_builder(name, data_dir)
     if not is_prepared(builder):
@@ -82,8 +82,8 @@ def open_prepared(
         split: functools.partial(_open, builder, part, image_key, label_key)
         for split, part in parts.items()
     }
-    # In the folder of the set, decoded images go when it is prepared again. (A file of
-    # version 1 was decoded by TFDS.)
+    # In the folder of the set, so preparing it again removes decoded images. (Files of
+    # version 1 were decoded by TFDS.)
     decoded = {
         split: Path(builder.data_dir) / f"decoded2-{re.sub('[^-0-9A-Za-z]', '_', part)}"
         for split, part in parts.items()
@@ -92,7 +92,7 @@ def open_prepared(
 
 
 def _keys(builder: Any, target: Target | None) -> tuple[str, str | None, Sequence[str]]:
-    """The names of the image and of the target, and of the classes."""
+    """The names of the image feature, the target feature, and the classes."""
     features: dict[str, Any] = dict(builder.info.features.items())
     images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
     image, label, *_ = builder.info.supervised_keys or ("image", "label")
@@ -121,7 +121,7 @@ def _keys(builder: Any, target: Target | None) -> tuple[str, str | None, Sequenc
 
 
 def _split_names(builder: Any, test_fraction: float) -> dict[str, str]:
-    """What TFDS calls the splits to train and to test on."""
+    """TFDS's names of the training and test splits."""
     splits = builder.info.splits
     if "train" not in splits:
         raise UsageError(
@@ -135,7 +135,7 @@ def _split_names(builder: Any, test_fraction: float) -> dict[str, str]:
 
 
 def _open(builder: Any, part: str, image_key: str, label_key: str | None) -> Prepared:
-    """Opens a split. Its images are left encoded, also those that are not read."""
+    """Opens a split, without decoding any image."""
     features: dict[str, Any] = dict(builder.info.features.items())
     skip = {
         name: tfds.decode.SkipDecoding()

@@ -1,4 +1,4 @@
-"""The folder of a run, for one process at a time."""
+"""Locks the folder of a run for one process at a time."""
 
 import contextlib
 import datetime
@@ -14,19 +14,19 @@ from jbn.training.errors import UsageError
 
 @contextlib.contextmanager
 def reserved(config: Config) -> Iterator[Path]:
-    """Holds the folder of a run, so that no other process trains in it.
+    """Locks the folder of a run, so that no other process trains in it.
 
-    The folder is made where it is missing. It is removed again if nothing has been
-    written to it.
+    The folder is created if it is missing, and removed again if nothing was written to
+    it.
 
     Args:
-        config: Of the run. Without `workdir`, the folder is a new one in `runs/`.
+        config: The configuration. Without `workdir`, a new folder in `runs/` is used.
 
     Yields:
         The folder.
 
     Raises:
-        UsageError: If another process holds it, or it cannot be written.
+        UsageError: If another process has locked it, or it cannot be written.
     """
     made: list[Path] = []
     try:
@@ -54,7 +54,7 @@ def reserved(config: Config) -> Iterator[Path]:
 
 
 def _make(config: Config, made: list[Path]) -> Path:
-    """Makes the folder and its parents, and tells which were missing."""
+    """Makes the folder and its parents, and records which were missing."""
     if config.workdir is not None:
         _make_parents(config.workdir, made)
         return config.workdir
@@ -69,7 +69,7 @@ def _make(config: Config, made: list[Path]) -> Path:
             folder.mkdir()
             made.append(folder)
             return folder
-        except FileExistsError:  # A run that was started in the same second.
+        except FileExistsError:  # Another run was started in the same second.
             count += 1
             folder = first.with_name(f"{first.name}-{count}")
 
@@ -89,5 +89,5 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
 
 def _remove(made: list[Path]) -> None:
     for path in reversed(made):
-        with contextlib.suppress(OSError):  # With something in it.
+        with contextlib.suppress(OSError):  # It is not empty.
             path.rmdir()

@@ -1,1 +1,1 @@
-"""Methods of their own, one a file, each made of the pieces of batch norm."""
+"""The methods, one per file, each composed of the steps of batch norm."""

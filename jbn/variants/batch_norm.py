@@ -29,13 +29,14 @@ def init(
             order of the axes in the input.
         use_scale: Whether to learn a scale, at first 1.
         use_bias: Whether to learn a bias, at first 0.
-        param_dtype: Dtype of scale and bias. Statistics are always float32. (Complex
-            data make the mean complex at the first update. A `scan` has to carry it so
-            from the start: `batch_stats._replace(mean=batch_stats.mean + 0j)`.)
-        track_weight: Whether the running statistics know how much they have seen,
-            which the debiased and cumulative rules need: see `jbn.update_batch_stats`.
-        accumulate: Whether training only gathers moments, for `jbn.commit` to fold
-            into the running statistics once per optimizer step.
+        param_dtype: Dtype of scale and bias. Statistics are always float32. (With
+            complex data the mean becomes complex at the first update. To carry it
+            through a `scan`, start with
+            `batch_stats._replace(mean=batch_stats.mean + 0j)`.)
+        track_weight: Whether the running statistics count how much data they have seen,
+            as the debiased and cumulative rules need: see `jbn.update_batch_stats`.
+        accumulate: Whether training only collects moments, with which `jbn.commit`
+            updates the running statistics once per optimizer step.
 
     Returns:
         `Params` and `BatchStats`: mean 0 and variance 1.
@@ -65,7 +66,7 @@ def init(
     axes.output_dtype(param_dtype, jnp.dtype(jnp.float32), "param_dtype")
     if any(n < 0 for n in shape):
         raise ValueError(f"`num_features` must not be negative; got {num_features!r}.")
-    # An array of its own for each: a buffer cannot be donated twice.
+    # A separate array for each: a buffer cannot be donated twice.
     zeros = lambda: jnp.zeros(shape, jnp.float32)
     return (
         Params(
@@ -101,7 +102,7 @@ def batch_norm(
 
         running = momentum * running + (1 - momentum) * batch
 
-    What to normalize by and whether to update are two switches:
+    Two switches select the statistics to normalize by, and whether to update them:
 
     | `use_running_average` | `update_stats` | for |
     |---|---|---|
@@ -110,10 +111,10 @@ def batch_norm(
     | False | False | a second pass over the same data, an inner loop |
     | True | True | adapting the statistics while normalizing by them |
 
-    Statistics and arithmetic are float32 or wider, and the variance is right to a
-    relative 1e-5 even where the mean is 1e4 standard deviations. In training the
-    derivative goes through mean and variance, takes one all-reduce, saves `x` alone
-    for the backward pass, and can itself be differentiated, in any mode.
+    Statistics and arithmetic are float32 or wider, and the variance has a relative
+    error below 1e-5 for means of up to 1e4 standard deviations. In training the
+    derivative goes through mean and variance, takes one all-reduce, saves only `x` for
+    the backward pass, and can itself be differentiated in any mode.
 
     Args:
         x: Input of shape (..., features, ...) and any floating or complex dtype.
@@ -126,8 +127,8 @@ def batch_norm(
         **options: The options of `jbn.options.Options`.
 
     Returns:
-        The normalized array, of the shape of `x`, and the running statistics, new or
-        as they came. No gradient flows into or out of the statistics of training. A
+        The normalized array, of the shape of `x`, and the running statistics, updated
+        or unchanged. In training, no gradient flows through the running statistics. A
         feature whose elements all have weight zero is normalized by its running
         statistics (by mean 0 and variance 1 if there are none), which keep their
         values.

@@ -1,4 +1,4 @@
-"""Conditional batch norm: a scale and bias for each label, or for each place."""
+"""Conditional batch norm: a scale and bias for each label, or each position."""
 
 import dataclasses
 from typing import Unpack
@@ -28,33 +28,32 @@ def conditional_batch_norm(
     one_plus: bool = False,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, Stats]:
-    """Normalizes each feature, with a scale and bias that depend on more than it.
+    """Normalizes each feature, with a scale and bias given by a label or a map.
 
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
-    Statistics are those of `jbn.batch_norm`. The scale of each row, or of each place
-    of a map, is kept for the backward pass beside `x`. Scale and bias are
+    Statistics are those of `jbn.batch_norm`. The scale of each row or position is saved
+    for the backward pass, besides `x`. Scale and bias are
 
     - by label: `params[labels]`, from tables of shape (num_classes, *features)
-      (Dumoulin et al., 2017; class-conditional GANs). Labels may be of rows, or of
-      whole images, or a map of them;
-    - or given: arrays that broadcast to `x`, made by the caller from whatever they
-      depend on, such as a convolution of a segmentation map (SPADE, Park et al., 2019),
-      or a projection of an embedding, as BigGAN (Brock et al., 2019) has it. Then
-      `params` must be `None`.
+      (Dumoulin et al., 2017; class-conditional GANs). There may be one label per row or
+      per image, or a map of labels;
+    - or given: arrays that broadcast to `x`, computed by the caller, such as a
+      convolution of a segmentation map (SPADE, Park et al., 2019), or a projection of
+      an embedding (BigGAN, Brock et al., 2019). Then `params` must be `None`.
 
     Args:
         x: Input of shape (..., features, ...) and any floating or complex dtype.
-        params: Tables of scale and bias, one row a label. A field that is `None` is
-            left out, and one without labels is shared by all.
+        params: Tables of scale and bias, one row per label. A field that is `None` is
+            left out, and one without the label axis is shared by all labels.
         batch_stats: Running mean and variance, one entry per feature, or `None`.
         use_running_average: `False` in training, `True` at inference.
-        labels: Integers for the rows, or for their leading axes only (one an image:
-            shape (batch,)), or one for all. Traced labels out of range get the nearest.
+        labels: Integers for the rows, or only for their leading axes (one per image:
+            shape (batch,)), or one for all. Traced labels out of range are clipped.
         scale: Scale of the rank of `x`, with size 1 where it does not vary.
         bias: Bias likewise.
-        one_plus: Whether tables and `scale` hold gamma of `1 + gamma`, so that zero,
-            where initializers start and weight decay leads, is the identity.
+        one_plus: Whether tables and `scale` hold `gamma` of a scale `1 + gamma`. Then
+            zero, where initializers start and weight decay leads, is the identity.
         **options: As for `jbn.batch_norm`.
 
     Returns:
@@ -100,8 +99,8 @@ def conditional_batch_norm(
         )
     if given and params is not None:
         raise ValueError(
-            "`params` are tables for `labels`, and must be None where `scale` or `bias`"
-            " are given. Put learned factors into what is given."
+            "`params` are tables for `labels`, and must be None if `scale` or `bias`"
+            " are given. Multiply learned factors into these."
         )
     call = prepare(
         "conditional_batch_norm",
@@ -133,7 +132,7 @@ def _with_tables(
     call: Call, params: Params, ids: AtRank, *, num_classes: int, one_plus: bool
 ):
     """The body with a scale and a bias of each label."""
-    # JAX would read -1 as the last one; clipped, the nearest is the first.
+    # JAX would read -1 as the last row; clipped, it is the first.
     labels = jnp.clip(ids.array().astype(jnp.int32), 0, num_classes - 1)
     segments = segments_of(labels, num_classes)
     tables = expand_affine(params, call.lay, call.x.dtype, fronted=True)
@@ -150,14 +149,14 @@ def _conditioned(call: Call, scale, bias, one_plus: bool):
 def _checked_labels(
     params: Params | None, labels, lay: Layout, axis, dtype
 ) -> tuple[AtRank, int]:
-    """The label of each row, and how many there are in the tables."""
+    """The label of each row, and the number of labels in the tables."""
     if params is not None:
         axes.check_record(params, "params", Params)
     rank = len(lay.features) + 1
     tables = [t for t in params or () if t is not None and t.ndim == rank]
     if not tables:
         raise ValueError(
-            "`params` must have tables of one row a label, of shape (num_classes,"
+            "`params` must have tables with one row per label, of shape (num_classes,"
             f" *features) with features {lay.features}; got none. Make them by"
             " `init((num_classes, num_features))`."
         )
@@ -175,7 +174,7 @@ def _checked_labels(
 
 
 def _per_call(v: ArrayLike | None, name: str, lay: Layout, dtype) -> jax.Array | None:
-    """A scale or bias of the caller's, checked to broadcast to the input."""
+    """The caller's scale or bias, checked to broadcast to the input."""
     if v is None:
         return None
     given = axes.as_array(v, name)

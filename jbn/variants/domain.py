@@ -30,7 +30,7 @@ def domain_batch_norm(
 
     Domains may be mixed in one batch. The result, the running statistics and the
     gradients are those of one `jbn.batch_norm` for each domain, called with its rows. A
-    domain that is absent keeps its running statistics. One function for
+    domain that is absent keeps its running statistics. Uses:
 
     - split batch norm, AdvProp (Xie et al., 2020): 0 for clean, 1 for adversarial rows;
     - domain-specific batch norm (Chang et al., 2019), batch correction: rows by source;
@@ -39,10 +39,9 @@ def domain_batch_norm(
       number, for the whole batch;
     - instance norm on packed data: rows by sample, and `batch_stats=None`.
 
-    With a `domain` of a floating dtype a row belongs to several domains, each by a
-    share: the moments of domain k are those of all rows with weights `domain[..., k]`,
-    and `mix` says how a row is normalized by all of them, with p the shares over their
-    sum:
+    If `domain` has a floating dtype, it holds each row's shares in several domains. The
+    moments of domain k are those of all rows with weights `domain[..., k]`, and `mix`
+    selects how a row is normalized, where p are its shares divided by their sum:
 
     - `"output"`: `y = sum_k domain[..., k] * y_k`, with `y_k` the output normalized by
       domain k, its scale and its bias (mode normalization, Deecke et al., 2019);
@@ -61,30 +60,30 @@ def domain_batch_norm(
             leaves them out.
         batch_stats: Running mean and variance, one entry per domain and feature.
         use_running_average: `False` in training, `True` at inference.
-        domain: Which domain each row belongs to: integers for the rows, or for their
-            leading axes only (one an image: shape (batch,)), or one for all; may be
-            traced. A row with a negative id is of no domain, as padding: it does not
-            count, and is normalized by the last domain. So is a traced id of
+        domain: The domain of each row: integers for the rows, or only for their leading
+            axes (one per image: shape (batch,)), or one for all; may be traced. A row
+            with a negative id, such as padding, belongs to no domain: it does not
+            count, and is normalized by the last one. The same holds for a traced id of
             `num_domains` or more; a known one is an error.
-            Floating: the shares, non-negative, with one more axis of size num_domains
-            last; size 1 along an axis of the rows where they do not vary. A row whose
-            shares are all 0 does not count; its output is 0, or by all domains alike.
-        num_domains: Needed where `batch_stats` are `None`.
-        mix: How shares mix domains.
-        shrink_to: What `tau` draws a domain's statistics to: its own running ones, or
-            those of all domains of the batch together. So a rare domain starts from
-            the pool, not from its own noise. One that is absent needs neither.
-        **options: As for `jbn.batch_norm`; `trim` only with ids. A domain that may be
-            alone with one row needs `min_weight=1`, or its output is all bias; one of
-            few rows gains by `tau`, and by `second_moment=True`.
+            Floating: non-negative shares, with a last axis of size num_domains, and
+            size 1 along row axes where they do not vary. A row whose shares are all 0
+            does not count; its output is 0, or for `"stats"` that of equal shares.
+        num_domains: Number of domains; only needed if `batch_stats` is `None`.
+        mix: How shares mix domains: `"output"` or `"stats"`.
+        shrink_to: Where `tau` shrinks a domain's statistics to: its own running ones,
+            or those of all domains of the batch together, for domains too rare to have
+            good running statistics.
+        **options: As for `jbn.batch_norm`; `trim` only with ids. If a domain may have a
+            single row in a batch, set `min_weight=1`, or the output of that row is
+            `bias`. For domains of few rows, `tau` and `second_moment=True` help.
 
     Returns:
         The normalized array and the running statistics, as `jbn.batch_norm`.
 
     Raises:
-        TypeError: If `domain` is not of real numbers, or as `jbn.batch_norm` does.
+        TypeError: If `domain` does not hold real numbers, or as `jbn.batch_norm` does.
         ValueError: If `domain` does not fit the rows, if `num_domains` is missing or
-            not that of `batch_stats`, if `mix` or `shrink_to` is another word, or as
+            not that of `batch_stats`, if `mix` or `shrink_to` is unknown, or as
             `jbn.batch_norm` does.
         NameError: As `jbn.batch_norm` does.
 
@@ -129,7 +128,7 @@ def domain_batch_norm(
             num_domains = batch_stats.mean.shape[0]
     if num_domains is None:
         raise ValueError(
-            "`num_domains` must be given where `batch_stats` do not tell it; got None."
+            "`num_domains` must be given if `batch_stats` is None; got None."
         )
     num_domains = axes.size(num_domains, "num_domains")
     for name, value, words in (

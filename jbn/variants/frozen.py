@@ -1,4 +1,4 @@
-"""Frozen batch norm: what is learned, remembered or chosen, each kept as it is."""
+"""Frozen batch norm: keeps the parameters, the statistics or the mode fixed."""
 
 import dataclasses
 from typing import Unpack
@@ -23,33 +23,33 @@ def frozen_batch_norm(
     freeze_mode: bool = True,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, Stats]:
-    """Normalizes by statistics that stay as they are.
+    """Normalizes by fixed statistics.
 
-    For fine-tuning, in a model whose layers are told to train. Three things are frozen,
-    independently:
+    For fine-tuning, in a model that is called in training mode. Three things can be
+    frozen independently:
 
     | | what is frozen |
     |---|---|
-    | `freeze_mode` | the running statistics normalize, whatever is asked for |
-    | `freeze_stats` | they are not updated, whatever is asked for |
-    | `freeze_affine` | no gradient reaches `params` |
+    | `freeze_mode` | the mode: always normalizes by the running statistics |
+    | `freeze_stats` | the running statistics: never updated |
+    | `freeze_affine` | `params`: get no gradient |
 
-    With all three the layer is a fixed affine map, and keeps O(features) numbers for
-    the backward pass (with a mask or weights `x`, to tell what takes no part). With
-    `freeze_stats=False` the statistics adapt to new data while the old ones normalize
-    (both switches as asked for, see `jbn.batch_norm`).
+    With all three the layer is a fixed affine map, and saves O(features) numbers for
+    the backward pass (with a mask or weights also `x`, to find ignored elements). With
+    `freeze_stats=False` the statistics are updated on new data, while the old ones
+    normalize.
 
-    A frozen parameter has a gradient of zero. An optimizer with weight decay moves it
-    all the same: leave it out there, too.
+    A frozen parameter has a gradient of zero. Weight decay in the optimizer still
+    changes it: exclude it there, too.
 
     Args:
         x: Input of shape (..., features, ...) and any floating or complex dtype.
         params: Scale and bias, one entry per feature; `None` leaves them out.
         batch_stats: Running mean and variance, one entry per feature.
-        use_running_average: What to normalize by; needed unless `freeze_mode`.
+        use_running_average: As for `jbn.batch_norm`; needed unless `freeze_mode`.
         freeze_affine: Whether `params` are constants.
-        freeze_stats: Whether `batch_stats` are returned as they came.
-        freeze_mode: Whether to normalize by the running statistics in any case.
+        freeze_stats: Whether `batch_stats` are returned unchanged.
+        freeze_mode: Whether to always normalize by the running statistics.
         **options: As for `jbn.batch_norm`.
 
     Returns:
@@ -77,7 +77,7 @@ def frozen_batch_norm(
     freeze_affine = flag(freeze_affine, "freeze_affine")
     if flag(freeze_mode, "freeze_mode"):
         if update_stats is None:
-            # A call for training updates, unless it says otherwise.
+            # A training call updates by default.
             update_stats = use_running_average is False
         use_running_average = True
     if flag(freeze_stats, "freeze_stats"):

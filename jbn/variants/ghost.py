@@ -34,24 +34,25 @@ def ghost_batch_norm(
 ) -> tuple[jax.Array, Stats]:
     """Normalizes each of several groups of the batch by its own mean and variance.
 
-    In training the batch is cut into `num_groups` groups along its first axis, so that
-    a large batch has the noise of a small one. Groups are contiguous and of
-    `ceil(n / num_groups)` entries; where that does not divide the batch, the last ones
-    have fewer, or none. Entries are those of the first axis that is not a feature axis
-    (images, sequences), and come whole. If `interleaved`, a group is every
-    `num_groups`-th entry instead: for batches that are sorted or put together from
-    parts, of which each group is to have a share.
+    In training the batch is split into `num_groups` groups along its first axis, so
+    that a large batch has the noise of a small one. The first axis is the first that is
+    not a feature axis, and its entries (images, sequences) are not split. Groups are
+    contiguous, with `ceil(n / num_groups)` entries each; if that does not divide the
+    batch, the last groups have fewer, or none. If `interleaved`, a group is every
+    `num_groups`-th entry instead, so that each group has a share of every part of a
+    sorted or concatenated batch.
 
     Running statistics are those of the whole batch, exactly: the moments of the groups
     are merged, with the scatter of their means. At inference there are no groups.
 
-    With `axis_name` each device cuts its own share, and groups do not cross devices, so
-    that normalizing needs no communication; one all-reduce merges the moments for the
-    running statistics. With `devices_per_group` they do: the first groups of so many
-    devices in a row are one, the second ones are one, and so on, for one more
-    all-reduce each way. Under plain `jit` the groups are those of the whole batch; a
-    number that is a multiple of the devices keeps each on one, and any other number
-    costs a copy of the batch on every device.
+    With `axis_name` each device splits its own rows, and groups do not cross devices.
+    So normalization needs no communication, and one all-reduce merges the moments for
+    the running statistics. With `devices_per_group`, groups cross devices: the first
+    groups of that many consecutive devices form one group, their second groups another,
+    and so on, which costs one more all-reduce each way. Under plain `jit` the groups
+    are those of the whole batch. If their number is a multiple of the number of
+    devices, each group stays on one device; any other number copies the batch to every
+    device.
 
     Args:
         x: Input of shape (batch, ..., features, ...) and any floating or complex dtype.
@@ -60,10 +61,10 @@ def ghost_batch_norm(
         use_running_average: `False` in training, `True` at inference.
         num_groups: Number of groups (on each device, with `axis_name`); static.
         devices_per_group: How many devices of `axis_name` share their groups; static.
-            (More than one not under `shard_map`, which has no groups of devices.)
-        interleaved: Whether groups take turns along the axis; static. (Each group is
-            then on all devices, under plain `jit`.)
-        **options: As for `jbn.batch_norm`. A group of no weight is normalized by the
+            (`shard_map` has no groups of devices, so only 1 works there.)
+        interleaved: Whether groups are interleaved along the axis; static. (Under plain
+            `jit`, each group is then on all devices.)
+        **options: As for `jbn.batch_norm`. A group of weight zero is normalized by the
             running statistics.
 
     Returns:
@@ -95,7 +96,8 @@ def ghost_batch_norm(
     References:
         Hoffer, Hubara and Soudry, "Train longer, generalize better: closing the
         generalization gap in large batch training of neural networks", 2017, algorithm
-        1 (whose running statistics average the groups). https://arxiv.org/abs/1705.08741
+        1 (where running statistics average those of the groups).
+        https://arxiv.org/abs/1705.08741
     """
     num_groups = axes.size(num_groups, "num_groups")
     devices_per_group = axes.size(devices_per_group, "devices_per_group")
@@ -112,12 +114,12 @@ def ghost_batch_norm(
         return run(thread, call)
     if not call.rows.axes:
         raise ValueError(
-            "`ghost_batch_norm` cuts the batch into groups along the first axis that is"
-            f" not a feature axis, and `x`, of shape {call.lay.shape}, has none."
+            "`ghost_batch_norm` splits the batch into groups along the first axis that"
+            f" is not a feature axis, and `x`, of shape {call.lay.shape}, has none."
         )
     if not isinstance(call.lay.shape[call.rows.axes[0]], int):
         raise ValueError(
-            "`ghost_batch_norm` cuts the batch into groups, so its size must be known"
+            "`ghost_batch_norm` splits the batch into groups, so its size must be known"
             f" in training; got shape {call.lay.shape}. Export with a fixed batch size."
         )
     over = _over_devices(call.rows, devices_per_group)
@@ -146,7 +148,7 @@ def _ghosts(call: Call, *, num_groups: int, over: AxisGroups | None, interleaved
 
 
 def _grouped(call: Call, axis: int, num_groups: int, interleaved: bool) -> Call:
-    """The call on an input whose groups are one more feature axis, at `axis`."""
+    """The call on an input with the groups as one more feature axis, at `axis`."""
     size = call.lay.shape[axis]
     group_size = -(-size // num_groups)
     padding = num_groups * group_size - size
@@ -191,12 +193,12 @@ def _grouped(call: Call, axis: int, num_groups: int, interleaved: bool) -> Call:
 
 
 def _over_devices(rows: Rows, size: int) -> AxisGroups | None:
-    """Groups of `size` devices in a row; `None` for one device each."""
+    """Groups of `size` consecutive devices; `None` for one device each."""
     if size == 1:
         return None
     if rows.axis_name is None or rows.axis_index_groups is not None:
         raise ValueError(
-            "`devices_per_group` cuts the devices of `axis_name` into groups; got"
+            "`devices_per_group` splits the devices of `axis_name` into groups; got"
             f" axis_name={rows.axis_name!r} and"
             f" axis_index_groups={rows.axis_index_groups!r}."
         )
@@ -211,8 +213,8 @@ def _over_devices(rows: Rows, size: int) -> AxisGroups | None:
 
 
 def _pooled(groups: Summary, rows: Rows, axis: int) -> Summary:
-    """All groups, and all devices, as one batch."""
-    # Weights that do not vary between groups have one entry for all of them.
+    """Merges all groups on all devices."""
+    # Weights that are the same in all groups have one entry.
     weight = jnp.broadcast_to(groups.weight, groups.var.shape)
     groups = groups._replace(weight=weight)
     whole = summary.merge(Summary(*(jnp.moveaxis(v, axis, 0) for v in groups)))

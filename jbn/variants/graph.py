@@ -1,4 +1,4 @@
-"""Graph norm (Cai et al., 2021): each graph by itself, less a learned share of it."""
+"""Graph norm (Cai et al., 2021): each graph by itself, with a learned mean share."""
 
 from typing import Unpack
 
@@ -24,7 +24,7 @@ def graph_norm(
     mean_scale: ArrayLike | None = None,
     **options: Unpack[RowOptions],
 ) -> jax.Array:
-    """Normalizes the nodes of each graph by their own mean and deviation.
+    """Normalizes the nodes of each graph by their own mean and standard deviation.
 
     For each graph and feature, with `mean` and `var` over the graph's nodes,
 
@@ -32,29 +32,29 @@ def graph_norm(
         y = scale * d / sqrt(mean of d**2 + epsilon) + bias
         mean of d**2 = var + (1 - mean_scale)**2 * mean**2
 
-    A graph's mean says something about its structure (its degree, for one), so
-    `mean_scale` is learned, and leaves a share of the mean in the output. Without it,
-    which is a share of 1, this is instance norm of packed rows: of the samples of a
-    ragged batch, or the objects of a scene. There are no running statistics.
+    The mean of a graph carries information about its structure (such as its degree), so
+    the learned `mean_scale` leaves part of the mean in the output. Without it (a share
+    of 1) this is instance norm of packed rows, such as the samples of a ragged batch or
+    the objects of a scene. There are no running statistics.
 
     Args:
         x: Input of shape (..., features, ...) and any floating or complex dtype, the
             nodes of all graphs one after the other.
         params: Scale and bias, one entry per feature, or per graph and feature; `None`
             leaves them out.
-        segment_ids: Integers that say which graph each node (or entry of the leading
-            axes) belongs to, in any order. A node whose id is not from 0 to
-            `num_segments - 1` is padding: it does not count, and is normalized as if it
-            were of the last graph. See `jbn.segment_ids`.
+        segment_ids: The graph of each node (or entry of the leading axes): integers, in
+            any order. A node whose id is not from 0 to `num_segments - 1` is padding:
+            it does not count, and is normalized by the last graph's statistics. See
+            `jbn.segment_ids`.
         num_segments: Number of graphs; static. Graphs may be empty.
         mean_scale: The share of the mean to remove, one entry per feature.
-        **options: As for `jbn.batch_norm`, those of running statistics excepted. With
-            `axis_name` a graph may lie on several devices, and ids are of the same
-            graphs on all.
+        **options: As for `jbn.batch_norm`, except those of running statistics. With
+            `axis_name` a graph may be spread over several devices, and ids name the
+            same graphs on all of them.
 
     Returns:
-        The normalized array, of the shape of `x`. The nodes of a graph of no weight are
-        normalized by mean 0 and variance 1.
+        The normalized array, of the shape of `x`. The nodes of a graph of weight zero
+        are normalized by mean 0 and variance 1.
 
     Raises:
         TypeError: If `segment_ids` are not of integers, or as `jbn.batch_norm` does.

@@ -39,20 +39,21 @@ def batch_renorm(
         d = clip((mean - running_mean) / running_sd, -d_max, d_max)
         y = scale * ((x - mean) / sd * r + d) + bias
 
-    An element of weight zero that is not finite comes out as `scale * d + bias`. No
-    gradient passes through r and d. The running statistics are those before this
-    batch, which is folded into them afterwards. Within the limits y is what inference
-    would give, so that a model does not rely on which rows share its batch: for small
-    batches, batches that are not drawn evenly, and reinforcement learning. (What all
-    rows of a batch have in common, their class for one, still gets no gradient: that
-    goes through the batch's mean. `jbn.batch_norm` with a large `tau` lets it through.)
+    where the running statistics are those before this batch updates them, and no
+    gradient passes through r and d. Within the limits, y is the output of inference, so
+    it does not depend on the other rows of the batch: for small batches, batches that
+    are not drawn at random, and reinforcement learning. (As in batch norm, the part
+    that all rows of a batch have in common, such as their class, gets no gradient,
+    because the gradient goes through the batch's mean. `jbn.batch_norm` with a large
+    `tau` keeps it.) The output of an element of weight zero that is not finite is
+    `scale * d + bias`.
 
-    With `r_max=1` and `d_max=0` this is batch norm, with both infinite it is
-    normalization by the running statistics. Training starts near the former and opens
-    up: Ioffe goes to `r_max=3` between steps 5,000 and 40,000, and to `d_max=5` between
-    5,000 and 25,000. Pass schedules' values as arrays; these do not recompile.
+    With `r_max=1` and `d_max=0` this is batch norm; with both infinite it normalizes by
+    the running statistics. Training starts as batch norm and widens the limits: Ioffe
+    increases `r_max` to 3 between steps 5,000 and 40,000, and `d_max` to 5 between
+    5,000 and 25,000. Pass values of schedules as arrays, which do not recompile.
 
-    `warmup_steps=n` is short for limits that open at once, from batch norm:
+    `warmup_steps=n` is batch norm for n steps, then the full limits:
 
         r_max = 1 if step < n else r_max
         d_max = 0 if step < n else d_max
@@ -64,7 +65,7 @@ def batch_renorm(
         use_running_average: `False` in training, `True` at inference.
         r_max: Limit of the ratio of standard deviations, at least 1; may be traced.
         d_max: Limit of the distance of the means, at least 0; may be traced.
-        warmup_steps: Number of training calls that are batch norm; needs `step`.
+        warmup_steps: Number of first training calls that are batch norm; needs `step`.
         step: Number of training calls before this one; may be traced. Inference does
             not read it.
         **options: As for `jbn.batch_norm`, except `tau`.
@@ -101,7 +102,7 @@ def batch_renorm(
     tau = axes.known(options.get("tau", 0))
     if tau is None or np.any(tau != 0):
         raise ValueError(
-            "`batch_renorm` does not take `tau`, which draws the statistics of the"
+            "`batch_renorm` does not take `tau`, which shrinks the statistics of the"
             " batch towards the running ones: r and d do so already. Drop `tau`, or use"
             " `batch_norm`."
         )
@@ -113,8 +114,10 @@ def batch_renorm(
         use_running_average=use_running_average,
         **options,
     )
-    r_max = axes.check_number(r_max, "r_max", 1, "1 leaves the batch's deviation.")
-    d_max = axes.check_number(d_max, "d_max", 0, "0 leaves the batch's mean.")
+    r_max = axes.check_number(
+        r_max, "r_max", 1, "1 keeps the batch's standard deviation."
+    )
+    d_max = axes.check_number(d_max, "d_max", 0, "0 keeps the batch's mean.")
     warmup_steps = axes.check_number(warmup_steps, "warmup_steps", 0, "0 is without.")
     if call.use_running_average:
         return run(thread, call)
@@ -137,7 +140,7 @@ def _renormalized(call: Call, r_max: float | ArrayLike, d_max: float | ArrayLike
 
 
 def next_step(step: jax.Array) -> jax.Array:
-    """One more, for schedules; the last there is stays, as a schedule's end does."""
+    """The next step, for schedules; it stays at the largest integer."""
     return jnp.where(step < jnp.iinfo(step.dtype).max, step + 1, step)
 
 
@@ -153,7 +156,7 @@ def _corrected(
     running_rstd = rstd_of(running.var, epsilon)
     r = jnp.sqrt(moments.var + epsilon.astype(real)) * running_rstd
     r_max, d_max = jnp.asarray(r_max, real), jnp.asarray(d_max, real)
-    # A feature without weight is normalized by the running statistics as it is.
+    # A feature of weight zero is normalized by the running statistics, without r and d.
     r = jnp.where(some, jnp.clip(r, 1 / r_max, r_max), 1)
     d = (moments.mean - running.mean) * running_rstd.astype(running.mean.dtype)
     d = jnp.where(some, _clip(d, d_max), 0)
@@ -167,7 +170,7 @@ def _corrected(
 
 
 def _clip(d: jax.Array, limit: jax.Array) -> jax.Array:
-    """`d` with its absolute value, where it is larger, brought down to `limit`."""
+    """Clips the absolute value of `d` to `limit`."""
     if not jnp.iscomplexobj(d):
         return jnp.clip(d, -limit, limit)
     size = jnp.sqrt(numeric.abs_square(d))

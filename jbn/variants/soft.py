@@ -1,4 +1,4 @@
-"""Soft domains: rows that belong to several domains, each by a share."""
+"""Soft domains: rows that belong to several domains by shares."""
 
 import functools
 import math
@@ -16,18 +16,19 @@ from jbn.ops import numeric, soft
 from jbn.typing import Moments
 
 
-# Means this far from a common shift, in standard deviations, leave variances that are
-# right to 1e-5 of themselves. Others are taken one by one.
+# If means are at most this far from a common shift, in standard deviations, the
+# relative error of variances is below 1e-5. Otherwise domains are summarized one by
+# one.
 _FAR = 4
-# Rows that the shift is taken from, spread over all.
+# Number of rows, spread over the batch, that the shift is computed from.
 _SAMPLE_ROWS = 256
 
 
 def mixed(call: Call, domain: AtRank, *, mix: str):
-    """The body of domain batch norm with shares of rows in place of ids."""
+    """The body of domain batch norm with shares instead of ids."""
     table = _Table(call)
     shares = table.shares(domain.array())
-    weights = shares.sum(1, keepdims=True) > 0  # A row without shares is padding.
+    weights = shares.sum(1, keepdims=True) > 0  # A row without any share is padding.
     if call.weights is not None:
         counted = table.rows_of(call.weights)
         weights = jnp.where(weights, counted, jnp.zeros_like(counted))
@@ -59,7 +60,7 @@ def mixed(call: Call, domain: AtRank, *, mix: str):
 
 
 class _Table:
-    """The arrays of a call as matrices of rows and features."""
+    """Converts the arrays of a call to matrices of rows and features, and back."""
 
     def __init__(self, call: Call):
         lay = call.lay
@@ -76,30 +77,30 @@ class _Table:
         return v.reshape(math.prod(self.lay.rows), math.prod(features))
 
     def shares(self, v: jax.Array) -> jax.Array:
-        """Shares at the rank of the input and one more, the domains, as a matrix."""
+        """Shares, with an axis for domains after those of the input, as a matrix."""
         v = lax.squeeze(v, self.lay.feature_axes)
         v = jnp.broadcast_to(v, (*self.lay.rows, v.shape[-1]))
         return numeric.wide(v).reshape(-1, v.shape[-1])
 
     def back(self, y: jax.Array) -> jax.Array:
-        """From a matrix to the shape of the input."""
+        """A matrix in the shape of the input."""
         y = y.reshape(*self.lay.rows, *self.lay.features)
         order = sorted(range(len(self.order)), key=self.order.__getitem__)
         return y.transpose(order)
 
     def stat(self, v: jax.Array) -> jax.Array:
-        """A statistic of each domain, at the rank of the input and one more."""
+        """A statistic per domain, at the rank of the input, domains in front."""
         v = jnp.broadcast_to(v, (v.shape[0], math.prod(self.lay.features)))
         return self.lay.expand(v.reshape(-1, *self.lay.features))
 
     def flat(self, v: jax.Array) -> jax.Array:
-        """The opposite of `stat`."""
+        """The inverse of `stat`."""
         v = jnp.broadcast_to(v, (self.num, *v.shape[1:]))
         return v.reshape(self.num, -1)
 
 
 def _by_output(call, x, shares, weights, mean, var, gain, bias, shift):
-    """The sum of each domain's output times the share in it.
+    """The sum over domains of the domain's output times the share.
 
     sum_k w_k * (gain_k * (x - mean_k) + bias_k)
     """
@@ -111,14 +112,14 @@ def _by_output(call, x, shares, weights, mean, var, gain, bias, shift):
     y = y + soft.product(shares, moved.astype(d.dtype))
     ignored = numeric.no_part(x, weights)
     assert ignored is not None
-    if call.weights is None:  # What is ignored has no shares.
+    if call.weights is None:  # Ignored elements have no shares.
         return jnp.where(ignored, 0, y)
     plain = jnp.zeros_like(moved) if bias is None else bias.astype(moved.dtype)
     return jnp.where(ignored, soft.product(shares, plain), y)
 
 
 def _by_stats(call, x, shares, weights, mean, var, scale, bias, shift):
-    """By the mean and the variance of the mixture of domains.
+    """The output normalized by the mean and variance of the mixture of domains.
 
     mean = sum_k p_k * mean_k,   var = sum_k p_k * (var_k + abs(mean_k - mean)**2)
     """
@@ -126,7 +127,7 @@ def _by_stats(call, x, shares, weights, mean, var, scale, bias, shift):
     total = shares.sum(1, keepdims=True)
     some = total > 0
     p = jnp.where(some, shares / jnp.where(some, total, 1), 1 / num)
-    # From a value near the mean, and each mean less the mixture's: nothing cancels.
+    # Means relative to a shift near them, and to the mixture's mean: nothing cancels.
     center = soft.product(p, mean - shift[None])
     var = soft.product(p, var)
     for k in range(num):
@@ -161,7 +162,7 @@ def _shift(call: Call, x, shares, weights) -> jax.Array:
 
 
 def _moments(call: Call, x, shares, weights, shift) -> tuple[Moments, jax.Array]:
-    """The moments of each domain, and how many equal rows each is worth."""
+    """The moments of each domain, and its effective number of rows."""
     rows = Rows((0,), call.rows.axis_name, call.rows.axis_index_groups)
     moments, squares = _accurate(rows, call.tiny, x, shares, weights, shift)
     weight = moments.weight
@@ -200,7 +201,7 @@ def _variance_jvp(primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _accurate(rows: Rows, tiny: bool, x, shares, weights, shift):
-    """The same, also where the means are many standard deviations apart."""
+    """The same, accurate even if the means are many standard deviations apart."""
     moments, squares = _plain(rows, x, shares, weights, shift)
     some = moments.weight > 0
     off = numeric.abs_square(moments.mean - shift[None])
@@ -221,6 +222,6 @@ def _accurate(rows: Rows, tiny: bool, x, shares, weights, shift):
 
 @_accurate.defjvp
 def _accurate_jvp(rows, tiny, primals, tangents):
-    # Of the same function of the rows: only its rounding differs.
+    # The derivative of `_plain`, which is the same function up to rounding.
     _, tangent = jax.jvp(functools.partial(_plain, rows), primals, tangents)
     return _accurate(rows, tiny, *primals), tangent

@@ -1,4 +1,4 @@
-"""Batch norm of sparse arrays whose zeros are implicit, without making them dense."""
+"""Batch norm of sparse arrays with implicit zeros, without dense copies."""
 
 import dataclasses
 import math
@@ -23,8 +23,8 @@ from jbn.typing import Moments, Params
 class SparseOutput(NamedTuple):
     """A dense array, as the sum of a sparse one and a value per feature.
 
-    `values.todense() + background` is the dense array, `background` being what a zero
-    becomes. (Features that are not last need `background` reshaped to broadcast.) A
+    `values.todense() + background` is the dense array; `background` is the output for a
+    zero. (If features are not last, reshape `background` so that it broadcasts.) A
     linear layer needs no dense array either: `values @ w + background @ w`.
     """
 
@@ -43,29 +43,27 @@ def sparse_batch_norm(
 ) -> tuple[SparseOutput, Stats]:
     """Normalizes each feature of a sparse array, over stored and implicit elements.
 
-    The result is that of `jbn.batch_norm` on `x.todense()`, statistics and gradients
-    included, with memory and time of the order of the stored elements. With n stored
-    elements v of a feature that has T sites,
+    The result equals that of `jbn.batch_norm` on `x.todense()`, including statistics
+    and gradients, but memory and time are proportional to the stored elements. For a
+    feature with T sites and n stored elements v,
 
         mean = sum(v) / T
         var = (sum((v - mean)**2) + (T - n) * mean**2) / T
 
-    which is the merge of the stored elements' moments with those of T - n zeros.
-
-    (To leave the zeros out, as norms of point clouds and sparse convolutions do, call
-    `jbn.batch_norm` on `x.data`: the stored elements are then all there is.)
+    which merges the moments of the stored elements with those of T - n zeros. (To leave
+    the zeros out, as norms of point clouds and sparse convolutions do, call
+    `jbn.batch_norm` on `x.data`.)
 
     Args:
-        x: `jax.experimental.sparse.BCOO` of shape (..., features, ...), of any floating
-            dtype, with feature axes and others sparse or dense in any combination.
-            Elements stored more than once are added up first, unless
-            `x.unique_indices` says that there are none.
+        x: `jax.experimental.sparse.BCOO` of shape (..., features, ...), with any
+            floating dtype and any combination of sparse and dense axes. Elements stored
+            more than once are added up first, unless `x.unique_indices` is true.
         params: Scale and bias, one entry per feature; `None` leaves them out.
         batch_stats: Running mean and variance, one entry per feature, or `None`.
         use_running_average: `False` in training, `True` at inference.
         **options: As for `jbn.batch_norm`, except `trim`, `activation` and `residual`.
-            `mask` and `weights` are of sites: of the shape of `x` with size 1 for the
-            features, or without them.
+            `mask` and `weights` are per site: of the shape of `x` with size 1 for the
+            features, or without the feature axes.
 
     Returns:
         `SparseOutput(values, background)` with the indices of `x`, and the running
@@ -93,14 +91,14 @@ def sparse_batch_norm(
         )
     if options.get("trim") is not None:
         raise ValueError(
-            "`sparse_batch_norm` does not take `trim`: zeros that are outliers could"
-            " not be left out without storing them. Trim `x.data` by `trimmed_weights`."
+            "`sparse_batch_norm` does not take `trim`: implicit zeros that are outliers"
+            " would have to be stored. Trim `x.data` by `trimmed_weights`."
         )
     for name in ("activation", "residual"):
         if options.get(name) is not None:
             raise ValueError(
-                f"`sparse_batch_norm` does not take `{name}`: its output is in two"
-                " parts, and only their sum could be the input of a function. Make it"
+                f"`sparse_batch_norm` does not take `{name}`: its output has two parts,"
+                " and only their sum could be passed to a function. Make it"
                 " dense first."
             )
     if x.n_batch:
@@ -118,7 +116,7 @@ def sparse_batch_norm(
     weights = call.weights
     if weights is not None and any(weights.shape[a] > 1 for a in call.lay.feature_axes):
         raise ValueError(
-            "`mask` and `weights` of a sparse array are of its sites, the same for"
+            "`mask` and `weights` of a sparse array are per site, the same for"
             f" all features; got shape {weights.shape} for features along"
             f" {call.lay.feature_axes}."
         )
@@ -138,9 +136,9 @@ def _sparse(call: Call):
     background = -slope * stats.mean
     if call.bias is not None:
         background = background + call.bias.astype(background.dtype)
-    # Less the background, so that what is not stored is zero.
+    # Minus the background, so that elements that are not stored are zero.
     values = numeric.wide(stored.x)
-    # An element that takes no part comes out as the bias.
+    # The output of an ignored element is the bias.
     ignored = numeric.no_part(stored.x, stored.weights)
     assert ignored is not None
     values = jnp.where(ignored, stored.spread(call.lay.squeeze(stats.mean)), values)
@@ -163,15 +161,15 @@ class _Stored:
     rows: Rows
     weights: jax.Array
     segments: Segments | None
-    kept: tuple[int, ...]  # the shape of a statistic of `x`, reduced axes at size 1
+    kept: tuple[int, ...]  # shape of a statistic of `x`, with reduced axes of size 1
 
     def spread(self, stat: jax.Array) -> jax.Array:
-        """A statistic, of the shape of the features, for each stored element."""
+        """Gives each stored element the statistic of its feature."""
         return spread(stat.reshape(self.kept), self.segments)
 
 
 def _stored(x: BCOO, call: Call) -> _Stored:
-    """Which feature each stored element belongs to, and how much it counts."""
+    """The feature and the weight of each stored element."""
     features = call.lay.feature_axes
     indices = x.indices.astype(jnp.int32)
     sparse_features = [a for a in features if a < x.n_sparse]
@@ -186,7 +184,7 @@ def _stored(x: BCOO, call: Call) -> _Stored:
             ids = ids * size + indices[:, a]
         segments = segments_of(ids.reshape(-1, *rank_of_data), math.prod(sizes))
         kept = (segments.num, *kept)
-    # BCOO fills up with elements whose indices are out of bounds.
+    # BCOO pads with elements whose indices are out of bounds.
     bounds = jnp.asarray(x.shape[: x.n_sparse], jnp.int32)
     there = (indices < bounds[None]).all(-1)
     weights = there.reshape(-1, *rank_of_data)
@@ -204,7 +202,7 @@ def _stored(x: BCOO, call: Call) -> _Stored:
 
 
 def _moments(stored: _Stored, call: Call) -> Moments:
-    """The moments of all sites: of the stored elements, and of zeros."""
+    """The moments of all sites: stored elements and implicit zeros."""
     moments = row_moments(stored.rows, stored.x, stored.weights, stored.segments)
     weight = jnp.broadcast_to(moments.weight, moments.var.shape)
     moments = jax.tree.map(
@@ -213,7 +211,7 @@ def _moments(stored: _Stored, call: Call) -> Moments:
     sites = numeric.total_weight(call.described, call.weights, call.rows.axes)
     if call.rows.axis_name is not None:
         sites = summary.psum(sites, call.rows)
-    # Rounding may leave a little less than nothing.
+    # Rounding may make it slightly negative.
     zeros = jnp.maximum(call.lay.squeeze(sites) - moments.weight, 0)
     none = jnp.zeros_like(moments.mean)
     return merge(moments, Moments(zeros, none, jnp.zeros_like(zeros)))

@@ -1,7 +1,7 @@
-"""What counts alike: every element, every sample, or every group.
+"""Weights that let every sample, or every group, count the same.
 
-Each function makes `weights` for the functions that take them. An element counts by
-its weight, wherever it is, since weights are applied before devices are summed.
+The results are for the argument `weights`. They are applied before sums over devices,
+so an element counts by its weight on any device.
 """
 
 import jax
@@ -14,25 +14,25 @@ from jbn.typing import ArrayLike, AxisIndexGroups, AxisName
 
 
 def sample_weights(weights: ArrayLike, *, axis: int | tuple[int, ...] = 0) -> jax.Array:
-    """Makes weights by which each sample counts once, however long it is.
+    """Makes weights that let each sample count once, however long it is.
 
-    By default every element counts alike, so that a sequence of a thousand steps
-    counts a hundred times as much as one of ten. Here each sample has a total of 1:
+    By default every element counts the same, so a sequence of a thousand steps counts a
+    hundred times as much as one of ten. Here each sample has a total weight of 1:
 
         weights / sum of the sample's weights
 
-    A sample of no weight has none here, too.
+    A sample of weight zero keeps weight zero.
 
     Args:
-        weights: Mask or non-negative weights of the elements, the samples along
-            `axis`: of shape (batch, length), say.
-        axis: Axis or axes that tell samples apart; the total of each sample is over all
-            others. For a mask with features as well, which may differ between
-            them, that is both: `axis=(0, -1)` for (batch, length, features).
+        weights: Mask or non-negative weights of the elements, such as an array of shape
+            (batch, length).
+        axis: Axis or axes of the samples; the total of each sample is over all other
+            axes. If the mask also varies by feature, include the feature axis:
+            `axis=(0, -1)` for (batch, length, features).
 
     Returns:
-        Weights of the same shape, float32 or wider. (On a shard of the samples, those
-        of the shard: no sample's weights depend on another's.)
+        Weights of the same shape, float32 or wider. (They may be computed for each
+        shard of the batch, since no sample's weights depend on another sample.)
 
     Raises:
         TypeError: If `weights` are complex.
@@ -59,21 +59,21 @@ def group_weights(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
 ) -> jax.Array:
-    """Makes weights by which each group of rows counts once, however large it is.
+    """Makes weights that let each group of rows count once, however large it is.
 
         weights / sum of the weights of all rows with the same id
 
-    Groups are whatever shares an id: the packed rows of one sequence or graph (see
-    `segment_ids`), a class, a client, a site of a clinical study. An id outside of
-    0 to `num_groups - 1` belongs to no group and has no weight, as padding.
+    A group is all rows with the same id: the packed rows of one sequence or graph (see
+    `segment_ids`), a class, a client, a site of a clinical study. A row whose id is not
+    from 0 to `num_groups - 1` is padding, and has weight zero.
 
     Args:
-        ids: Integers that say which group each row belongs to.
+        ids: The group of each row: integers.
         num_groups: Number of groups; static.
         weights: Mask or weights of the rows within their groups, of the shape of `ids`;
             by default 1.
         axis_name: Mapped axis or axes over which a group may be spread. Leave it unset
-            where groups lie whole on one device, as packed sequences do.
+            if each group is on one device, as packed sequences are.
         axis_index_groups: Groups of indices of `axis_name` to sum within.
 
     Returns:

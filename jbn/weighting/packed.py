@@ -16,11 +16,11 @@ def segment_ids(
     row_splits: ArrayLike | None = None,
     num_rows: int,
 ) -> jax.Array:
-    """Says which segment (sample, sequence, graph) each packed row belongs to.
+    """Makes the ids of the segment (sample, sequence, graph) of each packed row.
 
-    Rows beyond the last segment are padding. They get an id of their own, one more
-    than the last, so that `segment_ids(...) < num_segments` is the mask of the rows
-    that count, and a batch norm over packed rows is
+    Rows after the last segment are padding. They get the next id, so that
+    `segment_ids(...) < num_segments` is the mask of the rows that count. A batch norm
+    over packed rows is
 
         ids = segment_ids(lengths, num_rows=x.shape[0])
         y, batch_stats = batch_norm(
@@ -28,17 +28,17 @@ def segment_ids(
         )
 
     To let each segment count once, however long it is, pass
-    `weights=group_weights(ids, len(lengths))` instead. To give each its own statistics
-    (instance norm on packed data) call `domain_batch_norm` with `domain=ids` and
-    `num_domains=len(lengths) + 1`: the padding is one more domain.
+    `weights=group_weights(ids, len(lengths))` instead. To normalize each segment by its
+    own statistics (instance norm on packed data) call `graph_norm` with
+    `segment_ids=ids` and `num_segments=len(lengths)`.
 
     Args:
         lengths: Number of rows of each segment, of shape (num_segments,) and an integer
             dtype; 0 is allowed. `n_node` of a jraph graph is such an array. (There,
-            padding is a graph as well: mask with `jraph.get_node_padding_mask`.)
-        row_splits: In place of `lengths`: where each segment begins, and the last one
-            ends, of shape (num_segments + 1,), as in TensorFlow's ragged tensors.
-        num_rows: Number of packed rows with their padding; static.
+            padding consists of graphs, too: mask with `jraph.get_node_padding_mask`.)
+        row_splits: Instead of `lengths`: the first row of each segment, and the end of
+            the last, of shape (num_segments + 1,), as in TensorFlow's ragged tensors.
+        num_rows: Number of packed rows, including padding; static.
 
     Returns:
         Array of shape (num_rows,), int32.
@@ -46,7 +46,7 @@ def segment_ids(
     Raises:
         TypeError: If both or none of `lengths` and `row_splits` are given, or they are
             not of integers.
-        ValueError: If they are not of one axis, or known not to fit `num_rows`.
+        ValueError: If they do not have one axis, or are known not to fit `num_rows`.
 
     Example:
         >>> print(segment_ids(jnp.array([2, 0, 3]), num_rows=6))
@@ -61,8 +61,8 @@ def segment_ids(
         num_rows = operator.index(num_rows)
     except TypeError:
         raise TypeError(
-            f"`num_rows` must be an integer that is known; got {num_rows!r}. It is the"
-            " static size that rows are padded to."
+            f"`num_rows` must be a static integer; got {num_rows!r}. It is the size"
+            " that rows are padded to."
         ) from None
     name = "row_splits" if lengths is None else "lengths"
     given = row_splits if lengths is None else lengths
@@ -71,7 +71,7 @@ def segment_ids(
         raise TypeError(f"`{name}` must be of integers; got {given.dtype}.")
     if given.ndim != 1 or (lengths is None and not given.size):
         raise ValueError(
-            f"`{name}` must have one axis, of one entry for each segment"
+            f"`{name}` must have one axis, with one entry per segment"
             f"{' and one more' if lengths is None else ''}; got shape {given.shape}."
         )
     values = axes.known(given)
@@ -79,16 +79,16 @@ def segment_ids(
         _check_fit(name, values.astype(np.int64), num_rows)
     given = jnp.asarray(given).astype(jnp.int32)
     ends = given[1:] if lengths is None else jnp.cumsum(given)
-    # A row's segment is the number of segments that end at or before it.
+    # The id of a row is the number of segments that end at or before it.
     ending = jnp.zeros(num_rows, jnp.int32).at[ends].add(1, mode="drop")
     return jnp.cumsum(ending, dtype=jnp.int32)
 
 
 def _check_fit(name: str, values: np.ndarray, num_rows: int) -> None:
-    """Raises if segments known by `values` do not fit into `num_rows` rows."""
+    """Raises if segments with known `values` do not fit into `num_rows` rows."""
     lengths, rule = values, "not be negative"
     if name == "row_splits":
-        lengths, rule = np.diff(values), "begin with 0 and not fall"
+        lengths, rule = np.diff(values), "start with 0 and not decrease"
     if (lengths < 0).any() or (name == "row_splits" and values[0] != 0):
         raise ValueError(f"`{name}` must {rule}; got {values}.")
     if lengths.sum() > num_rows:

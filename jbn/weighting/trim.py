@@ -1,4 +1,4 @@
-"""Robust statistics: elements that the running statistics rule out do not count."""
+"""Robust statistics: outliers by the running statistics do not count."""
 
 import functools
 
@@ -34,15 +34,15 @@ def trimmed_weights(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
 ) -> jax.Array:
-    """Makes weights that leave out what is far from `stats`, so it does not count.
+    """Makes weights that are zero for outliers: elements far from `stats`.
 
         abs(x - mean) > trim * sqrt(var + epsilon)   has weight zero, as has NaN
 
-    unless that were more than half of the weight of a feature. Then it is `stats` that
-    do not describe the batch (they are new, or the data has moved), and all elements
-    count as they are. One outlier thus never moves the statistics, and a change of the
-    data always does. Nothing is left out, either, of a batch of one row, and a half
-    that is wild is beyond any help.
+    unless that would be more than half of the weight of a feature. In that case `stats`
+    do not describe the batch (they are new, or the data has changed), and all elements
+    count. So a single outlier never moves the statistics, and a change of the data
+    always does. A batch of one row is never trimmed. If half of the weight is outliers,
+    trimming cannot help.
 
     Args:
         x: Input of shape (..., features, ...).

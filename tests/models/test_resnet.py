@@ -275,7 +275,7 @@ def test_gradients_are_finite_and_reach_every_parameter(rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"widths": (4,)}, "one for each stage; got 1 for 2"),
+        ({"widths": (4,)}, "one entry per stage; got 1 for 2"),
         ({"stem": "large"}, "'imagenet' or 'small'; got 'large'"),
     ],
 )

@@ -199,5 +199,5 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32(rng):
 @pytest.mark.usefixtures("untyped")
 def test_errors():
     model = UNet(widths=())
-    with pytest.raises(ValueError, match="one for each level; got none"):
+    with pytest.raises(ValueError, match="one entry per level; got none"):
         model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)

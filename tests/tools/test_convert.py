@@ -783,7 +783,7 @@ def test_nnx_without_a_layer_that_is_meant_is_refused():
     net = NnxNet(nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"where='nowhere/\*'.*listed/0"):
         convert(net, where="nowhere/*")
-    with pytest.raises(ValueError, match=r"no batch norm layer that is meant.*none"):
+    with pytest.raises(ValueError, match=r"no batch norm layer that matches.*none"):
         convert(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 

@@ -685,7 +685,7 @@ def test_before_a_convolution(case, rng):
         assert report["layers/0"] == "folded into layers/1"
         assert isinstance(new.layers[0], FoldedNorm)
     else:
-        assert folded.report["layers_0"].startswith("kept: before it comes no layer; ")
+        assert folded.report["layers_0"].startswith("kept: no layer comes before it; ")
         assert "zeros" in folded.report["layers_0"]
         assert "'layers/1' p" in report["layers/0"]
         assert isinstance(new.layers[0], jbn.nnx.BatchNorm)
@@ -719,7 +719,7 @@ def test_before_other_layers(rng):
     transposed = nn.ConvTranspose(3, (1,), padding="VALID")
     model = nn.Sequential([Linen(), transposed])
     variables = randomized(rng, model, x)
-    assert "puts zeros" in foldable(model, variables, x)["layers_0"]
+    assert "inserts zeros" in foldable(model, variables, x)["layers_0"]
 
 
 class Shared(nn.Module):
@@ -807,29 +807,29 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "activation": (
         lambda x: Linen(name="norm")(nn.relu(nn.Conv(4, (3, 3))(x))),
         "norm",
-        "before it comes `max`; its output is the model's",
+        "the operation before it is `max`; its output is that of the model",
     ),
     "pooling": (
         lambda x: nn.relu(
             Linen(name="norm")(nn.max_pool(nn.Conv(4, (3, 3))(x), (2, 2)))
         ),
         "norm",
-        "before it comes `reduce_window_max`; behind it comes `max`",
+        "it is `reduce_window_max`; the operation after it is `max`",
     ),
     "residual": (
         residual,
         "norm",
-        "the output of 'conv' is used elsewhere, too; behind it comes `add`",
+        "the output of 'conv' is also used elsewhere; the operation after it is `add`",
     ),
     "returned": (
         returned,
         "norm",
-        "the output of 'conv' is used elsewhere, too; its output is the model's",
+        "the output of 'conv' is also used elsewhere; its output is that of the model",
     ),
     "output used twice": (
         lambda x: (lambda y: nn.Dense(3)(y) + nn.Dense(3)(y))(Linen(name="norm")(x)),
         "norm",
-        "before it comes no layer; its output is used 2 times",
+        "no layer comes before it; its output is used 2 times",
     ),
     "shared layer": (
         lambda x: Shared(name="shared")(x),
@@ -846,7 +846,7 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "another norm": (
         lambda x: Linen(name="norm")(nn.LayerNorm()(nn.Dense(4)(x))),
         "norm",
-        "before it comes `add`",
+        "the operation before it is `add`",
     ),
     "other class": (
         lambda x: Linen(name="norm")(Standardized(4, (3, 3), name="conv")(x)),
@@ -856,7 +856,7 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "local": (
         lambda x: Linen(name="norm")(nn.ConvLocal(4, (3, 3))(x)),
         "norm",
-        "before it comes `add`",
+        "the operation before it is `add`",
     ),
     "quantized": (
         lambda x: Linen(name="norm")(
@@ -872,17 +872,17 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "kernel used": (
         regularized,
         "norm",
-        "'conv' has a `kernel` that is used elsewhere",
+        "'conv' has a `kernel` that is also used elsewhere",
     ),
     "kernel computed": (
         normalized_kernel,
         "norm",
         "'conv' has a `kernel` that is computed from other variables",
     ),
-    "scanned": (scanned, "block/norm", "it runs inside of `scan`"),
+    "scanned": (scanned, "block/norm", "it runs inside `scan`"),
     "mapped": (mapped, "norm", "it has a `mean` with an axis for `vmap`"),
-    "mapped examples": (mapped_examples, "norm", "it runs inside of `vmap`"),
-    "branch": (chosen_branch, "norm", "it runs inside of `cond`"),
+    "mapped examples": (mapped_examples, "norm", "it runs inside `vmap`"),
+    "branch": (chosen_branch, "norm", "it runs inside `cond`"),
     "other axis": (
         lambda x: Linen(axis=1, name="norm")(nn.Dense(4, name="dense")(x)),
         "norm",
@@ -897,14 +897,14 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "flattened": (
         lambda x: Linen(name="norm")(nn.Dense(4)(x).reshape(len(x), -1)),
         "norm",
-        "a `reshape` before it mixes its features with others",
+        "a `reshape` before it mixes its features with other axes",
     ),
     "batched kernel": (
         lambda x: Linen(name="norm")(
             nn.DenseGeneral(4, axis=-1, batch_dims=(0,), name="dense")(x)
         ),
         "norm",
-        "'dense' has another kernel for each index of a batch axis",
+        "'dense' has a different kernel for each index of a batch axis",
     ),
     "mask": (
         lambda x: Linen(name="norm")(nn.Dense(4)(x), mask=jnp.ones((2, 1, 1, 1), bool)),
@@ -928,7 +928,7 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "behind a norm that is kept": (
         lambda x: Linen(name="norm")(Linen(name="first")(nn.relu(x))),
         "norm",
-        "before it comes 'first', which is kept",
+        "the layer before it, 'first', is kept",
     ),
     "no unit of variance": (
         lambda x: LinenOfFlax(epsilon=-1.0, name="norm")(nn.Dense(4)(x)),
@@ -1029,8 +1029,8 @@ class Normed(nn.Dense):
 def test_layers_inside_of_layers(rng):
     x = normal(rng, 3, 4)
     for cls, path, reason in (
-        (Doubled, "norm", "before it comes `mul`"),
-        (Normed, "layer/norm", "it is inside of 'layer'"),
+        (Doubled, "norm", "the operation before it is `mul`"),
+        (Normed, "layer/norm", "it is inside 'layer'"),
     ):
         model = Chain(lambda x, cls=cls: Linen(name="norm")(cls(4, name="layer")(x)))
         variables = randomized(rng, model, x)
@@ -1108,17 +1108,20 @@ def call_block(block, x):
 def test_nnx_layers_that_are_kept(rng):
     x = normal(rng, 3, 4)
     assert foldable(Tied(), x) == {
-        "norm": "kept: 'b' has a `kernel` that is used elsewhere, too; its output is"
-        " the model's",
+        "norm": "kept: 'b' has a `kernel` that is also used elsewhere; its output is"
+        " that of the model",
         "other": "kept: it is not called",
     }
     shared = "kept: 'linear' is called 2 times; "
     report = foldable(Twice(), x)
     assert report == {
-        "norm": shared + "its output is the model's",
-        "norms/0": shared + "behind it comes `tanh`",
+        "norm": shared + "its output is that of the model",
+        "norms/0": shared + "the operation after it is `tanh`",
     }
-    assert "the output of 'linear' is used elsewhere" in foldable(Residual(), x)["norm"]
+    assert (
+        "the output of 'linear' is also used elsewhere"
+        in foldable(Residual(), x)["norm"]
+    )
     mask = jnp.ones((3, 1), bool)
     masked = lambda norm: foldable(
         nnx.Sequential(nnx.Linear(4, 4, rngs=RNGS), norm), x, mask=mask
@@ -1610,7 +1613,7 @@ def test_what_is_sown_is_used(rng):
     variables["batch_stats"] = model.init(jax.random.key(0), x)["batch_stats"]
     assert foldable(model, variables, x) == {"norm": "folded into dense"}
     report = foldable(model, variables, x, mutable=["intermediates"])
-    assert "'dense' is used elsewhere" in report["norm"]
+    assert "'dense' is also used elsewhere" in report["norm"]
 
 
 def partitioned(rng):
@@ -1698,7 +1701,7 @@ def test_a_folded_linen_norm_refuses_a_mask(rng):
     x, mask = normal(rng, 2, 4), jnp.ones((2, 1), bool)
     variables = randomized(rng, model, x)
     folded = fold(model, variables, x)
-    with pytest.raises(ValueError, match="the arguments that the model is called with"):
+    with pytest.raises(ValueError, match="the same arguments as the model"):
         folded.apply(folded.variables, x, mask=mask)
 
 
@@ -1735,8 +1738,8 @@ def following(kernel: Any = KERNEL.T, bias: Any = None, **kwargs: Any):
 
 MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "not a model": (lambda: fold_any(lambda x: x, X), TypeError, "must be a `flax.lin"),
-    "no variables": (lambda: fold_any(DENSE, X), TypeError, "come with its variables"),
-    "nothing": (lambda: fold_any(DENSE), TypeError, "come with its variables"),
+    "no variables": (lambda: fold_any(DENSE, X), TypeError, "needs its variables"),
+    "nothing": (lambda: fold_any(DENSE), TypeError, "needs its variables"),
     "traced variables": (
         lambda: jax.jit(lambda v: fold_any(DENSE, v, X))(dense()),
         TypeError,
@@ -1887,7 +1890,7 @@ def test_an_activation_and_a_residual_stay(rng):
     assert folded.report["joined"] == "folded into conv2"
     # Not through "joined", which is folded, and still does something.
     assert folded.report["between"] == "folded into conv3"
-    assert "it does more to its output" in folded.report["first"]
+    assert "it applies an activation or residual" in folded.report["first"]
 
 
 def test_an_activation_of_nnx_stays(rng):

@@ -568,7 +568,7 @@ def test_one_of_two_is_warned_of(x):
 
     model = Two()
     variables = started(model, x, False)
-    text = "leaves out a layer: 'unknown' has statistics"
+    text = "skips a layer: 'unknown' has statistics"
     with pytest.warns(UserWarning, match=f"`convert` {text}"):
         convert(model).apply(variables, x, False)
     with pytest.warns(UserWarning, match=f"`kinds` {text}"):

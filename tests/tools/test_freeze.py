@@ -189,7 +189,9 @@ def test_frozen_in_all_respects(variables, x):
 
 
 def test_nothing_to_freeze_is_refused(variables):
-    with pytest.raises(ValueError, match=r"no parameter whose path fits 'encoder/\*'"):
+    with pytest.raises(
+        ValueError, match=r"no parameter whose path matches 'encoder/\*'"
+    ):
         freeze(variables, "encoder/*")
     with pytest.raises(ValueError, match="no parameter"):
         freeze({}, "*")

@@ -398,7 +398,7 @@ def test_noisy(rng: np.random.Generator):
     _, new = layer.apply(variables, x[0], mutable=["batch_stats"])
     finding = only(inspect(applied(layer), {**variables, **new}, x))
     assert finding.kind == "noisy"
-    assert "momentum nearer to 1" in finding.advice
+    assert "momentum closer to 1" in finding.advice
 
 
 @pytest.mark.slow
@@ -525,7 +525,7 @@ def test_few_rows(rng: np.random.Generator, rows: int):
     report = inspect(applied(layer), trained(layer, variables, x), x)
     finding = only(report)
     assert finding.kind == "few_rows"
-    assert finding.message.startswith(f"{rows} rows a batch")
+    assert finding.message.startswith(f"{rows} rows per batch")
     for word in ("tau=", "BatchRenorm", "axis_name=", "second_moment=True"):
         assert word in finding.advice
 
@@ -562,7 +562,7 @@ def test_groups_of_few_rows(rng: np.random.Generator):
     variables = recalibrate(applied(layer), layer.init(jax.random.key(0), x[0]), x)
     report = inspect(applied(layer), variables, x)
     assert report.findings[0].kind == "few_rows"
-    assert report.findings[0].message.startswith("4 rows a group")
+    assert report.findings[0].message.startswith("4 rows per group")
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])

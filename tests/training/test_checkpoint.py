@@ -271,7 +271,7 @@ def test_a_changed_value_is_named(tmp_path: Path, state: TrainState):
         checkpoints.save(dataclasses.replace(at(state, 11), step=np.int32(10)))
     shutil.rmtree(tmp_path / "10" / "state")
     shutil.copytree(tmp_path / "other" / "10" / "state", tmp_path / "10" / "state")
-    match = "damaged: the checksum of params/.* differs. There is no other checkpoint"
+    match = "damaged: the checksum of params/.* differs. There is no other intact"
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         with pytest.raises(UsageError, match=match):
             checkpoints.restore(10, state)

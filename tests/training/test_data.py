@@ -343,7 +343,7 @@ def test_images_of_different_sizes(sets: Any):
     assert dataset.image_shape == (4, 4, 1)
     with pytest.raises(UsageError, match=r"read from disk.*pass --image-size"):
         load_uneven(loader="grain")
-    with pytest.raises(UsageError, match="--crop is for sets that are read with"):
+    with pytest.raises(UsageError, match="--crop needs a set that is read with"):
         load_uneven(image_size=4, crop=True)
     dataset = load_uneven(image_size=3, loader="grain")
     assert isinstance(dataset.train, OnDisk)

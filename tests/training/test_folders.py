@@ -186,7 +186,7 @@ def test_classes_of_prepared_sets_are_compared(tmp_path: Path):
         memory(found, "test").label, 9 - memory(digits, "test").label
     )
     fewer = type(described)(**{**vars(described), "classes": described.classes[:9]})
-    with pytest.raises(UsageError, match="has the class 9, which the run does not kn"):
+    with pytest.raises(UsageError, match="has the class 9, which the run does not ha"):
         load_dataset("digits", data_dir=tmp_path, like=fewer)
 
 

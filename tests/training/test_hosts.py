@@ -274,7 +274,7 @@ def test_flags_that_differ_end_both_at_once(home: Path):
         assert (status, out) == (2, "")
         assert err == (
             "error: Process 1 was started with --batch-size=32, process 0 with 64. "
-            "Give all processes the same flags.\n"
+            "Start all processes with the same flags.\n"
         )
 
 

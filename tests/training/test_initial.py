@@ -79,9 +79,9 @@ def test_what_cannot_be_used(tmp_path: Path):
         (saved(tmp_path / "part.npz", part), "has no batch_stats/BatchNorm_0/mean"),
         (saved(tmp_path / "more.npz", more), "another model: it has params/Dense_7/bi"),
         (tmp_path / "text.npz", "text.npz cannot be read"),
-        (tmp_path / "text.txt", "is no .npz or .msgpack"),
+        (tmp_path / "text.txt", "is not an .npz or .msgpack"),
         (tmp_path / "nothing.npz", "nothing.npz cannot be read"),
-        (tmp_path / "nothing", "nothing is not there"),
+        (tmp_path / "nothing", "nothing does not exist"),
         (tmp_path, "is not a run: it has no config.json"),
     ):
         with pytest.raises(UsageError, match=match):

@@ -116,7 +116,7 @@ def test_a_class_of_ones_own(name: str):
         ("own_broken:Net", (), "own_broken cannot be imported"),
         ("own_networks:Nut", (), "own_networks has no class Nut"),
         ("own_networks:number", (), "own_networks has no class number"),
-        ("own_networks:other", (), "makes a int, and not a Linen module"),
+        ("own_networks:other", (), "makes a int, not a Linen module"),
         ("own_networks:Plain", (), "must take `num_classes`"),
         ("own_networks:fails", (), r"cannot be made \(RuntimeError: in two lines\)"),
         ("own_networks:Net", ("--depth=3",), "must take `depth`, for --depth"),

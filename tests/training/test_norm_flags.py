@@ -62,7 +62,10 @@ def test_flags_reach_the_layer(flags: list[str], cls: type, expected: Any):
         (["--norm=none", "--norm.epsilon=1"], "--norm.epsilon is not for --norm=none"),
         (["--norm=ghost"], "--norm=ghost needs --norm.num-groups"),
         (["--norm=ghost", "--norm.num-groups=0"], "--norm.num-groups=0 is out of r"),
-        (["--norm=layer", "--bn-group-size=1"], "--bn-group-size is for --norm=batch"),
+        (
+            ["--norm=layer", "--bn-group-size=1"],
+            "--bn-group-size is only for --norm=batch",
+        ),
         (["--dropout=1"], "--dropout=1.0 is out of range"),
         (["--model=dcgan", "--dropout=.5"], "--dropout is not for --model=dcgan"),
         (["--width=0"], "--width=0 is out of range: at least 1"),

@@ -413,7 +413,7 @@ def run(**kwargs: Any) -> Any:
             {"bias": X},
             ValueError,
             "`params` are tables for `labels`",
-            "must be None where .* are given. Put learned factors into what is given",
+            "must be None if .* are given. Multiply learned factors into these",
         ),
         (
             {"labels": LABELS, "params": None},

@@ -561,7 +561,7 @@ def run(**kwargs: Any) -> Any:
             {"batch_stats": None},
             ValueError,
             "got None",
-            "`num_domains` must be given where `batch_stats` do not tell it",
+            "`num_domains` must be given if `batch_stats` is None",
         ),
         (
             {"batch_stats": None, "num_domains": 2.5},

@@ -467,7 +467,9 @@ def test_devices_that_cannot_share_a_group():
         jbn.ghost_batch_norm, use_running_average=False, num_groups=1
     )
     x, state = np.ones((4, 2), np.float32), jbn.init(2)
-    with pytest.raises(ValueError, match=r"`devices_per_group` cuts .* axis_name=None"):
+    with pytest.raises(
+        ValueError, match=r"`devices_per_group` splits .* axis_name=None"
+    ):
         call(x, *state, devices_per_group=2)
     with pytest.raises(ValueError, match="at least 1; got 0"):
         call(x, *state, devices_per_group=0)

@@ -834,7 +834,7 @@ MISTAKES = {
         ),
         ValueError,
         "got shape (4, 4)",
-        "are of its sites, the same for all features",
+        "are per site, the same for all features",
     ),
     "weights of features": (
         lambda: jbn.sparse_batch_norm(
@@ -842,7 +842,7 @@ MISTAKES = {
         ),
         ValueError,
         "for features along (1,)",
-        "are of its sites, the same for all features",
+        "are per site, the same for all features",
     ),
     "integers": (
         lambda: jbn.sparse_batch_norm(

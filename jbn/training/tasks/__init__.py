@@ -1,4 +1,4 @@
-"""What a model is trained for: losses, metrics and pictures, one file a task."""
+"""Tasks: losses, metrics and pictures, one file per task."""
 
 from jbn.training.tasks.gan import GAN as GAN
 from jbn.training.tasks.supervised import Supervised as Supervised

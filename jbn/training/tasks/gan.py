@@ -1,4 +1,4 @@
-"""Generative adversarial training of two networks with batch norm, in turn."""
+"""Generative adversarial training of two networks with batch norm."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,30 +17,30 @@ from jbn.training.state import TrainState
 from jbn.training.step import Batch, Metrics, by_row, descend, gradient, sum_rows
 
 
-# Images are averaged over squares to this size before their Gaussians are compared.
+# Images are downsampled to this size before their Gaussians are compared.
 _COARSE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class GAN:
-    """Trains a generator and a discriminator, one step each, in turn.
+    """Trains a generator and a discriminator, alternating one step each.
 
         discriminator: mean of softplus(-D(real)) + mean of softplus(D(G(z)))
         generator:     mean of softplus(-D(G(z)))
 
-    Real and generated images go through the discriminator one after the other, as two
-    domains, so that neither has part in the other's statistics. Running statistics move
-    once a step: the discriminator's with its own step, the generator's with its own.
+    Real and generated images pass through the discriminator one after the other, as two
+    domains with separate statistics. Each network's running statistics are updated once
+    per step, in its own step.
 
     Attributes:
-        generator: Called with latent vectors, `train` and `mask`; returns images of
+        generator: Called with latent vectors, `train` and `mask`; returns images with
             values from -1 to 1.
         discriminator: Called with images, `train`, `mask` and `domain` (0: real, 1:
             generated); returns logits, which are high for real images.
         image_shape: Shape of one image.
-        latent_size: Length of a latent vector, which is normal.
+        latent_size: Length of a normally distributed latent vector.
         optimizer: Turns the gradients of the generator into updates.
-        discriminator_optimizer: Those of the discriminator; by default the same.
+        discriminator_optimizer: The same for the discriminator; by default `optimizer`.
         axis_name: The mapped axis over the devices, or `None` if a batch holds all the
             rows.
         local_generator: The generator without mapped axes.
@@ -54,16 +54,16 @@ class GAN:
     discriminator_optimizer: optax.GradientTransformation | None = None
     axis_name: str | None = None
     local_generator: nn.Module | None = None
-    # Running statistics trail a generator that has not settled; samples show that.
+    # Samples suffer from running statistics that lag behind the generator.
     recalibrates: bool = dataclasses.field(default=True, init=False)
 
     @property
     def metric(self) -> Metric:
-        """The Fréchet distance, of images coarsened to 8 by 8 pixels."""
+        """The Fréchet distance of images downsampled to 8 by 8 pixels."""
         return Metric("frechet", "Fréchet distance", higher_is_better=False)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Makes `params`, `batch_stats` and `opt_state`, each of both networks."""
+        """Makes `params`, `batch_stats` and `opt_state`, each for both networks."""
         for_g, for_d = jax.random.split(key)
         z = jnp.zeros((1, self.latent_size))
         images = jnp.zeros((1, *self.image_shape))
@@ -87,7 +87,7 @@ class GAN:
     def update(
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        """One step of each; sums of `loss` (the generator's), `discriminator_loss`."""
+        """One step of each; sums of `loss` (generator) and `discriminator_loss`."""
         params, stats = dict(state.params), dict(state.batch_stats)
         opt_state = dict(state.opt_state)
         weight = batch["weight"]
@@ -156,13 +156,13 @@ class GAN:
         return new, metrics
 
     def evaluate(self, variables: Mapping[str, Any], batch: Batch) -> Metrics:
-        """Sums over real and generated images, of what their moments are made of."""
+        """Sums over real and generated images, for their moments."""
         z = self._latent(jax.random.key(1), batch)
         fake = self.generator.apply(_of_generator(variables), z, train=False)
         counts = (batch["weight"] > 0).astype(jnp.float32)
         sums = {"weight": counts}
         for name, images in {"real": _scaled(batch["image"]), "fake": fake}.items():
-            # From 0 to 1, about their middle: float32 cancels less of their squares.
+            # Images in 0..1, centered at 1/2: their squares cancel less in float32.
             images = images / 2  # type: ignore[operator]
             rows = jnp.where(counts[:, None] > 0, _coarse(images), 0)
             each = {
@@ -192,7 +192,7 @@ class GAN:
         return None, {"batch_stats": stats}
 
     def summarize(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Mean losses in training; of an evaluation, the moments of the images."""
+        """Mean losses in training; the moments of the images in an evaluation."""
         n = float(sums["weight"])
         if "real_products" not in sums:
             names = {
@@ -231,8 +231,8 @@ class GAN:
 
         Args:
             variables: Of both networks.
-            number: How many.
-            seed: Of the latent vectors.
+            number: Number of images.
+            seed: Seed of the latent vectors.
 
         Returns:
             uint8 of shape (number, height, width, channels).
@@ -267,11 +267,11 @@ def frechet_distance(
         cov2: Its covariance.
 
     Returns:
-        The square of a distance, as the "FID" is.
+        The squared distance, like the "FID".
     """
     values, vectors = np.linalg.eigh(cov1)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    # Similar to the product of the two, and symmetric.
+    # A similar matrix to the product of the two, but symmetric.
     both = np.maximum(np.linalg.eigvalsh(root @ cov2 @ root), 0)
     apart = np.sum((mean1 - mean2) ** 2)
     return float(apart + np.trace(cov1) + np.trace(cov2) - 2 * np.sqrt(both).sum())
@@ -286,7 +286,7 @@ def _scaled(images: jax.Array) -> jax.Array:
 
 
 def _coarse(images: jax.Array) -> jax.Array:
-    """Rows of the means over squares of pixels, at most 8 by 8 of them."""
+    """Images downsampled to at most 8 by 8 pixels, as rows."""
     n, height, width, channels = images.shape
     rows, columns = np.gcd(height, _COARSE), np.gcd(width, _COARSE)
     shape = (n, rows, height // rows, columns, width // columns, channels)

@@ -28,28 +28,29 @@ class Supervised:
 
         loss = sum(weight * cross_entropy) / sum(weight)
 
-    over the examples, or their pixels, of all devices, so that it does not matter how
-    they are shared out. A pixel of label -1 takes no part.
+    over the examples, or their pixels, of all devices, so it does not matter how they
+    are distributed. Pixels with label -1 are ignored.
 
     Attributes:
-        kind: `classification`, of images with labels of shape (batch,), or
-            `segmentation`, with labels of shape (batch, height, width).
-        model: A Linen module, or what has `init` and `apply` as one. It is called with
-            images, `train` and `mask`. Its norm layers must take their statistics over
-            `axis_name` too.
+        kind: `classification`, with labels of shape (batch,), or `segmentation`, with
+            labels of shape (batch, height, width).
+        model: A Linen module, or an object with the same `init` and `apply`. It is
+            called with images, `train` and `mask`. Its norm layers must take their
+            statistics over `axis_name` as well.
         image_shape: Shape of one image.
         num_classes: Labels are below this.
         optimizer: Turns gradients into updates.
         axis_name: The mapped axis over the devices, or `None` if a batch holds all the
             rows (under plain `jit`, sharded or not).
         local_model: The model without mapped axes.
-        label_smoothing: Share of the probability that all classes have in equal parts.
+        label_smoothing: Share of the probability that is spread evenly over all
+            classes.
         microbatches: Parts of a batch that gradients are summed over.
-        momentum: Of the running statistics; needed with several microbatches.
+        momentum: Momentum of the running statistics; needed with several microbatches.
         shift: Most pixels to move an image by in training, at random.
         flip: Whether to mirror images in training, at random.
-        mixup: Of `augment.mixup`, its `alpha`; 0 mixes nothing. Classification alone.
-        row_keys: Whether the model is given `keys` in training, one for each image.
+        mixup: The `alpha` of `augment.mixup`; 0 is off. Only for classification.
+        row_keys: Whether to pass the model `keys` in training, one per image.
     """
 
     kind: Literal["classification", "segmentation"]
@@ -70,7 +71,7 @@ class Supervised:
 
     @property
     def metric(self) -> Metric:
-        """Accuracy, or the mean over the classes of intersection over union."""
+        """Accuracy, or mean intersection over union."""
         return _METRICS[self.kind]
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Supervised:
             call: dict[str, Any] = {}
             if self.row_keys:
                 call["keys"] = by_row(for_model, batch)
-            # For models of others: another key on each device, and for each part.
+            # For users' models: a different key for each device and microbatch.
             rngs = {"dropout": jax.random.fold_in(for_model, batch["index"][0])}
             logits, updated = self.model.apply(
                 {"params": params, "batch_stats": batch_stats},
@@ -133,11 +134,11 @@ class Supervised:
         return new, metrics
 
     def evaluate(self, variables: Mapping[str, Any], batch: Batch) -> Metrics:
-        """The sums of `update`, `top5`, and `confusion`: by label and prediction."""
+        """The sums of `update`, plus `top5` and the `confusion` matrix."""
         logits: Any = self.model.apply(variables, batch["image"], train=False)
         found = jnp.argmax(logits, axis=-1)
         counts = _weights(batch) > 0
-        # (Only int32 counts pixels beyond 2^24 one by one.)
+        # (float32 cannot count beyond 2^24 pixels; int32 can.)
         confusion = jnp.zeros((self.num_classes, self.num_classes), jnp.int32)
         confusion = confusion.at[batch["label"], found].add(counts.astype(jnp.int32))
         if self.axis_name is not None:
@@ -161,7 +162,7 @@ class Supervised:
         )
 
     def summarize(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Mean loss and accuracy; of an evaluation also `miou` or `top5_accuracy`."""
+        """Mean loss and accuracy; in an evaluation also `miou` or `top5_accuracy`."""
         weight = float(sums["weight"])
         values = {
             "loss": float(sums["loss"]) / weight if weight else float("nan"),
@@ -181,14 +182,12 @@ class Supervised:
         """Metrics of each class, of an evaluation.
 
         Args:
-            sums: Of `evaluate`, over a split.
+            sums: The sums of `evaluate` over a split.
             classes: Names of the classes.
 
         Returns:
-            For each, how many `examples` (or pixels) have that label, which part of
-            them is found (`recall`), which part of what is found has that label
-            (`precision`), and the intersection over union (`iou`). `None` where there
-            is nothing to divide by.
+            For each class the number of `examples` (or pixels), `recall`, `precision`
+            and intersection over union (`iou`); `None` if the denominator is zero.
         """
         confusion = np.asarray(sums["confusion"])
         right, labelled = np.diagonal(confusion), confusion.sum(axis=1)
@@ -213,7 +212,7 @@ class Supervised:
         sums: Mapping[str, np.ndarray],
         dataset: Dataset,
     ) -> dict[str, Any]:
-        """The confusion matrix, or images with what was found in them."""
+        """The confusion matrix, or images with their predictions."""
         if self.kind == "classification":
             return {"confusion": pictures.confusion(sums["confusion"], dataset.classes)}
         rows = np.linspace(0, len(dataset.test) - 1, 6).astype(int)
@@ -233,7 +232,7 @@ class Supervised:
 
     def _sums(self, logits: Any, batch: Batch, smoothing: float) -> Metrics:
         weights, labels = _weights(batch), jnp.maximum(batch["label"], 0)
-        # Not picked by index: for pixels, XLA folds that scatter for seconds.
+        # Not by index: for pixels, XLA would constant-fold that scatter for seconds.
         one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
         if "share" in batch:
             share = batch["share"][:, None].astype(logits.dtype)
@@ -245,7 +244,7 @@ class Supervised:
         losses = optax.safe_softmax_cross_entropy(logits, one_hot)
         right = jnp.argmax(logits, axis=-1) == labels
         sums = {
-            # Chosen, not multiplied: a loss that is not finite may be of no weight.
+            # Selected, not multiplied: a loss of weight zero may be non-finite.
             "loss": jnp.where(weights > 0, weights * losses, 0),
             "correct": jnp.where(right, weights, 0),
             "weight": weights,
@@ -254,7 +253,7 @@ class Supervised:
 
 
 def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
-    """For each class; NaN for one that is neither there nor found."""
+    """The ratio for each class; NaN for one that occurs in neither."""
     both = np.diagonal(confusion).astype(np.float64)
     either = confusion.sum(axis=0) + confusion.sum(axis=1) - both
     return np.divide(both, either, out=np.full_like(both, np.nan), where=either > 0)

@@ -1,4 +1,4 @@
-"""What the trainer asks of a task."""
+"""The interface of a task for the trainer."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -18,10 +18,10 @@ class Task(Protocol):
 
     Attributes:
         axis_name: The mapped axis over the devices, if there is one.
-        metric: What tells how good a model is.
+        metric: The metric that compares models.
         loss: The name of the metric that is minimized.
-        recalibrates: Whether its running statistics must be taken anew before it is
-            evaluated, even if parameters are not averaged.
+        recalibrates: Whether to recalibrate the model before each evaluation, even if
+            parameters are not averaged.
     """
 
     @property
@@ -46,7 +46,7 @@ class Task(Protocol):
     def update(
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        """Makes new ones of a batch; metrics are sums over the rows of all devices."""
+        """Updates them with a batch; metrics are sums over the rows of all devices."""
         ...
 
     def evaluate(self, variables: Mapping[str, Any], batch: Batch) -> Metrics:
@@ -58,7 +58,7 @@ class Task(Protocol):
         ...
 
     def summarize(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Metrics by name, of sums over many batches, in training or evaluation."""
+        """Metrics by name, from sums over batches of training or evaluation."""
         ...
 
     def pictures(
@@ -67,5 +67,5 @@ class Task(Protocol):
         sums: Mapping[str, np.ndarray],
         dataset: Dataset,
     ) -> dict[str, Any]:
-        """Figures by name, of a model and its sums over the test split."""
+        """Figures by name, from a model and its sums over the test split."""
         ...
