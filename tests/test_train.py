@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from jbn.training import setup
+from jbn.training.config import parse_config
 from jbn.training.guard import Guard
 from jbn.training.loop import NOT_FINISHED
 from jbn.training.metrics import MetricsFile
@@ -736,12 +737,43 @@ def test_weights_of_another_run(train: Train, tmp_path: Path, opened: Any):
     assert "--init-from=nothing is not there" in err
 
 
-def test_one_row_for_a_batch_norm(train: Train, tmp_path: Path):
-    status, out, err = train("--batch-size=8", "--microbatches=8")
+@pytest.mark.parametrize(
+    ("args", "least"),
+    [
+        (["--batch-size=1"], 2),
+        (["--batch-size=8", "--microbatches=8"], 16),
+        (["--batch-size=9", "--norm=ghost", "--norm.num-groups=8"], 16),
+        (["--batch-size=1", "--norm=renorm", "--norm.d-max=0"], 2),
+    ],
+)
+def test_single_rows_for_a_batch_norm(
+    train: Train, tmp_path: Path, args: list[str], least: int
+):
+    """Their normalized values are zero, whatever they are."""
+    status, out, err = train(*args)
     assert (status, out) == (2, "")
-    assert "gives one row to each group" in err
-    assert "a larger --batch-size" in err
+    assert err.startswith(f"error: {args[0]} ")
+    assert f"Use --batch-size={least} or more, or --norm.tau=8" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--batch-size=16", "--microbatches=8"],
+        ["--batch-size=1", "--norm.tau=8"],
+        ["--batch-size=1", "--norm.min-weight=1"],
+        ["--batch-size=1", "--norm=renorm"],
+        ["--batch-size=1", "--norm=layer"],
+        ["--batch-size=1", "--model=resnet8"],
+    ],
+)
+def test_single_rows_that_are_not_turned_into_constants(
+    standard_promotion: None, data_dir: Path, args: list[str]
+):
+    """The running statistics come in, or there are several rows in an image."""
+    config = parse_config([f"--data-dir={data_dir}", *args])
+    assert setup.prepare(config).total_steps > 0
 
 
 # ---- Slow ----------------------------------------------------------------------------
