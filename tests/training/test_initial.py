@@ -86,3 +86,6 @@ def test_what_cannot_be_used(tmp_path: Path):
     ):
         with pytest.raises(UsageError, match=match):
             initialize_from(Config(init_from=source), new)
+    config = Config(init_from=saved(tmp_path / "old.npz", old), init_skip="head/*")
+    with pytest.raises(UsageError, match=r"matches no layer .* BatchNorm_0, Dense_0"):
+        initialize_from(config, new)
