@@ -198,12 +198,13 @@ def _refuse_single_rows(config: Config, executor: Executor, task: Task) -> None:
         "--norm.num-groups": options.num_groups,
         "--bn-group-size": config.bn_group_size,
     }
-    causes = [f"--batch-size={config.batch_size}"]
-    causes += [f"{name}={value}" for name, value in flags.items() if value is not None]
+    given = [f"{name}={value}" for name, value in flags.items() if value is not None]
     raise UsageError(
-        f"{' with '.join(causes)} normalizes single rows: the outputs of the norm "
-        f"layers are constant, and the model cannot learn. Use --batch-size={2 * parts}"
-        " or more, or --norm.tau=8, which adds the running statistics."
+        f"--batch-size={config.batch_size} "
+        + (f"with {' and '.join(given)} " if given else "")
+        + "normalizes single rows: the outputs of the norm layers are constant, and "
+        f"the model cannot learn. Use --batch-size={2 * parts} or more, or "
+        "--norm.tau=8, which adds the running statistics."
     )
 
 
