@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import flax.serialization
 import jax
 import numpy as np
 import pytest
+from caches import compilation_cache
 from peers import load_peer
 
 from jbn.models import torchvision_name
@@ -41,13 +42,26 @@ def python(*args: object, cwd: Path, rc: int = 0) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands in this process compile each program once."""
+    with compilation_cache(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of three epochs, `run`, whose statistics trail behind."""
     home = tmp_path_factory.mktemp("home")
     # (Not relative: tests open the run from where they are.)
     options = ["--epochs=3", "--momentum=0.99", "--seed=3", f"--data-dir={home}/data"]
-    python(ROOT / "train.py", *options, "--workdir=run", cwd=home)
+    with (
+        pytest.MonkeyPatch.context() as here,
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        here.chdir(home)
+        assert cli.main(["train", *options, "--workdir=run"]) == 0
     # (Not trained, nor initialized: that takes long.)
     untrained(home, "gan", "--model=dcgan", "--image-size=8")
     untrained(home, "resnet", "--model=resnet8", "--ema-decay=0.9")
@@ -138,13 +152,12 @@ def test_inspect(home: Path, tmp_path: Path):
     assert contents(home) == before
 
 
-def test_recalibrate(home: Path, tmp_path: Path):
+def test_recalibrate(home: Path, command: Any, tmp_path: Path):
     """The new run is healthy, better, and can be resumed; the old one is as it was."""
     before = contents(home)
     new = tmp_path / "new"
-    args = ("-m", "jbn", "recalibrate", "run", "--out", new, "--checkpoint=last")
-    out, err = python(*args, cwd=home)
-    assert err == ""
+    status, out, err = command("recalibrate", "run", "--out", new, "--checkpoint=last")
+    assert (status, err) == (0, "")
     old_accuracy, new_accuracy = accuracies(out)
     assert new_accuracy > old_accuracy + 5
     assert contents(home) == before
@@ -162,21 +175,21 @@ def test_recalibrate(home: Path, tmp_path: Path):
     assert configs[0].pop("workdir") == "run"
     assert configs[0] == configs[1]
 
+    status, out, _ = command("inspect", new, "--strict")
+    assert status == 0
+    assert "warning" not in out
+    recalibrated_statistics_are_those_of_the_data(home / "run", new)
+
     options = (f"--workdir={new}", "--resume", "--epochs=4")
-    out, _ = python(ROOT / "train.py", *options, cwd=home)
+    status, out, _ = command("train", *options)
+    assert status == 0
     assert "resuming after step 69, in epoch 3" in out
     with Checkpoints(new / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.last_step == 92
 
 
-def test_recalibrated_statistics_are_those_of_the_data(
-    home: Path, command: Any, tmp_path: Path
-):
-    assert command("recalibrate", "run", "--out", tmp_path / "new")[0] == 0
-    status, out, _ = command("inspect", tmp_path / "new", "--strict")
-    assert status == 0
-    assert "warning" not in out
-    old, new = open_run(home / "run"), open_run(tmp_path / "new")
+def recalibrated_statistics_are_those_of_the_data(run: Path, changed: Path) -> None:
+    old, new = open_run(run), open_run(changed)
     params: Any = new.state.params
     x = everything(old.dataset.train)["image"].reshape(len(old.dataset.train), -1) / 255
     dense = {k: np.asarray(v, np.float64) for k, v in params["Dense_0"].items()}
@@ -386,11 +399,11 @@ def test_recalibrate_of_an_average_and_in_the_middle_of_an_epoch(
     assert [line["epoch"] for line in lines] == [1]
 
 
-def test_without_what_it_needs(home: Path):
+def test_without_what_it_needs(command: Any, monkeypatch: pytest.MonkeyPatch):
     """One line says what to install."""
-    code = "import sys; sys.modules['tyro'] = None; import jbn.__main__ as m;"
-    out, err = python("-c", f"{code} sys.exit(m.main(['eval']))", cwd=home, rc=2)
-    assert out == ""
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    status, out, err = command("eval")
+    assert (status, out) == (2, "")
     assert err == 'error: jbn eval needs tyro: pip install "jbn[train]"\n'
 
 
@@ -491,6 +504,7 @@ BAD = [
     ("inspect run/checkpoints/70", "run has no checkpoint 70: there are steps 69"),
     ("inspect run --figure=no/a.png", "cannot be written: there is no folder"),
     ("inspect run --json=no/a.json", "cannot be written: there is no folder"),
+    ("recalibrate empty --out new", "empty is not a run"),
     ("recalibrate wider --out new", "is of another model"),
     ("recalibrate run --out run", "run already exists, and is not overwritten"),
     ("recalibrate run --out no/new", "cannot be written: there is no folder"),
@@ -539,32 +553,21 @@ def test_a_file_of_pytorch_without_pytorch(
     assert_refused(home, command, line, "text.pt is PyTorch's, .*pip install torch")
 
 
-@pytest.mark.parametrize(
-    ("line", "match"),
-    [
-        ("recalibrate empty --out new", "empty is not a run"),
-        # (Orbax leaves threads behind that complain when they are collected.)
-        ("recalibrate cut --out new", "cut/checkpoints/69 cannot be read"),
-    ],
-)
-def test_bad_input_in_a_process_of_its_own(
-    home: Path, spoiled: None, line: str, match: str
-):
+def test_bad_input_in_a_process_of_its_own(home: Path, spoiled: None):
+    """Orbax leaves threads behind that complain when they are collected."""
     before = contents(home)
-    out, err = python("-m", "jbn", *line.split(), cwd=home, rc=2)
+    args = ("-m", "jbn", "recalibrate", "cut", "--out", "new")
+    out, err = python(*args, cwd=home, rc=2)
     assert out == ""
-    assert re.fullmatch(rf"error: .*{match}.*\n", err)
+    assert re.fullmatch("error: .*cut/checkpoints/69 cannot be read.*\n", err)
     assert contents(home) == before
 
 
 def test_reads_that_are_left_behind_do_not_complain(tmp_path: Path):
     """Which Orbax leaves now and then."""
     script = """
-import asyncio
+import asyncio, sys
 from jbn.__main__ import quiet_reads
-
-if {quiet}:
-    quiet_reads()
 
 async def read():
     raise ValueError("not found")
@@ -574,24 +577,31 @@ async def main():
     await asyncio.sleep(0)
 
 asyncio.run(main())
+print("and now", file=sys.stderr)
+quiet_reads()
+asyncio.run(main())
 """
-    for quiet in (False, True):
-        _, err = python("-c", script.format(quiet=quiet), cwd=tmp_path, rc=0)
-        assert ("not found" in err) == (not quiet)
+    _, err = python("-c", script, cwd=tmp_path)
+    loud, quiet = err.split("and now\n")
+    assert "not found" in loud
+    assert quiet == ""
 
 
 # ---- Help ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("program", [["-m", "jbn"], [str(ROOT / "train.py")]])
-def test_help(program: list[str], tmp_path: Path):
+def test_help(command: Any, tmp_path: Path):
     """Lists all commands, with a sentence each."""
-    out, err = python(*program, "--help", cwd=tmp_path)
+    status, alone, _ = command("--help")
+    assert status == 0
+    out, err = python(ROOT / "train.py", "--help", cwd=tmp_path)
     assert err == ""
     for name, sentence in cli.COMMANDS.items():
-        assert re.search(rf"^  {name} +{re.escape(sentence)}$", out, re.MULTILINE)
+        for text in (alone, out):
+            assert re.search(rf"^  {name} +{re.escape(sentence)}$", text, re.MULTILINE)
     # Without a command, train.py trains.
-    assert ("--learning-rate" in out) == ("-m" not in program)
+    assert "--learning-rate" in out
+    assert "--learning-rate" not in alone
 
 
 def test_a_command_that_is_not_there(command: Any):

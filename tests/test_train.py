@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from caches import compilation_cache
 
 from jbn.training import setup
+from jbn.training.config import parse_config
 from jbn.training.guard import Guard
 from jbn.training.loop import NOT_FINISHED
 from jbn.training.metrics import MetricsFile
+from jbn.training.report import Report
 from jbn.training.run import OpenRun, open_run
 from jbn.training.tasks import Supervised
 
@@ -39,6 +42,13 @@ Train = Callable[..., tuple[int, str, str]]
 def devices() -> Any:
     """In use before a run in this process may say how many there are."""
     return jax.devices()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs in this process compile each program once, which takes them longest."""
+    with compilation_cache(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +130,13 @@ def train(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Train:
-    """Runs `train.py` in this process, in `tmp_path`: status, output, error output."""
+    """Runs `train.py` in this process, in `tmp_path`: status, output, error output.
+
+    It draws no pictures: see `test_without_flags`.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Supervised, "pictures", lambda *args: {})
+    monkeypatch.setattr(Report, "draw", lambda *args: None)
 
     def train(*args: str) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -351,14 +366,14 @@ def test_ctrl_c(train: Train, stop_after: Any, tmp_path: Path, unbroken: np.ndar
     np.testing.assert_array_equal(losses(workdir), unbroken[:2])
 
 
-def test_two_processes_on_one_run(train: Train, tmp_path: Path):
+def test_two_processes_on_one_run(readme: Any, train: Train):
     """The second ends with a sentence, and leaves everything as it is."""
-    assert train("--epochs=1", "--workdir=run")[0] == 0
-    with filelock.FileLock(tmp_path / "run" / ".lock"):
-        status, out, err = train("--resume", "--workdir=run", "--epochs=2")
+    *_, workdir = readme
+    with filelock.FileLock(workdir / ".lock"):
+        status, out, err = train("--resume", f"--workdir={workdir}", "--epochs=61")
     assert (status, out) == (2, "")
-    assert re.fullmatch("error: Another process trains in run. .*\n", err)
-    assert len(losses(tmp_path / "run")) == 1
+    assert re.fullmatch("error: Another process trains in .*\n", err)
+    assert len(losses(workdir)) == 60
 
 
 def killed_again_and_again(
@@ -708,40 +723,76 @@ def test_patience(train: Train, tmp_path: Path):
     assert len(history(tmp_path / "run")) == 3
 
 
-def test_what_a_run_was_started_with(train: Train, tmp_path: Path):
-    assert train("--epochs=1", "--workdir=run", "--warmup-epochs=3")[1].count(
-        "note     the warm-up of 3 epochs is longer than the run of 1, and is cut to 22"
-    )
-    (start,) = MetricsFile(tmp_path / "run" / "starts.jsonl").read()
+def test_what_a_run_was_started_with(readme: Any):
+    *_, workdir = readme
+    (start,) = MetricsFile(workdir / "starts.jsonl").read()
     assert start["step"] == 0
     assert start["jax"] == jax.__version__
     assert start["devices"] == "1 CPU"
     assert {"time", "command", "host", "python"} < set(start)
 
 
-def test_weights_of_another_run(train: Train, tmp_path: Path, opened: Any):
-    assert train("--epochs=1", "--workdir=old")[0] == 0
+def test_weights_of_another_run(readme: Any, train: Train, tmp_path: Path, opened: Any):
+    *_, workdir = readme
     args = ("--epochs=1", "--schedule=cosine", "--learning-rate=1e-9", "--momentum=1")
-    status, _, err = train(*args, "--init-from=old", "--workdir=new")
+    args = (*args, "--warmup-epochs=3")
+    status, out, err = train(*args, f"--init-from={workdir}", "--workdir=new")
     assert (status, err) == (0, "")
-    old, new = opened(tmp_path / "old"), opened(tmp_path / "new")
+    note = "the warm-up of 3 epochs is longer than the run of 1, and is cut to 22 steps"
+    assert out.count(f"note     {note}\n") == 1
+    old, new = opened(workdir), opened(tmp_path / "new")
     for one, other in zip(
         *map(jax.tree.leaves, (old.variables, new.variables)), strict=True
     ):
         np.testing.assert_allclose(one, other, atol=1e-6)
-    line = history(tmp_path / "new")[0]
-    assert line["test_accuracy"] == history(tmp_path / "old")[0]["test_accuracy"]
+    (line,) = history(tmp_path / "new")
+    assert line["test_accuracy"] == history(workdir)[-1]["test_accuracy"]
     status, _, err = train(*args, "--init-from=nothing", "--workdir=other")
     assert status == 2
     assert "--init-from=nothing does not exist" in err
 
 
-def test_one_row_for_a_batch_norm(train: Train, tmp_path: Path):
-    status, out, err = train("--batch-size=8", "--microbatches=8")
+@pytest.mark.parametrize(
+    ("args", "least"),
+    [
+        (["--batch-size=8", "--microbatches=8"], 16),
+        (["--batch-size=9", "--norm=ghost", "--norm.num-groups=8"], 16),
+    ],
+)
+def test_single_rows_for_a_batch_norm(
+    train: Train, tmp_path: Path, args: list[str], least: int
+):
+    """Their normalized values are zero, whatever they are."""
+    status, out, err = train(*args)
     assert (status, out) == (2, "")
-    assert "gives one row to each group" in err
-    assert "a larger --batch-size" in err
+    assert err.startswith(f"error: {args[0]} ")
+    assert f"Use --batch-size={least} or more, or --norm.tau=8" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--batch-size=16", "--microbatches=8"],
+        ["--batch-size=1", "--norm.tau=8"],
+        ["--batch-size=1", "--norm.min-weight=1"],
+        ["--batch-size=1", "--norm=renorm"],
+        ["--batch-size=1", "--norm=layer"],
+        ["--batch-size=1", "--model=resnet8"],
+    ],
+)
+def test_single_rows_that_are_not_turned_into_constants(
+    standard_promotion: None, data_dir: Path, args: list[str]
+):
+    """The running statistics come in, or there are several rows in an image."""
+    config = parse_config([f"--data-dir={data_dir}", *args])
+    assert setup.prepare(config).notes() == []
+
+
+def test_a_batch_of_one_row_gets_a_note(standard_promotion: None, data_dir: Path):
+    config = parse_config([f"--data-dir={data_dir}", "--batch-size=1"])
+    (note,) = setup.prepare(config).notes()
+    assert "the model cannot learn. Use --batch-size=2 or more" in note
 
 
 # ---- Slow ----------------------------------------------------------------------------

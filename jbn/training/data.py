@@ -23,6 +23,7 @@ from jbn.training.images import (
     random_box,
     resize,
 )
+from jbn.training.npz import read_npz
 from jbn.training.source import Examples, Source, Target
 
 
@@ -247,7 +248,7 @@ def load_dataset(
     Args:
         name: Its name in TFDS, or `digits`, or `digit_trimaps`; or the path of a folder
             of images (see `folders.open_folder`) or of an `.npz` file of arrays (see
-            `folders.read_npz`).
+            `npz.read_npz`).
         target: What to learn: the `label` of an image, or a `segmentation_mask` with
             one of its pixels; `None` for images alone.
         data_dir: Folder of prepared data sets; `None` for TFDS's own default.
@@ -541,8 +542,15 @@ def _from_npz(
     test_fraction: float,
     like: Description | None,
 ) -> Dataset:
-    found = folders.read_npz(path, test_fraction)
     name = f"--dataset={path}"
+
+    def convert(images: np.ndarray) -> np.ndarray:
+        images = as_uint8(images, name)
+        if size is None or images.shape[1:3] == size:
+            return images
+        return np.stack([resize(x, size) for x in images])
+
+    found = read_npz(path, test_fraction, convert)
     rank = {None: None, "label": 1, "segmentation_mask": 3}[target]
 
     @functools.cache
@@ -550,16 +558,13 @@ def _from_npz(
         if split not in found:
             raise UsageError(f"{name} has no {split} images.")
         image, label = found[split]
-        image = as_uint8(image, name)
         if rank is None:
             label = np.zeros(len(image), np.int32)
         elif label is None or label.ndim != rank:
             what = "images" if rank == 1 else "pixels"
             raise UsageError(f"{name} has no labels of {what} for its {split} images.")
-        if size is not None and image.shape[1:3] != size:
-            image = np.stack([resize(x, size) for x in image])
-            if rank == 3:
-                label = _resized_labels(label, size)
+        if rank == 3 and label.shape[1:] != image.shape[1:3]:
+            label = _resized_labels(label, image.shape[1:3])
         if like is not None and image.shape[1:] != like.image_shape:
             raise UsageError(
                 f"{name} has images of shape {image.shape[1:]}; the run has "

@@ -46,19 +46,21 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any]:
-    def ask(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args],
+    # One process for both: the commit is in a line that starts with "# branch.oid".
+    command = "git status --porcelain=v2 --branch --untracked-files=no"
+    try:
+        found = subprocess.run(
+            command.split(),
             capture_output=True,
             text=True,
             check=True,
             timeout=_GIT_SECONDS,
-        ).stdout.strip()
-
-    try:
-        return {
-            "git_commit": ask("rev-parse", "HEAD"),
-            "git_changed": ask("status", "--porcelain", "--untracked-files=no") != "",
-        }
+        ).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):  # No git, or no repository.
         return {}
+    headers = [line.split() for line in found if line.startswith("# ")]
+    values = {name: rest[0] for _, name, *rest in headers}
+    commit = values.get("branch.oid", "(initial)")
+    if commit == "(initial)":  # Nothing is committed yet.
+        return {}
+    return {"git_commit": commit, "git_changed": len(found) > len(headers)}

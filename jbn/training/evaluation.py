@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from jbn.tools import recalibrator
 from jbn.training.batches import Plan, chunk_length, permutation, plan_epoch
 from jbn.training.data import Dataset, Split
 from jbn.training.executor import Executor
@@ -55,7 +54,7 @@ class Evaluation:
         self._plan = self._plan_of(np.arange(len(dataset.test)), size)
         self._most_steps = most_steps
         self._sums = executor.evaluate(task.evaluate)
-        self._recalibrate = recalibrator(task.apply)
+        self._task = task
 
     def __call__(self, variables: Any) -> dict[str, np.ndarray]:
         """The sums of the task over the test split, with the running statistics."""
@@ -75,6 +74,13 @@ class Evaluation:
 
         variables = self._executor.put(dict(variables))
         return self._executor.get(self._recalibrate(variables, batches()))
+
+    @functools.cached_property
+    def _recalibrate(self) -> Any:
+        # Only here: few runs need it, and it takes a third of a second.
+        from jbn.tools import recalibrator
+
+        return recalibrator(self._task.apply)
 
     @functools.cached_property
     def _length(self) -> int:

@@ -1,4 +1,4 @@
-"""Data of one's own: folders of class folders, paired folders, and arrays in a file."""
+"""Data of one's own: folders of class folders, and paired folders."""
 
 import dataclasses
 import re
@@ -14,8 +14,9 @@ from jbn.training.errors import UsageError
 from jbn.training.source import Examples, Source, Target
 
 
-_TRAIN = ("train", "training")
-_TEST = ("test", "testing", "val", "valid", "validation")
+# Names of splits.
+TRAIN = ("train", "training")
+TEST = ("test", "testing", "val", "valid", "validation")
 _IMAGES = ("images", "image")
 _MASKS = ("masks", "mask", "labels", "annotations")
 _LAYOUT = "`train/CLASS/*.png` and `test/CLASS/*.png`, or `CLASS/*.png`"
@@ -101,7 +102,7 @@ def open_folder(
     Raises:
         UsageError: If files or folders are missing.
     """
-    train, test = _subfolder(path, _TRAIN), _subfolder(path, _TEST)
+    train, test = _subfolder(path, TRAIN), _subfolder(path, TEST)
     roots = [root for root in (train, test) if root is not None] or [path]
     if target == "label" and classes is None:
         classes = sorted({folder.name for root in roots for folder in _folders(root)})
@@ -126,102 +127,6 @@ def open_folder(
         splits = _split(read(train), path, test_fraction)
     named = tuple(classes or ()) if target == "label" else ()
     return Source(str(path), named, 3, None, splits)
-
-
-def read_npz(path: Path, test_fraction: float) -> Mapping[str, Any]:
-    """Reads arrays of images and labels.
-
-    The file has `train_images`, `train_labels`, `test_images` and `test_labels` (or, as
-    of Keras, `x_train`, `y_train`, `x_test` and `y_test`), or `images` and `labels`,
-    from which the test split is drawn, always the same; and optionally the names of the
-    `classes`.
-
-    Args:
-        path: The `.npz` file, without pickled objects.
-        test_fraction: The part that is the test split if there is none.
-
-    Returns:
-        `train` and `test`, each a pair of images of shape (n, height, width, channels)
-        and labels or `None`; and `classes` if they are named.
-
-    Raises:
-        UsageError: If the file is damaged, or arrays are missing or do not fit.
-    """
-    arrays = _load(path)
-    found: dict[str, Any] = {}
-    if "classes" in arrays:
-        found["classes"] = [str(name) for name in arrays["classes"].ravel()]
-    for split, names in (("train", _TRAIN), ("test", _TEST)):
-        for name in names:
-            image = _first(arrays, f"{name}_images", f"x_{name}")
-            if image is not None and split not in found:
-                label = _first(arrays, f"{name}_labels", f"y_{name}")
-                found[split] = _checked(path, name, image, label)
-    if "train" not in found:
-        image = _first(arrays, "images", "image", "x")
-        if image is None and "test" not in found:
-            raise UsageError(
-                f"--dataset={path} has the arrays {', '.join(arrays) or 'none'}: it "
-                "needs train_images, train_labels, test_images and test_labels, or "
-                "images and labels."
-            )
-        if image is not None:
-            label = _first(arrays, "labels", "label", "y")
-            found["train"] = _checked(path, "", image, label)
-    if "test" not in found:
-        image, label = found["train"]
-        first = len(image) - max(1, round(test_fraction * len(image)))
-        # Not the last rows: they are often sorted by class.
-        order = np.random.default_rng(0).permutation(len(image))
-        for split, rows in (("train", order[:first]), ("test", order[first:])):
-            rows = np.sort(rows)
-            found[split] = image[rows], None if label is None else label[rows]
-    return found
-
-
-def _load(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise UsageError(f"--dataset={path}: there is no such file.")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return dict(archive)
-    except Exception as error:  # Of a damaged file, anything.
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"--dataset={path} is not an .npz file of arrays that can be read: {text}"
-        ) from error
-
-
-def _first(arrays: Mapping[str, np.ndarray], *names: str) -> np.ndarray | None:
-    return next((arrays[name] for name in names if name in arrays), None)
-
-
-def _checked(
-    path: Path, split: str, image: np.ndarray, label: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images with a channel axis, and labels without one."""
-    what = f"--dataset={path}: the {split} images".replace("  ", " ")
-    if image.ndim == 3:
-        image = image[..., None]
-    if image.ndim != 4 or 0 in image.shape:
-        raise UsageError(
-            f"{what} have shape {image.shape}; (n, height, width) or (n, height, "
-            "width, channels) is needed, with none of them 0."
-        )
-    if label is None:
-        return image, None
-    if label.ndim in (2, 4) and label.shape[-1] == 1:
-        label = label[..., 0]
-    if label.dtype.kind not in "iub" or label.shape not in (
-        image.shape[:1],
-        image.shape[:3],
-    ):
-        raise UsageError(
-            f"{what} have shape {image.shape} and labels {label.dtype} of shape "
-            f"{label.shape}; integers of shape {image.shape[:1]}, or for each pixel "
-            f"of shape {image.shape[:3]}, are needed."
-        )
-    return image, label.astype(np.int32)
 
 
 def _subfolder(path: Path, names: Sequence[str]) -> Path | None:

@@ -37,7 +37,14 @@ def initialize_from(config: Config, state: TrainState) -> TrainState:
     ours = {"params": state.params, "batch_stats": state.batch_stats}
     flat = _flat(ours)
     kept = {name for name in flat if _matches(name, config.init_skip)}
-    found = {k: v for k, v in found.items() if not _matches(k, config.init_skip)}
+    skipped = kept | {name for name in found if _matches(name, config.init_skip)}
+    if config.init_skip is not None and not skipped:
+        layers = sorted({name.split("/")[1] for name in flat})
+        raise UsageError(
+            f"--init-skip={config.init_skip} matches no layer. Those of the model are "
+            f"{', '.join(layers)}: give one as '{layers[-1]}/*'."
+        )
+    found = {name: x for name, x in found.items() if name not in skipped}
     for name in sorted((flat.keys() | found.keys()) - kept):
         layer = name.partition("/")[2].rpartition("/")[0]
         hint = f"--init-skip='{layer}/*' leaves the layer as it is initialized."

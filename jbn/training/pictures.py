@@ -67,6 +67,8 @@ def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any
         fontweight="bold",
     )
     for axes in (left, right):
+        if axes.get_yscale() == "log":
+            _write_plain_numbers(axes.yaxis)
         axes.set_xlabel("epoch", fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(epochs) == 1:
@@ -74,6 +76,22 @@ def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _write_plain_numbers(axis: Any) -> None:
+    """Labels a logarithmic axis 0.01, 0.1, 1, without Matplotlib's typesetter.
+
+    Powers of ten would take it as long as the rest of the picture.
+    """
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            is_labeled = super().__call__(x, pos) != ""
+            return f"{x:g}" if is_labeled else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def _lines(line: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -188,7 +188,16 @@ def _data(
         opened = open_dataset(config)
         return opened, len(opened.train)
     described = Description.load(path)
-    find = lambda: open_dataset(config, like=described)
+
+    def find() -> Dataset:
+        place = Path(config.dataset)
+        if dataset is None and place.is_absolute() and not place.exists():
+            raise UsageError(
+                f"The data set of {folder} is not in {place} any more. Say where it is "
+                "with --dataset."
+            )
+        return open_dataset(config, like=described)
+
     return described.dataset(find), described.num_train
 
 

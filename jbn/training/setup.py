@@ -97,11 +97,10 @@ class Setup:
                 f"the warm-up of {config.warmup_epochs:g} epochs is longer than the "
                 f"run of {epochs:.4g}, and is cut to {warmup} steps"
             )
-        if _rows_in_a_group(config, self.executor, self.task) <= 1:
-            found.append(
-                "--batch-size=1 gives one row to the batch norms: their outputs are "
-                "constant, and the model cannot learn; 2 and more are enough"
-            )
+        # Asked for as such, it is allowed: it makes many short steps.
+        if config.batch_size == 1:
+            why = _single_rows(config, self.executor, self.task)
+            found += [why] if why else []
         return found
 
     def compile(self, state: TrainState) -> TrainState:
@@ -152,13 +151,8 @@ def prepare(config: Config) -> Setup:
     plan = _plan_epoch(config, dataset, executor, 1)  # All are of one shape.
     task = make_task(config, dataset, executor, steps_per_epoch=plan.num_steps)
     step = make_train_step(task, seed=config.seed, ema_decay=config.ema_decay)
-    if config.batch_size > 1 and _rows_in_a_group(config, executor, task) <= 1:
-        raise UsageError(
-            f"--batch-size={config.batch_size} gives one row to each group of devices "
-            "and microbatch that has statistics of its own: its normalized outputs "
-            "would be constant. Use a larger --batch-size, a larger --bn-group-size or "
-            "fewer --microbatches."
-        )
+    if config.batch_size > 1 and (why := _single_rows(config, executor, task)):
+        raise UsageError(why)
     evaluation = Evaluation(
         task,
         executor,
@@ -188,14 +182,42 @@ def _plan_epoch(
     return plan_epoch(order, config.batch_size, multiple=multiple)
 
 
-def _rows_in_a_group(config: Config, executor: Executor, task: Task) -> int:
-    """The fewest rows that a batch norm takes its statistics of."""
+def _single_rows(config: Config, executor: Executor, task: Task) -> str | None:
+    """A message about batches that a norm layer turns into constants, row by row."""
+    options = config.norm_options
+    if config.norm not in ("batch", "renorm", "ghost"):
+        return None  # There are no statistics of a batch.
+    if options.tau > 0 or options.min_weight >= 1:
+        return None  # A single row is normalized by the running statistics, too.
+    if config.norm == "renorm" and options.d_max > 0:
+        return None
     devices = len(executor.devices)
-    group = config.bn_group_size or devices
-    images = config.batch_size * group // (config.microbatches * devices)
-    if images > 1 or not isinstance(task, Supervised):
-        return max(images, 2)
-    rows = [2]
+    groups = devices // (config.bn_group_size or devices)
+    if config.norm == "ghost":
+        groups = options.num_groups
+    parts = config.microbatches * groups
+    if config.batch_size >= 2 * parts or _rows_of_an_image(task) > 1:
+        return None
+    flags = {
+        "--microbatches": config.microbatches if config.microbatches > 1 else None,
+        "--norm.num-groups": options.num_groups,
+        "--bn-group-size": config.bn_group_size,
+    }
+    given = [f"{name}={value}" for name, value in flags.items() if value is not None]
+    return (
+        f"--batch-size={config.batch_size} "
+        + (f"with {' and '.join(given)} " if given else "")
+        + "normalizes single rows: the outputs of the norm layers are constant, and "
+        f"the model cannot learn. Use --batch-size={2 * parts} or more, or "
+        "--norm.tau=8, which adds the running statistics."
+    )
+
+
+def _rows_of_an_image(task: Task) -> int:
+    """The fewest rows that a batch norm of the model has for each image."""
+    if not isinstance(task, Supervised):
+        return 2
+    rows = []
 
     def record(
         call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
@@ -209,4 +231,4 @@ def _rows_in_a_group(config: Config, executor: Executor, task: Task) -> int:
     init = lambda: task.local_model.init(jax.random.key(0), image, train=False)
     with nn.intercept_methods(record):
         jax.eval_shape(init)
-    return max(images, 1) * min(rows[1:], default=2)
+    return min(rows, default=2)

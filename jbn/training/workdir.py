@@ -59,9 +59,10 @@ def _make(config: Config, made: list[Path]) -> Path:
         _make_parents(config.workdir, made)
         return config.workdir
     name = config.dataset
-    data = Path(name).stem if Path(name).is_absolute() else re.sub("[/:]", "-", name)
+    data = Path(name).stem if Path(name).is_absolute() else name
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    first = Path("runs") / f"{data}-{config.model}-seed{config.seed}-{now}"
+    title = re.sub("[/:]", "-", f"{data}-{config.model}-seed{config.seed}-{now}")
+    first = Path("runs") / title
     _make_parents(first.parent, made)
     folder, count = first, 1
     while True:

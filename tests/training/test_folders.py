@@ -1,6 +1,7 @@
 """Data of one's own: folders of images, pairs with masks, and files of arrays."""
 
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,7 +351,7 @@ def test_npz_of_masks(tmp_path: Path, arrays: dict[str, np.ndarray]):
         ({"train_labels": np.zeros(9)}, "labels float64 of shape"),
         ({"train_labels": np.full(9, -1)}, "labels count from 0"),
         ({"test_images": np.zeros((6, 5, 4), np.uint8)}, "differ in shape"),
-        ({"train_images": np.array([None] * 9)}, "is not an .npz file of arrays that"),
+        ({"train_images": np.full((9, 4, 4), None)}, "is not an .npz file of arrays"),
     ],
 )
 def test_npz_that_does_not_fit(
@@ -359,6 +360,46 @@ def test_npz_that_does_not_fit(
     with pytest.raises(UsageError, match=match) as raised:
         load_dataset(saved(tmp_path / "a.npz", arrays | change))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["split", "whole", "wide", "resized"])
+def test_npz_is_in_memory_once(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    monkeypatch.setattr("jbn.training.npz._BLOCK_BYTES", 2**16)
+    image = rng.integers(0, 256, (2000, 32, 32, 3), np.uint8)
+    wide = image.astype(np.uint16) * 257 if kind == "wide" else image
+    label = np.arange(2000) % 10
+    arrays = {"images": wide, "labels": label}
+    if kind == "split":
+        arrays = {"train_images": image, "test_images": image[:100]}
+        arrays |= {"train_labels": label, "test_labels": label[:100]}
+    path = saved(tmp_path / "a.npz", arrays)
+    size = 24 if kind == "resized" else None
+    load_dataset(path, image_size=size)  # Imports.
+    tracemalloc.start()
+    dataset = load_dataset(path, image_size=size)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    splits = memory(dataset), memory(dataset, "test")
+    assert peak < 1.1 * sum(split.image.nbytes for split in splits)
+    if kind == "wide":
+        both = np.concatenate([split.image for split in splits])
+        np.testing.assert_array_equal(np.sort(both.ravel()), np.sort(image.ravel()))
+
+
+def test_npz_in_blocks(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+):
+    """In any order of axes, and with the rows of each split in their order."""
+    monkeypatch.setattr("jbn.training.npz._BLOCK_BYTES", 100)
+    image = rng.integers(0, 256, (23, 4, 4, 3), np.uint8)
+    for name, stored in {"c": image, "f": np.asfortranarray(image)}.items():
+        arrays = {"images": stored, "labels": np.arange(23)}
+        dataset = load_dataset(saved(tmp_path / f"{name}.npz", arrays))
+        for split in (memory(dataset), memory(dataset, "test")):
+            np.testing.assert_array_equal(split.image, image[split.label])
+            assert (np.diff(split.label) > 0).all()
 
 
 def test_damaged_npz(tmp_path: Path, arrays: dict[str, np.ndarray]):

@@ -209,8 +209,8 @@ def test_two_processes_give_the_curve_of_one_by_jit(home: Path):
 def test_one_is_killed(home: Path, victim: int):
     """The other ends by itself and says why; and the run can be resumed."""
     folder = home / f"killed-{victim}"
-    args = ("--epochs=500", f"--workdir={folder.name}", "--peer-timeout=10")
-    processes = start_two(home, *args, "--steps-per-dispatch=1")
+    args = ("--epochs=500", f"--workdir={folder.name}", "--save-every=23")
+    processes = start_two(home, *args, "--peer-timeout=10", "--steps-per-dispatch=1")
     try:
         wait_for(folder / "checkpoints" / "23", processes[0])
         processes[victim].kill()
@@ -224,7 +224,9 @@ def test_one_is_killed(home: Path, victim: int):
     assert re.fullmatch(r"error: process \d of 2 ends: .*\n", err)
     assert "ended" in err
     done = len(losses(folder))
-    out = run_two(home, f"--epochs={done + 1}", args[1], "--resume")
+    # (A run keeps its flags, and on a busy machine 10 s are short to start in.)
+    more = (f"--epochs={done + 1}", "--peer-timeout=100")
+    out = run_two(home, *more, args[1], "--resume")
     assert "resuming after step " in out
     found = losses(folder)
     assert len(found) == done + 1

@@ -86,3 +86,10 @@ def test_what_cannot_be_used(tmp_path: Path):
     ):
         with pytest.raises(UsageError, match=match):
             initialize_from(Config(init_from=source), new)
+    config = Config(init_from=saved(tmp_path / "old.npz", old), init_skip="head/*")
+    with pytest.raises(UsageError, match=r"matches no layer.* BatchNorm_0, Dense_0"):
+        initialize_from(config, new)
+    # A layer of the source alone is left out, too.
+    config = Config(init_from=tmp_path / "more.npz", init_skip="Dense_7/*")
+    equal = np.testing.assert_array_equal
+    jax.tree.map(equal, initialize_from(config, new).params, old.params)

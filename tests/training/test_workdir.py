@@ -39,6 +39,8 @@ def test_new_folders_have_names_of_their_own(
         assert one != two
         for folder in (one, two):
             assert folder.name.startswith("a-b-1-mlp-seed0-")
+    with reserved(Config(model="mine:Net", dataset="/data/a")) as folder:
+        assert folder.name.startswith("a-mine-Net-seed0-")
 
 
 def _try(folder: Path, found: multiprocessing.Queue) -> None:  # pyright: ignore
