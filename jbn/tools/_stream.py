@@ -84,10 +84,9 @@ def stream(
         mean = average of mean_class
         var = average of (var_class + abs(mean_class - mean)**2)
 
-    So a stream that is sorted by class moves one class at a time, and nothing else is
-    forgotten. This is the prediction-balanced memory of NOTE and RoTTA, with moments of
-    examples in place of examples, and the running mixture of domains that
-    `jbn.domain_batch_norm` takes with shares. It takes one forward pass a batch.
+    So a stream that is sorted by class moves one class at a time, and the others are
+    not forgotten. NOTE and RoTTA balance a memory of examples by predicted class; here
+    the memory holds moments, which takes one forward pass a batch and no further one.
 
     A batch is predicted with the statistics of the batches before it.
 
