@@ -9,7 +9,7 @@ the same shape costs nothing to trace or lower. A body is composed of the method
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,21 @@ from jbn._shrink import check_tau, shrunk
 from jbn.axes import AtRank, Layout, Rows, Weights
 from jbn.lowering.inline import where
 from jbn.lowering.mesh import sharded_by_compiler
+from jbn.lowering.passes import rematerialized
 from jbn.ops import numeric
 from jbn.ops.segments import Segments, members, segments_of
 from jbn.options import Options, completed
 from jbn.running import Rule, make_rule, update
 from jbn.summary import Guess, Summary
-from jbn.typing import Activation, ArrayLike, BatchStats, DType, Moments, Params
+from jbn.typing import (
+    Activation,
+    ArrayLike,
+    BatchStats,
+    DType,
+    MaskedOutput,
+    Moments,
+    Params,
+)
 from jbn.weighting.trim import check_trim, trimmed
 
 
@@ -83,6 +92,9 @@ class Call:
     tiny: bool = dataclasses.field(
         metadata=_STATIC
     )  # whether variances may be close to the smallest float32
+    masked_output: MaskedOutput = dataclasses.field(
+        default="normalized", metadata=_STATIC
+    )
     segments: Segments | None = None
     running: Any = None
     scale: Any = None
@@ -312,6 +324,11 @@ def prepare(
             tracked=batch_stats.weight is not None or not update_stats,
         )
     check_affine(params, lay, axis, x.dtype, front)
+    masked_output, words = given["masked_output"], get_args(MaskedOutput)
+    if masked_output not in words:
+        raise ValueError(
+            f"`masked_output` must be one of {words}; got {masked_output!r}."
+        )
     axis_name, groups = given["axis_name"], given["axis_index_groups"]
     if not summarizes:
         # Inference needs no other device, so it may run outside of the mapped axis.
@@ -345,6 +362,7 @@ def prepare(
         use_running_average=use_running_average,
         update_stats=update_stats,
         tiny=epsilon.may_be_below(TINY),
+        masked_output="normalized" if given["mask"] is None else masked_output,
     )
 
 
@@ -370,12 +388,26 @@ def run(
 
 def _program(body, static, call, arrays):
     def whole(call, arrays):
-        return body(call.expanded(), *arrays, **dict(static))
+        if call.masked_output == "normalized":
+            return body(call.expanded(), *arrays, **dict(static))
+        mask = call.weights.array()
+        call = dataclasses.replace(call, weights=mask)  # One array, saved once.
+        y, stats = body(call.expanded(), *arrays, **dict(static))
+        return _with_masked(y, mask, call), stats
 
     stats = call.batch_stats if call.update_stats else None
     if isinstance(call.x, jax.Array):
         whole = sharded_by_compiler(whole, call.x, (call.x, stats))
     return whole(call, arrays)
+
+
+def _with_masked(y: jax.Array, mask: jax.Array, call: Call) -> jax.Array:
+    """The output with zeros or inputs where the mask is false."""
+    mask = mask if mask.dtype == bool else mask != 0
+    zero = jnp.zeros((), y.dtype)
+    other = call.x.astype(y.dtype) if call.masked_output == "input" else zero
+    # Differentiated as it stands, a selection saves a mask of the shape of `y`.
+    return rematerialized(where)(mask, y, other)
 
 
 _training = jax.jit(_program, static_argnums=(0, 1))

@@ -29,6 +29,7 @@ from jbn.typing import (
     AxisIndexGroups,
     AxisName,
     DType,
+    MaskedOutput,
 )
 
 
@@ -85,6 +86,17 @@ class RowSettings(TypedDict, total=False):
             " it saves no further array: the backward pass computes its slope from `x`"
             " (and `residual`). It is applied in float32 or wider, before the output"
             " is rounded. Arrays that it closes over are constants.",
+        ),
+    ]
+    masked_output: Annotated[
+        MaskedOutput,
+        Option(
+            "normalized",
+            "What the elements that `mask` leaves out come out as, after `residual` and"
+            ' `activation`: `"normalized"` like all others, `"zero"`, or `"input"`, the'
+            " elements of `x` as they are. No gradient passes through a zero; the"
+            " cotangent of an input goes to `x` as it is. Without `mask` this does"
+            " nothing; elements of weight 0 are normalized.",
         ),
     ]
 

@@ -1,7 +1,7 @@
 """Types: arrays, axes, and the records `Params`, `Moments` and `BatchStats`."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
 AxisIndexGroups: TypeAlias = Sequence[Sequence[int]]
 DType: TypeAlias = Any
 Activation: TypeAlias = Callable[[jax.Array], jax.Array]
+MaskedOutput: TypeAlias = Literal["normalized", "zero", "input"]
 
 
 class Params(NamedTuple):

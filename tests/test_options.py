@@ -69,11 +69,14 @@ VALUES: dict[str, Any] = {
     "min_weight": 1000.0,
     "trim": 1.5,
     "activation": jax.nn.relu,
+    "masked_output": "zero",
     "update_stats": False,
     "mask": WEIGHTS > 0.7,
     "weights": WEIGHTS,
     "residual": normal(*SHAPE),
 }
+# What has an effect only beside another option.
+BESIDE = {"masked_output": "mask"}
 LAYER_VALUES: dict[str, Any] = {
     "use_running_average": True,
     "param_dtype": jnp.bfloat16,
@@ -111,6 +114,7 @@ ERRORS: dict[tuple[str | None, str], str] = {
     ("sparse", "trim"): "`sparse_batch_norm` does not take `trim`",
     ("sparse", "activation"): "`sparse_batch_norm` does not take `activation`",
     ("sparse", "residual"): "`sparse_batch_norm` does not take `residual`",
+    ("sparse", "masked_output"): "`sparse_batch_norm` does not take `masked_output`",
 }
 OWN_ERRORS: dict[str, tuple[Any, str]] = {
     "mix": ("both", "`mix` must be one of"),
@@ -336,6 +340,12 @@ def case(method: Method, way: str, options: Mapping[str, Any]) -> Case:
     return first_of_two
 
 
+def set_to(option: str) -> dict[str, Any]:
+    """A value of an option, and what it has to stand beside."""
+    names = {option, BESIDE.get(option, option)} - {""}
+    return {name: VALUES[name] for name in names}
+
+
 def together(name: str, cases: Mapping[tuple[str, str], Case]) -> dict[Any, Any]:
     """What each makes of the arrays of a method, or its error, by one program.
 
@@ -389,15 +399,15 @@ def differ(got: Any, want: Any) -> bool:
 def test_an_option_changes_the_result_and_modules_take_it(name, subtests):
     method = METHODS[name]
     cases = {
-        (option, way): case(method, way, {option: value})
-        for option, value in VALUES.items()
+        (option, way): case(method, way, set_to(option))
+        for option in VALUES
         for way in ways_of(name)
     }
     errors = {o: ERRORS.get((None, o), ERRORS.get((name, o))) for o in VALUES}
     if name == "sparse":  # which is the same as that of a dense array
         for option in (option for option, error in errors.items() if error is None):
-            options = {option: VALUES[option]}
-            cases[option, "dense"] = case(METHODS["batch norm"], "function", options)
+            dense = METHODS["batch norm"]
+            cases[option, "dense"] = case(dense, "function", set_to(option))
     found = together(name, cases | {("", "function"): case(method, "function", {})})
     for option in options_of(Options):
         with subtests.test(option):
@@ -409,7 +419,8 @@ def test_an_option_changes_the_result_and_modules_take_it(name, subtests):
                     assert error in str(result)
                 continue
             want = results["function"]
-            assert differ(want, found["", "function"]), "has no effect"
+            without = found[BESIDE.get(option, ""), "function"]
+            assert differ(want, without), "has no effect"
             # Of a sparse array the output is rounded in two parts.
             tolerance = 0.05 if (name, option) == ("sparse", "dtype") else 1e-5
             for result in results.values():
@@ -734,11 +745,11 @@ def test_options_of_graph_norm_change_the_result_and_modules_take_them(subtests)
         return layer(p.x, **call)
 
     def one(run, option):
-        given = {option: VALUES[option]} if option else {}
+        options = set_to(option)
         if option != "axis_name":
-            return lambda p: run(p, **given)
+            return lambda p: run(p, **options)
         batch = lambda p: jnp.stack([p.x, 2 * p.x])
-        mapped = lambda x, p: run(p._replace(x=x), **given)
+        mapped = lambda x, p: run(p._replace(x=x), **options)
         return lambda p: jax.vmap(mapped, (0, None), axis_name="devices")(batch(p), p)[
             0
         ]
@@ -753,7 +764,8 @@ def test_options_of_graph_norm_change_the_result_and_modules_take_them(subtests)
                 error = ERRORS[None, option]
                 assert all(error in str(found[option, way]) for way in ways)
                 continue
-            assert differ(found[option, "function"], found["", "function"])
+            without = found[BESIDE.get(option, ""), "function"]
+            assert differ(found[option, "function"], without)
             for way in ways:
                 assert_close(found[option, way], found[option, "function"])
 

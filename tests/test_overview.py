@@ -17,6 +17,7 @@ OPTIONS = {
     "tau": 2.0,
     "trim": 3.0,
     "activation": jax.nn.relu,
+    "masked_output": "zero",
     "residual": jnp.ones((4, 2)),
     "mask": jnp.array([[True], [True], [True], [False]]),
     "weights": jnp.array([[1.0], [2.0], [1.0], [1.0]]),

@@ -17,6 +17,11 @@ from jbn.tools._recalibrate import (
     recalibrate as recalibrate,
     recalibrator as recalibrator,
 )
+from jbn.tools._stream import (
+    Stream as Stream,
+    StreamState as StreamState,
+    stream as stream,
+)
 from jbn.tools.fold_into import (
     fold_into_next as fold_into_next,
     fold_into_previous as fold_into_previous,

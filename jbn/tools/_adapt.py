@@ -86,8 +86,8 @@ def adapt(
     found = moments_by_layer(
         "adapt", apply, variables, batches, where, norms, {"tau": prior}
     )
-    running = _running(variables, norms)
-    mixed = {path: _mixed(m, running[path], prior) for path, m in found.items()}
+    source = running(variables, norms)
+    mixed = {path: _mixed(m, source[path], prior) for path, m in found.items()}
     return with_moments(variables, mixed, norms)
 
 
@@ -99,7 +99,7 @@ def _mixed(target: Moments, source: BatchStats, prior: float) -> Moments:
     return mixed._replace(weight=weight)
 
 
-def _running(variables: Any, norms: Norms) -> dict[str, BatchStats]:
+def running(variables: Any, norms: Norms) -> dict[str, BatchStats]:
     """The running statistics of each layer by its path."""
     if isinstance(variables, nnx.Module):
         found = {}

@@ -265,24 +265,28 @@ def _gatherer(
     return gather_some
 
 
+def batch_stats_of(result: Any) -> Mapping:
+    """The statistics in what `apply` returns for Linen's variables."""
+    if not (
+        isinstance(result, tuple)
+        and len(result) == 2
+        and isinstance(result[1], Mapping)
+        and "batch_stats" in result[1]
+    ):
+        raise ValueError(
+            "`apply` must return what Linen's `model.apply(variables, ...,"
+            ' mutable=["batch_stats"])` returns: the output and the updated'
+            f" variables; got {type(result).__name__}."
+        )
+    return result[1]["batch_stats"]
+
+
 def _linen_gatherer(caller, apply, where, norms, options):
     options = {"accumulate": True, "update_stats": True, **options}
 
     def run(variables, batch):
         with swapping(caller, None, where, norms, options, ("epsilon",)):
-            result = apply(variables, batch)
-        if not (
-            isinstance(result, tuple)
-            and len(result) == 2
-            and isinstance(result[1], Mapping)
-            and "batch_stats" in result[1]
-        ):
-            raise ValueError(
-                "`apply` must return what Linen's `model.apply(variables, ...,"
-                ' mutable=["batch_stats"])` returns: the output and the updated'
-                f" variables; got {type(result).__name__}."
-            )
-        return result[1]["batch_stats"]
+            return batch_stats_of(apply(variables, batch))
 
     step = jax.jit(run)
     empty: dict[tuple[str, ...], Any] = {}

@@ -61,9 +61,9 @@ def sparse_batch_norm(
         params: Scale and bias, one entry per feature; `None` leaves them out.
         batch_stats: Running mean and variance, one entry per feature, or `None`.
         use_running_average: `False` in training, `True` at inference.
-        **options: As for `jbn.batch_norm`, except `trim`, `activation` and `residual`.
-            `mask` and `weights` are per site: of the shape of `x` with size 1 for the
-            features, or without the feature axes.
+        **options: As for `jbn.batch_norm`, except `trim`, `activation`, `residual` and
+            `masked_output`. `mask` and `weights` are per site: of the shape of `x` with
+            size 1 for the features, or without the feature axes.
 
     Returns:
         `SparseOutput(values, background)` with the indices of `x`, and the running
@@ -101,6 +101,12 @@ def sparse_batch_norm(
                 " and only their sum could be passed to a function. Make it"
                 " dense first."
             )
+    if options.get("masked_output", "normalized") != "normalized":
+        raise ValueError(
+            "`sparse_batch_norm` does not take `masked_output`: a site that is not"
+            " stored has no output of its own to replace. Use `jnp.where` on the dense"
+            " output."
+        )
     if x.n_batch:
         x = x.update_layout(n_batch=0)
     if not x.unique_indices:

@@ -379,6 +379,86 @@ def test_every_mode_of_differentiation(mode, name, rng):
     assert_close(derivative(ours), derivative(theirs), 1e-9, 1e-9)
 
 
+# --- What masked elements come out as ---------------------------------------------
+
+
+@pytest.mark.parametrize("masked_output", ["zero", "input"])
+@most_methods
+@pytest.mark.usefixtures("x64")
+def test_masked_output_is_applied_last(name, masked_output, rng):
+    """After residual and activation; its own gradient in place of the formula's."""
+    p = problem(name, rng)
+    x, _, *affine = p.args
+    mask = jnp.asarray(rng.random(SHAPE) < 0.7)
+    residual = jnp.asarray(rng.standard_normal(SHAPE))
+
+    def loss(run):
+        def f(x, residual, affine, mask, p):
+            y, stats = run(x, residual, p._replace(args=(x, None, *affine)), mask)
+            return (jnp.sin(y) * p.ct).sum(), (y, stats)
+
+        return jax.jit(
+            jax.value_and_grad(f, (0, 1, 2), has_aux=True), compiler_options=QUICKLY
+        )
+
+    def mine(x, residual, p, mask):
+        options: dict[str, Any] = {"residual": residual, "activation": jax.nn.silu}
+        return ours(name, p, mask=mask, masked_output=masked_output, **options)
+
+    def wanted(x, residual, p, mask):
+        weights = mask.astype(x.dtype)
+        y, stats = theirs(name, p._replace(args=(x, weights, *p.args[2:])))
+        other = jnp.zeros_like(x) if masked_output == "zero" else x
+        return jnp.where(mask, jax.nn.silu(y + residual), other), stats
+
+    arrays = x, residual, affine, mask, p
+    got, want = loss(mine)(*arrays), loss(wanted)(*arrays)
+    assert_close(got, want)
+    # What the masked elements hold matters to nothing but themselves.
+    dirty = jnp.where(mask, x, jnp.nan)
+    (_, (y, stats)), (dx, *grads) = loss(mine)(dirty, *arrays[1:])
+    (_, (want_y, want_stats)), (want_dx, *want_grads) = want
+    assert_close((stats, grads), (want_stats, want_grads))
+    assert_close((y[mask], dx[mask]), (want_y[mask], want_dx[mask]))
+    left = (y[~mask], dx[~mask])
+    if masked_output == "zero":
+        assert not np.any(left)
+    else:
+        assert np.isnan(left[0]).all()
+
+
+def test_masked_output_saves_and_reads_nothing_more(rng):
+    """The mask is there anyway, and the selection is part of the loop over `x`."""
+    x = jnp.asarray(rng.standard_normal((512, 8, 8)), jnp.float32)
+    params, stats = jbn.init(8)
+
+    def bytes_of(masked_output, mask):
+        options: Any = {"use_running_average": False, "masked_output": masked_output}
+        f = jax.jit(
+            lambda x, params: jbn.batch_norm(x, params, stats, mask=mask, **options)[0]
+        )
+        _, vjp = jax.vjp(f, x, params)
+        saved = {v.unsafe_buffer_pointer(): v.nbytes for v in jax.tree.leaves(vjp)}
+        cost: Any = f.lower(x, params).compile().cost_analysis()
+        return sum(saved.values()), cost["bytes accessed"]
+
+    for shape in ((512, 8), x.shape):
+        mask = jnp.asarray(rng.random(shape) < 0.7)
+        saved, read = bytes_of("input", mask)
+        plain_saved, plain_read = bytes_of("normalized", mask)
+        assert saved == plain_saved
+        assert read <= plain_read + mask.nbytes
+
+
+def test_masked_output_without_a_mask_does_nothing(rng):
+    p = problem("batch norm", rng)
+    want = ours("batch norm", p)
+    got = ours("batch norm", p, masked_output="zero")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    with pytest.raises(ValueError, match="`masked_output` must be one of"):
+        ours("batch norm", p, masked_output="zeros")
+
+
 # --- What is not there ------------------------------------------------------------
 
 
