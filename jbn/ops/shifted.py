@@ -86,7 +86,8 @@ def summarize(
     center = hoist(shift, x.shape)
     lift = None
     if tiny:
-        far = _deviation(*apart(target, (x, center, None)), segments)
+        of = apart(target, (x, center))
+        far = _deviation(of[0], of[1], None, segments)
         lift = _lift(far, weights, axes).astype(far.dtype)
     if segments is None:
         of, operands = (x, center, lift), (weights, per_weight)
