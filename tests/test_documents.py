@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import json
 import pathlib
 import re
 import shlex
@@ -12,6 +11,7 @@ import sys
 
 import pytest
 from peers import PEERS
+from story import tell
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,25 +45,9 @@ PAGES = [
     if "```python" in path.read_text()
 ]
 
-# Runs blocks of Python in one namespace, as one story, and says what each has printed.
-STORY = r"""
-import contextlib, io, json, sys
 
-page, blocks = json.load(sys.stdin)
-names = {"__name__": "__main__"}
-printed = []
-for line, code in blocks:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile("\n" * line + code, page, "exec"), names)
-    printed.append(out.getvalue())
-json.dump(printed, sys.stdout)
-"""
-
-
-def run(*command: str, cwd: pathlib.Path, stdin: str = "") -> str:
-    done = subprocess.run(
-        command, cwd=cwd, input=stdin, capture_output=True, text=True, check=False
-    )
+def run(*command: str, cwd: pathlib.Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout
@@ -118,10 +102,7 @@ def test_a_page_of_the_site_prints_what_it_shows(page, tmp_path):
     for command in re.findall(r"^    python (train\.py .*)$", before, re.MULTILINE):
         script, *flags = shlex.split(command)
         run(sys.executable, str(ROOT / script), *flags, cwd=tmp_path)
-    story = run(
-        sys.executable, "-c", STORY, cwd=tmp_path, stdin=json.dumps((page, blocks))
-    )
-    assert json.loads(story) == shown
+    assert tell(page, blocks, tmp_path) == shown
 
 
 def find(path: str):
