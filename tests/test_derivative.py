@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from differentiation import SHAPE, example, modes, plain
+from differentiation import SHAPE, example, modes, once, plain
 from jax.test_util import check_grads
 
 import jbn
@@ -38,7 +38,7 @@ def args(rng):
 def test_every_mode_agrees_with_autodiff_of_the_formula(mode, args, rng):
     derive = modes(jnp.asarray(rng.standard_normal(SHAPE)))[mode]
     got = jax.jit(functools.partial(derive, ours))(args)
-    want = jax.jit(functools.partial(derive, plain))(args)
+    want = once(functools.partial(derive, plain), args)
     jax.tree.map(
         lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-10), got, want
     )
@@ -75,6 +75,7 @@ def test_numerical_derivatives(use_running_average, args):
     x, weights, scale, bias, epsilon = args
     running = jbn.BatchStats(scale + 2, jnp.square(bias) + 1)
 
+    @jax.jit
     def f(x, scale, bias, epsilon):
         return jbn.batch_norm(
             x,
@@ -96,7 +97,8 @@ def test_moments_and_normalize_compose_to_the_same_gradient(args, rng):
         return jbn.normalize(x, m, jbn.Params(scale, bias), epsilon=epsilon)
 
     for derive in (modes(ct)[m] for m in ("grad", "jvp", "hessian")):
-        got, want = derive(composed, args), derive(plain, args)
+        got = jax.jit(functools.partial(derive, composed))(args)
+        want = once(functools.partial(derive, plain), args)
         jax.tree.map(
             lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9),
             got,
@@ -107,7 +109,7 @@ def test_moments_and_normalize_compose_to_the_same_gradient(args, rng):
 def test_moments_derivatives_are_numerical_ones(args):
     x, weights, *_ = args
     check_grads(
-        lambda x, w: jax.tree.leaves(jbn.moments(x, weights=w)),
+        jax.jit(lambda x, w: jax.tree.leaves(jbn.moments(x, weights=w))),
         (x, weights),
         order=2,
         modes=["fwd", "rev"],
@@ -152,8 +154,8 @@ def test_no_gradient_passes_through_the_statistics_of_training(args):
             x, jbn.Params(scale, bias), running, use_running_average=False
         )[0].sum()
 
-    grads = jax.grad(state, argnums=(0, 1, 2))(x, running, scale)
-    grads = (*grads, jax.grad(output)(running))
+    grads = jax.jit(jax.grad(state, argnums=(0, 1, 2)))(x, running, scale)
+    grads = (*grads, jax.jit(jax.grad(output))(running))
     assert all(not leaf.any() for leaf in jax.tree.leaves(grads))
 
 
@@ -180,9 +182,9 @@ def test_complex_gradient(rng):
         )
         return (y.real * ct_re + y.imag * ct_im).sum()
 
-    got = jax.grad(layer, argnums=(0, 1))(re, im)
+    got = jax.jit(jax.grad(layer, argnums=(0, 1)))(re, im)
     with jax.numpy_dtype_promotion("standard"):
-        want = jax.grad(formula, argnums=(0, 1))(re, im)
+        want = once(jax.grad(formula, argnums=(0, 1)), re, im)
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-11)
 
@@ -214,8 +216,12 @@ def test_weightless_elements_leave_every_gradient_finite(bad, use_running_averag
     got, want = grad(dirty, params), grad(x, params)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-12)
-    hvp = jax.jvp(lambda x: jax.grad(loss)(x, params), (dirty,), (ct,))[1]
-    assert np.isfinite(hvp).all()
+
+    @jax.jit
+    def hvp(x):
+        return jax.jvp(lambda x: jax.grad(loss)(x, params), (x,), (ct,))[1]
+
+    assert np.isfinite(hvp(dirty)).all()
 
 
 def test_what_takes_no_part_comes_out_as_the_bias_and_passes_nothing_else(rng):
@@ -257,9 +263,9 @@ def test_gradient_of_weights_passes_by_what_is_not_finite(rng):
         )
         return (y * ct).sum()
 
-    got = jax.grad(loss)(jnp.asarray(weights), dirty, ct)
+    got = jax.jit(jax.grad(loss))(jnp.asarray(weights), dirty, ct)
     some = weights > 0
-    want = jax.grad(loss)(jnp.asarray(weights[some]), x[some], ct[some])
+    want = once(jax.grad(loss), jnp.asarray(weights[some]), x[some], ct[some])
     np.testing.assert_allclose(got[some], want, rtol=1e-10)
     np.testing.assert_array_equal(got[~some], np.zeros(2))
 

@@ -17,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 import reference
-from differentiation import modes
+from differentiation import QUICKLY, modes
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jbn
@@ -28,8 +28,6 @@ pytestmark = pytest.mark.sweep
 
 SHAPE = (16, 3, 3)  # images, places, features
 DOMAINS = 3
-# References, and derivatives, are only compiled to be run once.
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 @dataclasses.dataclass(frozen=True)
