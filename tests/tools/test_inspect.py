@@ -55,7 +55,12 @@ def applied(model: nn.Module, *names: str, **call: Any) -> Callable[[Any, Any], 
 def data(rng: np.random.Generator, batches: int = 20, rows: int = 64) -> list[Any]:
     mixing = rng.normal(size=(6, 6))
     x = rng.normal(size=(batches, rows, 6)) @ mixing + rng.normal(size=6)
-    return list(jnp.asarray(x, jnp.float32))
+    return separate(x)
+
+
+def separate(x: np.ndarray, dtype: Any = jnp.float32) -> list[Any]:
+    """An array for each batch. (To iterate over one of JAX's compiles a program.)"""
+    return [jnp.asarray(batch, dtype) for batch in x]
 
 
 def healthy(model: nn.Module, batches: Sequence[Any], **call: Any) -> Any:
@@ -169,7 +174,7 @@ def test_rows_that_are_masked_do_not_count(rng: np.random.Generator):
     x = np.where(mask, x, np.nan)
     variables = dict(layer.init(jax.random.key(0), jnp.zeros((1, 2))))
     variables["batch_stats"] = stats_for(rng, 2)
-    batches = list(zip(jnp.asarray(x), jnp.asarray(mask), strict=True))
+    batches = list(zip(x, mask, strict=True))
     report = inspect(applied(layer, "mask"), variables, batches)
     rows = x[mask[..., 0]].astype(np.float64)
     assert_numbers(report.layers[0], expected(rows, **variables["batch_stats"]))
@@ -181,7 +186,7 @@ def test_complex_features(rng: np.random.Generator):
     """Which are two normal distributions each: twice the divergence of one."""
     layer = jbn.linen.BatchNorm(use_running_average=False)
     x = rng.normal(1, 2, (3, 80, 2)) + 1j * rng.normal(-1, 2, (3, 80, 2))
-    batches = list(jnp.asarray(x, jnp.complex64))
+    batches = separate(x, jnp.complex64)
     variables = dict(layer.init(jax.random.key(0), batches[0]))
     (got,) = inspect(applied(layer), variables, batches).layers
     rows = x.reshape(-1, 2).astype(np.complex64).astype(np.complex128)
@@ -209,7 +214,7 @@ def test_effective_rows_are_those_that_are_independent(rng: np.random.Generator)
     """Every row comes 16 times, as the pixels of smooth images do."""
     layer = jbn.linen.BatchNorm(use_running_average=False)
     x = np.repeat(rng.normal(size=(40, 32, 20)), 16, axis=1)
-    batches = list(jnp.asarray(x, jnp.float32))
+    batches = separate(x)
     variables: Any = layer.init(jax.random.key(0), batches[0])
     (got,) = inspect(applied(layer), variables, batches).layers
     assert got.rows == 512
@@ -217,7 +222,7 @@ def test_effective_rows_are_those_that_are_independent(rng: np.random.Generator)
     # By how much more the means scatter than those of 512 independent rows.
     scatter = x.mean(1).var(0, ddof=1) / (x.var((0, 1)) / 512)
     assert got.effective_rows == pytest.approx(40 * 512 / scatter.mean(), rel=1e-4)
-    once = list(jnp.asarray(x[:, ::16], jnp.float32))
+    once = separate(x[:, ::16])
     (got,) = inspect(applied(layer), variables, once).layers
     assert got.effective_rows == pytest.approx(40 * 32, rel=0.15)
 
@@ -376,7 +381,7 @@ def test_noise_is_no_drift(rng: np.random.Generator):
     layer = jbn.linen.BatchNorm(use_running_average=False, momentum=0.99)
     x = rng.normal(size=(2, 16, 40))
     variables: Any = layer.init(jax.random.key(0), jnp.zeros((1, 40)))
-    few = inspect(applied(layer), variables, list(jnp.asarray(x, jnp.float32)))
+    few = inspect(applied(layer), variables, separate(x))
     assert few.findings == ()
     assert few.layers[0].summary()["kl_mean"] > 0.02
     # Some features of many are far off by chance.
@@ -386,14 +391,14 @@ def test_noise_is_no_drift(rng: np.random.Generator):
     assert wide.findings == ()
     # As many nats from many rows are drift.
     much = rng.normal(0.3, 1, size=(20, 100, 40))
-    many = inspect(applied(layer), variables, list(jnp.asarray(much, jnp.float32)))
+    many = inspect(applied(layer), variables, separate(much))
     assert only(many).kind == "never_updated"
 
 
 def test_noisy(rng: np.random.Generator):
     """Momentum 0: the statistics are those of the last batch."""
     layer = jbn.linen.BatchNorm(use_running_average=False, momentum=0.0)
-    x = list(jnp.asarray(rng.normal(3, 2, size=(80, 16, 40)), jnp.float32))
+    x = separate(rng.normal(3, 2, size=(80, 16, 40)))
     variables: Any = layer.init(jax.random.key(0), x[0])
     _, new = layer.apply(variables, x[0], mutable=["batch_stats"])
     finding = only(inspect(applied(layer), {**variables, **new}, x))
@@ -407,12 +412,9 @@ def test_statistics_of_one_replica(rng: np.random.Generator):
     layer = jbn.linen.BatchNorm(use_running_average=False)
     parts = rng.normal(rng.normal(0, 1.5, (2, 1, 1, 30)), 1, (2, 12, 64, 30))
     variables: Any = layer.init(jax.random.key(0), jnp.zeros((1, 30)))
-    own = [
-        recalibrate(applied(layer), variables, list(jnp.asarray(part, jnp.float32)))
-        for part in parts
-    ]
+    own = [recalibrate(applied(layer), variables, separate(part)) for part in parts]
     mixed = rng.permutation(parts.reshape(-1, 30)).reshape(-1, 64, 30)
-    batches = list(jnp.asarray(mixed, jnp.float32))
+    batches = separate(mixed)
     finding = only(inspect(applied(layer), own[0], batches))
     assert finding.kind == "shifted"
     assert "jbn.tools.merge" in finding.advice
@@ -520,7 +522,7 @@ def test_scale_tables_by_label(rng: np.random.Generator):
 @pytest.mark.parametrize("rows", [2, 8])
 def test_few_rows(rng: np.random.Generator, rows: int):
     layer = jbn.linen.BatchNorm(use_running_average=False, momentum=0.98)
-    x = list(jnp.asarray(rng.normal(2, 3, (200, rows, 20)), jnp.float32))
+    x = separate(rng.normal(2, 3, (200, rows, 20)))
     variables: Any = layer.init(jax.random.key(0), x[0])
     report = inspect(applied(layer), trained(layer, variables, x), x)
     finding = only(report)
@@ -542,7 +544,7 @@ def trained(layer: Any, variables: Any, batches: Sequence[Any]) -> Any:
 
 def test_unbiased_variance_of_few_rows_is_no_drift(rng: np.random.Generator):
     layer = jbn.linen.BatchNorm(use_running_average=False, momentum=0.98, unbiased=True)
-    x = list(jnp.asarray(rng.normal(2, 3, (300, 2, 40)), jnp.float32))
+    x = separate(rng.normal(2, 3, (300, 2, 40)))
     variables = trained(layer, layer.init(jax.random.key(0), x[0]), x)
     assert only(inspect(applied(layer), variables, x)).kind == "few_rows"
 
@@ -570,7 +572,7 @@ def test_domains(rng: np.random.Generator, api: str):
     """0 is right, 1 has drifted, 2 is only in the statistics, 3 nowhere."""
     x = rng.normal(1, 2, (20, 64, 5)).astype(np.float32)
     domain = rng.integers(0, 2, (20, 64))
-    batches = list(zip(jnp.asarray(x), jnp.asarray(domain), strict=True))
+    batches = list(zip(x, domain, strict=True))
     right = x[domain == 0].astype(np.float64)
     mean = np.stack([right.mean(0), np.full(5, 4.0), np.full(5, 2.0), np.zeros(5)])
     var = np.stack([right.var(0), np.full(5, 4.0), np.full(5, 2.0), np.ones(5)])
