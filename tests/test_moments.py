@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from ways import on
 
 import jbn
 from jbn import Moments
@@ -186,6 +187,7 @@ def parts_of(rng, sizes, features=3, *, offset=0.0):
     return np.concatenate(rows), parts
 
 
+@on("one device")
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 @pytest.mark.parametrize("sizes", [(5,), (5, 3), (7, 1, 4), (2, 0, 3), (1, 1, 1, 1)])
 def test_merge_equals_the_whole(rng, sizes, offset):
@@ -193,11 +195,13 @@ def test_merge_equals_the_whole(rng, sizes, offset):
     assert_moments(merge(*parts), oracle.moments(x), x, merged=True)
 
 
+@on("one device")
 def test_merge_takes_many_parts(rng):
     x, parts = parts_of(rng, rng.integers(0, 6, 300))
     assert_moments(jbn.merge(*parts), oracle.moments(x), x, merged=True)
 
 
+@on("one device")
 def test_the_scatter_of_the_means_belongs_to_the_variance():
     # Four replicas with means 0..3 and variance 1: averaged variances would be 1.
     parts = [
@@ -209,6 +213,7 @@ def test_the_scatter_of_the_means_belongs_to_the_variance():
     np.testing.assert_allclose(both.var, [2.25], rtol=1e-6)
 
 
+@on("one device")
 def test_merge_is_commutative_and_associative(rng):
     x, (a, b, c) = parts_of(rng, (5, 3, 9))
     whole = oracle.moments(x)
@@ -218,6 +223,7 @@ def test_merge_is_commutative_and_associative(rng):
     assert_moments(merge(a, merge(b, c)), whole, x, merged=True)
 
 
+@on("one device")
 @pytest.mark.parametrize("junk", [0.0, 7.0, 1e6])
 def test_a_part_of_zero_weight_changes_nothing(rng, junk):
     _, (a,) = parts_of(rng, (5,))
@@ -228,6 +234,7 @@ def test_a_part_of_zero_weight_changes_nothing(rng, junk):
         )
 
 
+@on("one device")
 def test_features_without_weight_merge_to_zero():
     nothing = Moments(jnp.zeros(2), jnp.zeros(2), jnp.zeros(2))
     some = Moments(jnp.asarray([0.0, 4.0]), jnp.asarray([0.0, 5]), jnp.ones(2))
@@ -237,11 +244,13 @@ def test_features_without_weight_merge_to_zero():
     np.testing.assert_array_equal(both.var, [0, 1])
 
 
+@on("one device")
 def test_merging_one_part_returns_it(rng):
     _, (a,) = parts_of(rng, (5,))
     jax.tree.map(np.testing.assert_array_equal, jbn.merge(a), a)
 
 
+@on("one device")
 @pytest.mark.usefixtures("standard_promotion")
 def test_merge_promotes_real_and_complex_parts():
     real = jbn.moments(jnp.asarray([[1.0], [3.0]]))
