@@ -23,8 +23,8 @@ def tell(page: str, blocks: list[tuple[int, str]], folder: pathlib.Path) -> list
     process.start()
     process.join()
     errors = (folder / "stderr.txt").read_text()
-    assert process.exitcode == 0, errors
-    assert not errors
+    assert process.exitcode == 0, f"exit status {process.exitcode}: {errors}"
+    assert not errors, errors
     return json.loads((folder / "stdout.txt").read_text())
 
 
