@@ -326,7 +326,9 @@ def report(name, question, seeds, results, text, figure, notes=(), folder=EVIDEN
             versions[package] = "not installed"
     about = {
         "question": question,
-        "command": f"python benchmarks/{name}.py",
+        "command": " ".join(
+            ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+        ),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores,"
         f" {jax.default_backend()}",

@@ -1,6 +1,6 @@
 """How fast is a norm layer? Forward, backward and evaluation, against every peer.
 
-    python benchmarks/op.py [--quick]
+    python benchmarks/op.py [--quick] [--name=op-newest]
 
 Forward and backward are compiled apart, as other layers come between the two, and
 backward is given the cotangent of the output. The floor is the time to copy as many
@@ -187,6 +187,7 @@ def main():
     """Measures, prints a table, writes JSON and a figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two shapes, three rounds")
+    parser.add_argument("--name", default="op", help="of the files that it writes")
     args = parser.parse_args()
     shapes = SHAPES[1:3] if args.quick else SHAPES
     results = []
@@ -220,7 +221,7 @@ def main():
         for r in results
     ]
     evidence.report(
-        "op",
+        args.name,
         __doc__.splitlines()[0],
         [0],
         results,

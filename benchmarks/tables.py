@@ -75,32 +75,34 @@ def better_torch(what):
     return min(found) if found else None
 
 
-def op(whats):
+def op(whats, name="op"):
     """Each row a shape; times as shares of flax.linen's."""
-    content = load("op")
+    content = load(name)
+    cells = [r[what] for r in content["results"] for what in whats]
+    own = ["jbn", "jbn.linen", "jbn.nnx"]
+    others = ["flax.nnx", "Haiku", "Equinox", "Keras"]
+    others = [n for n in others if any(n in cell for cell in cells)]
+    with_torch = any(better_torch(cell) is not None for cell in cells)
+    several = len(whats) > 1
     rows = []
     for r in content["results"]:
         for what in whats:
-            cells = r[what]
-            torch = better_torch(cells)
-            own = cells["jbn"]["flax"]
-            names = ("jbn", "jbn.linen", "jbn.nnx", "flax.nnx", "Haiku", "Equinox")
-            rows.append(
-                [
-                    r["shape"],
-                    r["dtype"],
-                    *([what] if len(whats) > 1 else []),
-                    *(ratio(cells.get(n, {}).get("flax")) for n in (*names, "Keras")),
-                    ratio(torch),
-                    ratio(cells["floor"]["flax"]),
-                    ratio(None if torch is None else own / torch),
-                    ratio(cells["jbn"]["floor"]),
-                ]
-            )
-    header = ["shape", "dtype", *(["what"] if len(whats) > 1 else [])]
-    header += ["jbn", "jbn.linen", "jbn.nnx", "flax.nnx", "Haiku", "Equinox", "Keras"]
-    header += ["PyTorch", "copying", "jbn / PyTorch", "jbn / copying"]
-    packages = ("jax", "flax", "dm-haiku", "equinox", "keras", "torch")
+            cell = r[what]
+            torch = better_torch(cell)
+            row = [r["shape"], r["dtype"], *([what] if several else [])]
+            row += [ratio(cell.get(n, {}).get("flax")) for n in own + others]
+            row += [ratio(torch)] if with_torch else []
+            row += [ratio(cell["floor"]["flax"])]
+            if with_torch:
+                row.append(
+                    ratio(None if torch is None else cell["jbn"]["flax"] / torch)
+                )
+            rows.append([*row, ratio(cell["jbn"]["floor"])])
+    header = ["shape", "dtype", *(["what"] if several else []), *own, *others]
+    header += ["PyTorch", "copying", "jbn / PyTorch"] if with_torch else ["copying"]
+    header += ["jbn / copying"]
+    packages = ["jax", "flax", "dm-haiku", "equinox", "keras", "torch"]
+    packages = [p for p in packages if content["versions"][p] != "not installed"]
     return f"{table(header, rows)}\n\n{about(content, *packages)}"
 
 
@@ -375,8 +377,13 @@ def gains():
     errors = [r["error"] for r in load("variance")["results"] if r["ratio"] == 1e4]
     theirs = [error["flax.linen, default"] for error in errors]
     kept = load("memory")["results"]["kept"]
-    images = [r for r in load("op")["results"] if r["shape"].count("x") == 3]
-    layers = [r["training"]["jbn.linen"]["flax"] for r in images]
+    layers = {}
+    for name in ("op", "op-newest"):
+        content = load(name)
+        images = [r for r in content["results"] if r["shape"].count("x") == 3]
+        found = [r["training"]["jbn.linen"]["flax"] for r in images]
+        version = ".".join(content["versions"]["jax"].split(".")[:2])
+        layers[version] = f"{min(found):.2f} to {max(found):.2f}"
     spent = [
         r["microseconds"]["training"]["ReLU"]
         for r in load("gpu")["results"]["op"]
@@ -401,12 +408,15 @@ def gains():
             ]
             for name, what in (("layer", "norm"), ("layer with ReLU", "norm, ReLU"))
         ),
-        [
-            "image layers, one CPU core: forward and backward time",
-            "1",
-            f"{min(layers):.2f} to {max(layers):.2f}",
-            "benchmarks/op.py",
-        ],
+        *(
+            [
+                f"image layers, one CPU core, JAX {version}: forward and backward time",
+                "1",
+                times,
+                "benchmarks/op.py",
+            ]
+            for version, times in layers.items()
+        ),
         [
             "layer with ReLU, bfloat16, H200: forward and backward time",
             "1",
@@ -431,6 +441,7 @@ TABLES = {
     "gpu-step": gpu_step,
     "op-short": op_short,
     "op": lambda: op(("training",)),
+    "op-newest": lambda: op(("forward", "backward", "evaluation"), "op-newest"),
     "op-all": lambda: op(("forward", "backward", "evaluation")),
     "memory-kept": memory_kept,
     "memory-stack": memory_stack,

@@ -550,7 +550,7 @@ def test_a_file_of_pytorch_without_pytorch(
 ):
     monkeypatch.setitem(sys.modules, "torch", None)
     line = "port text.pt --to run --out new"
-    assert_refused(home, command, line, "text.pt is PyTorch's, .*pip install torch")
+    assert_refused(home, command, line, "text.pt needs PyTorch, .*pip install torch")
 
 
 def test_bad_input_in_a_process_of_its_own(home: Path, spoiled: None):
