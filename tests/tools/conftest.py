@@ -15,6 +15,7 @@ def folder_of_programs(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_kept(folder_of_programs):
-    given = jax.config.jax_compilation_cache_dir  # as for planted faults
+    # As for planted faults.
+    given = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
     with contextlib.nullcontext() if given else compilation_cache(folder_of_programs):
         yield
