@@ -1,12 +1,14 @@
 """Every mode of differentiation, of functions of x, weights, scale, bias, epsilon."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
 SHAPE = (6, 5, 3)
 # References, and derivatives, are only compiled to be run once.
-QUICKLY = {"xla_backend_optimization_level": 0}
+QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 def once(f, *args):
