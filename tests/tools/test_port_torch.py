@@ -270,7 +270,7 @@ def test_layers_without_affine_or_statistics():
         ValueError, match=r"Not there: 'weight' \(our 'scale'\), 'bias'"
     ):
         from_torch(bare, jbn.init(3))
-    with pytest.raises(ValueError, match=r"Not used: 'weight', 'bias'\. `names`"):
+    with pytest.raises(ValueError, match=r"Not used: 'weight', 'bias'\. Pass `names`"):
         from_torch(torch.nn.BatchNorm1d(3), none)
 
     stateless = torch.nn.BatchNorm1d(3, track_running_stats=False)
