@@ -44,7 +44,7 @@ def test_a_table_that_was_typed_is_found(tmp_path: Path):
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)
 def test_results_say_how_they_came_about(path: Path):
     content = json.loads(path.read_text())
-    assert re.fullmatch(r"python benchmarks/\w+\.py", content["command"])
+    assert re.fullmatch(r"python benchmarks/\w+\.py( --\S+)*", content["command"])
     assert (ROOT / content["command"].split()[1]).is_file()
     assert re.match(r"\d{4}-\d\d-\d\dT", content["date"])
     assert content["platform"]
