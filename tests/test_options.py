@@ -323,7 +323,9 @@ def ways_of(name: str) -> list[str]:
     return [way for way in WAYS if way != "equinox" or name == "batch norm"]
 
 
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 10, 2):
+    QUICKLY["xla_cpu_use_fusion_emitters"] = False
 
 
 def case(method: Method, way: str, options: Mapping[str, Any]) -> Case:
