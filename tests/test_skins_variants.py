@@ -406,7 +406,7 @@ def test_attributes_are_documented(name):
     own = METHODS[name].own
     for module in (getattr(jbn.linen, name), getattr(jbn.nnx, name)):
         for argument in own:
-            assert f"\n    {argument}: " in inspect.getdoc(module)
+            assert f"\n    {argument}: " in (inspect.getdoc(module) or "")
 
 
 # --- checkpoints -------------------------------------------------------------------
