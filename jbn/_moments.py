@@ -155,8 +155,14 @@ def merge(*parts: Moments) -> Moments:
         jnp.stack([getattr(p, field).astype(numeric.real_dtype(dtype)) for p in parts])
         for field in ("weight", "var")
     )
-    merged = summary.merge(Summary(weight, mean, jnp.zeros_like(mean), var))
-    return as_moments(merged)
+    return merge_stacked(Moments(weight, mean, var))
+
+
+def merge_stacked(parts: Moments) -> Moments:
+    """Merges moments that are stacked along the first axis; weights may broadcast."""
+    weight = jnp.broadcast_to(parts.weight, parts.var.shape)
+    offset = jnp.zeros_like(parts.mean)
+    return as_moments(summary.merge(Summary(weight, parts.mean, offset, parts.var)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

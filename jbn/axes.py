@@ -413,6 +413,12 @@ def check_number(
     return value
 
 
+def check_word(value: Any, name: str, words: tuple[str, ...]) -> None:
+    """Refuses a value that is none of `words`."""
+    if value not in words:
+        raise ValueError(f"`{name}` must be one of {words}; got {value!r}.")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Number:

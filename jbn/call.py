@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from jbn import axes, summary
-from jbn._moments import as_moments, row_summary
+from jbn._moments import as_moments, merge_stacked, row_summary
 from jbn._normalize import (
     TINY,
     Form,
@@ -251,9 +251,7 @@ class Call:
 
         They have one entry in front, for all segments.
         """
-        weight = jnp.broadcast_to(moments.weight, moments.var.shape)
-        parts = Summary(weight, moments.mean, jnp.zeros_like(moments.mean), moments.var)
-        return jax.tree.map(lambda v: v[None], as_moments(summary.merge(parts)))
+        return jax.tree.map(lambda v: v[None], merge_stacked(moments))
 
     def _effective_weight(self, weight: Float[Array, "..."]) -> Float[Array, "..."]:
         """The effective number of rows, `sum(w)**2 / sum(w**2)`."""
@@ -324,11 +322,8 @@ def prepare(
             tracked=batch_stats.weight is not None or not update_stats,
         )
     check_affine(params, lay, axis, x.dtype, front)
-    masked_output, words = given["masked_output"], get_args(MaskedOutput)
-    if masked_output not in words:
-        raise ValueError(
-            f"`masked_output` must be one of {words}; got {masked_output!r}."
-        )
+    masked_output = given["masked_output"]
+    axes.check_word(masked_output, "masked_output", get_args(MaskedOutput))
     axis_name, groups = given["axis_name"], given["axis_index_groups"]
     if not summarizes:
         # Inference needs no other device, so it may run outside of the mapped axis.

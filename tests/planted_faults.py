@@ -1001,8 +1001,8 @@ FAULTS = [
     Fault(
         "Separate loses a view on a GPU",
         "lowering/passes.py",
-        "found.append(barrier(found[-1]))",
-        "found.append(found[-1])",
+        "arrays = lax.optimization_barrier(arrays)",
+        "arrays = arrays if found else lax.optimization_barrier(arrays)",
         ON_A_GPU,
     ),
     Fault(

@@ -82,6 +82,20 @@ def gate(chosen: jax.Array, v: jax.Array, dtype: np.dtype) -> jax.Array:
     return linear(_Gate(jnp.dtype(dtype)), chosen, v)[0]
 
 
+def _behind_barriers(arrays: Any, views: int) -> list[Any]:
+    """Views whose readers XLA does not fuse with each other.
+
+    XLA decides what to compute in the loop of a sum before it fuses sums over the same
+    arrays, and materializes values that both read. Barriers around the same arrays
+    would be merged, so each barrier is around the previous one.
+    """
+    found = []
+    for _ in range(views):
+        arrays = lax.optimization_barrier(arrays)
+        found.append(arrays)
+    return found
+
+
 def _rounded(target: Target, v: jax.Array, dtype: np.dtype) -> jax.Array:
     return v.astype(dtype) if target.platform in ("gpu", "tpu") else v
 
@@ -98,19 +112,10 @@ class _Separate:
     def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
         if target.platform not in ("cpu", "gpu"):
             return [*arrays] * self.views
-        barrier = lambda arrays: [*lax.optimization_barrier(tuple(arrays))]
-        first = barrier(arrays)
-        if self.views == 1:
-            return first
         if target.platform == "cpu" and not fuses_sums(target):
-            return [*first, *barrier(arrays) * (self.views - 1)]
-        # XLA decides what to compute in the loop of a sum before it fuses sums over the
-        # same arrays, and materializes values that both read. Barriers around the same
-        # arrays would be merged, so each barrier is around the previous one.
-        found = [first]
-        for _ in range(self.views - 1):
-            found.append(barrier(found[-1]))
-        return [v for view in found for v in view]
+            first, other = (lax.optimization_barrier(arrays) for _ in range(2))
+            return [*first, *other * (self.views - 1)]
+        return [v for view in _behind_barriers(arrays, self.views) for v in view]
 
     def transpose(self, operands: list[Any], results: int) -> "_Together":
         return _Together(self.views, self.leaves)
@@ -167,11 +172,7 @@ class _Spread:
         (ct,) = arrays
         if not fuses_sums(target):
             return [ct.astype(self.wide)] * self.views
-        found = []
-        for _ in range(self.views):
-            ct = lax.optimization_barrier(ct)
-            found.append(ct.astype(self.wide))
-        return found
+        return [v.astype(self.wide) for v in _behind_barriers(ct, self.views)]
 
     def transpose(self, operands: list[Any], results: int) -> _AddUp:
         return _AddUp(self.wide, self.dtype)

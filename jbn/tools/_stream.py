@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 import jbn
+from jbn._moments import merge_stacked
 from jbn.running import make_rule, update
 from jbn.tools._adapt import running
 from jbn.tools._convert import convert_nnx, swapping
@@ -160,17 +161,14 @@ def stream(
         return jax.tree.map(lambda v: v[:, 0], outputs), found
 
     def init(variables, batch):
-        graph = None
-        if isinstance(variables, nnx.Module):
-            source = running(variables, norms)
-            graph, variables = nnx.split(variables)
-        elif isinstance(variables, Mapping):
-            source = running(variables, norms)
-        else:
+        if not isinstance(variables, nnx.Module | Mapping):
             raise TypeError(
                 "`variables` must be Linen's variables, a dict with `params` and"
                 f" `batch_stats`, or an NNX model; got {type(variables).__name__}."
             )
+        source, graph = running(variables, norms), None
+        if isinstance(variables, nnx.Module):
+            graph, variables = nnx.split(variables)
         outputs, found = jax.eval_shape(
             lambda variables, batch: forward(graph, variables, batch), variables, batch
         )
@@ -220,10 +218,8 @@ def stream(
         for path, classes in state.classes.items():
             num, *features = classes.mean.shape
             share = jnp.full((num, *features), 1 / num)
-            each = Moments(share, classes.mean, classes.var)
-            mixture = _pooled(each, jnp.full(num, 1 / num))
             found[path] = jbn.shrink(
-                mixture,
+                merge_stacked(Moments(share, classes.mean, classes.var)),
                 state.source[path],
                 tau=_of_layer(tau, path),
                 effective_weight=jnp.full(features, memory.sum()),
@@ -290,7 +286,4 @@ def _pooled(parts: Moments, weights: jax.Array) -> Moments:
     """Parts along the first axis as one, each with a weight if it has any rows."""
     weights = weights.reshape(-1, *(1,) * (parts.mean.ndim - 1))
     weights = jnp.where(parts.weight > 0, weights, 0)
-    features = tuple(range(1, parts.mean.ndim))
-    means = jbn.moments(parts.mean, axis=features, weights=weights)
-    within = jbn.moments(parts.var, axis=features, weights=weights)
-    return means._replace(var=means.var + within.mean)
+    return merge_stacked(parts._replace(weight=weights))

@@ -131,12 +131,8 @@ def domain_batch_norm(
             "`num_domains` must be given if `batch_stats` is None; got None."
         )
     num_domains = axes.size(num_domains, "num_domains")
-    for name, value, words in (
-        ("mix", mix, ("output", "stats")),
-        ("shrink_to", shrink_to, ("running", "pooled")),
-    ):
-        if value not in words:
-            raise ValueError(f"`{name}` must be one of {words}; got {value!r}.")
+    axes.check_word(mix, "mix", ("output", "stats"))
+    axes.check_word(shrink_to, "shrink_to", ("running", "pooled"))
     ids_or_shares: Any = axes.as_array(domain, "domain")
     soft = jnp.issubdtype(ids_or_shares.dtype, jnp.floating)
     if soft and options.get("trim") is not None:
