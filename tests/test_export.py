@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from differentiation import QUICKLY
 from flax import nnx
 from jax import export
 
@@ -18,7 +19,6 @@ import jbn.nnx
 # Sizes that are not known are no integers to a type checker.
 pytestmark = pytest.mark.usefixtures("untyped")
 
-QUICKLY = {"xla_backend_optimization_level": 0}
 # How inputs are described, and two examples each.
 LAYOUTS = {
     "rows": ("b, 4", [(5,), (200,)]),

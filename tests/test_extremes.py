@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from differentiation import QUICKLY
 
 import jbn
 
 
 LARGEST = float(np.finfo(np.float32).max)
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 def train(function, x, stats=None, **options) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from differentiation import QUICKLY
 from flax import nnx
 from jax.experimental.sparse import BCOO
 
@@ -39,7 +40,6 @@ def of_few_bits(*dtypes, slow=()):
 
 
 LONG = (np.int16, False), (np.uint16, False)  # constants that XLA computes with
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 def run(f, ids, *args, traced):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from differentiation import QUICKLY
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from peers import load_peer
@@ -40,8 +41,6 @@ TOLERANCE = 1e-5
 Linen = functools.partial(jbn.linen.BatchNorm, use_running_average=True)
 LinenOfFlax = functools.partial(nn.BatchNorm, use_running_average=True)
 RNGS = nnx.Rngs(0)
-# What is compiled to be run once.
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 def some(cases: Any, *quick: Any) -> list[Any]:

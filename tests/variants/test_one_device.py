@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from differentiation import QUICKLY
 from flax import nnx
 from jax.experimental.sparse import BCOO
 from ways import on
@@ -24,8 +25,6 @@ import jbn.nnx
 
 KINDS = 3  # domains, or classes
 EPSILON = 0.7  # of the size of the variance
-# What is compiled here is run once.
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 @dataclasses.dataclass(frozen=True)
