@@ -262,24 +262,11 @@ def name(prior):
 
 def draw_corruptions(panel, whole):
     """How each corruption fares, as dots with the range of the seeds."""
-    kinds_ = ["clean", *SEVERITIES][::-1]
-    for i, (method, (color, marker)) in enumerate(METHODS.items()):
-        values = 100 * np.array(
-            [np.mean([whole[c][method] for c in whole if c[0] == k], 0) for k in kinds_]
-        )
-        middle = values.mean(1)
-        panel.errorbar(
-            middle,
-            np.arange(len(kinds_)) + 0.27 - 0.18 * i,
-            xerr=[middle - values.min(1), values.max(1) - middle],
-            fmt=marker,
-            markersize=6,
-            color=color,
-            label=method,
-        )
-    panel.set_yticks(np.arange(len(kinds_)), kinds_)
-    panel.set(xlabel="accuracy (%), mean of three severities", xlim=(0, 102))
-    panel.grid(axis="y", visible=False)
+
+    def values(kind, method):
+        return np.mean([whole[c][method] for c in whole if c[0] == kind], 0)
+
+    evidence.draw_dots(panel, ["clean", *SEVERITIES], values, METHODS)
     panel.legend(loc="upper left", handletextpad=0.2)
 
 

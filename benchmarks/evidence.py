@@ -64,6 +64,30 @@ def points(images):
     return found
 
 
+def draw_dots(panel, names, values_of, methods):
+    """Accuracies in percent, a row for each name, as dots with the range of the seeds.
+
+    `values_of(name, method)` has one share for each seed; `methods` a color and a
+    marker for each method.
+    """
+    names = names[::-1]
+    for i, (method, (color, marker)) in enumerate(methods.items()):
+        values = 100 * np.array([values_of(name, method) for name in names])
+        middle = values.mean(1)
+        panel.errorbar(
+            middle,
+            np.arange(len(names)) + 0.27 - 0.18 * i,
+            xerr=[middle - values.min(1), values.max(1) - middle],
+            fmt=marker,
+            markersize=6,
+            color=color,
+            label=method,
+        )
+    panel.set_yticks(np.arange(len(names)), names)
+    panel.set(xlabel="accuracy (%), mean of three severities", xlim=(0, 102))
+    panel.grid(axis="y", visible=False)
+
+
 # ---- Norms -------------------------------------------------------------------------
 
 

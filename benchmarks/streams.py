@@ -348,27 +348,13 @@ def draw(results):
     figure, panels = plt.subplots(
         len(results), 2, figsize=(10, 4.2 * len(results)), squeeze=False
     )
+    looks = {name: (color, marker) for name, (_, _, color, marker) in METHODS.items()}
     for row, (name, (found, _)) in zip(panels, results.items(), strict=True):
-        kinds_ = list(dict.fromkeys(kind for _, kind, _ in found))[::-1]
+        kinds_ = list(dict.fromkeys(kind for _, kind, _ in found))
         for panel, order in zip(row, ORDERS, strict=True):
-            for i, (method, (_, _, color, marker)) in enumerate(METHODS.items()):
-                values = 100 * np.array(
-                    [by_kind(found, order, kind, method) for kind in kinds_]
-                )
-                middle = values.mean(1)
-                panel.errorbar(
-                    middle,
-                    np.arange(len(kinds_)) + 0.27 - 0.18 * i,
-                    xerr=[middle - values.min(1), values.max(1) - middle],
-                    fmt=marker,
-                    markersize=6,
-                    color=color,
-                    label=method,
-                )
-            panel.set_yticks(np.arange(len(kinds_)), kinds_)
-            panel.set(xlim=(0, 102), title=f"{name}, {order}")
-            panel.set_xlabel("accuracy (%), mean of three severities")
-            panel.grid(axis="y", visible=False)
+            values = functools.partial(by_kind, found, order)
+            evidence.draw_dots(panel, kinds_, values, looks)
+            panel.set_title(f"{name}, {order}")
     panels[0, 0].legend(loc="lower left", handletextpad=0.2)
     return figure
 
