@@ -34,7 +34,8 @@ def merge(
     variance of 2.25, not 1.
 
     Args:
-        batch_stats: Collections of the same layers; or one whose arrays stack the parts
+        batch_stats: Collections of the same layers, or `nnx.state(model,
+            nnx.BatchStat)` of each model; or one whose arrays stack the parts
             along a leading axis, as returned by `jax.pmap` and
             `multihost_utils.process_allgather`.
         weights: The weight of each part, such as its number of rows: numbers, or arrays
@@ -173,7 +174,8 @@ def fed_bn(
     Clients with different data keep their own scale, bias and statistics (FedBN).
 
     Args:
-        merged: Variables with `params` and `batch_stats` that clients share.
+        merged: `params` and `batch_stats` that clients share: dicts of Linen, or
+            `nnx.state(model, nnx.Param)` and `nnx.state(model, nnx.BatchStat)`.
         own: The client's variables, of the same structure.
         where: The batch norm layers that stay the client's own; by default all.
         also: Foreign batch norms, as for `merge`.
@@ -203,8 +205,10 @@ def fed_bn(
     warn_of_unknown("fed_bn", unknown, where)
 
     def pick(key_path, shared, local):
-        keys = tuple(map(key_name, key_path))
-        return local if keys[1:-1] in paths else shared
+        keys = tuple(map(key_name, key_path))[1:]
+        # Any beginning: pending moments lie deeper, and so do values in an `nnx.State`.
+        within = any(keys[:n] in paths for n in range(len(keys)))
+        return local if within else shared
 
     return jax.tree_util.tree_map_with_path(pick, dict(merged), dict(own))
 

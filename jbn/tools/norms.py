@@ -288,7 +288,10 @@ class Norms:
                 yield "/".join(map(str, path)), layer, self.of(layer)
 
     def nodes(self, batch_stats: Mapping) -> dict[tuple[str, ...], dict[str, Any]]:
-        """The statistics of each layer in Linen's `batch_stats`, by our names."""
+        """The statistics of each layer in `batch_stats`, by our names.
+
+        Paths are names: those of layers in an `nnx.List` would be numbers.
+        """
         found: dict[tuple[str, ...], dict[str, Any]] = {}
 
         def walk(tree: Any, path: tuple[str, ...]) -> None:
@@ -301,7 +304,7 @@ class Norms:
                     found[path] = {theirs.get(k) or k: v for k, v in tree.items()}
                     return
             for name, value in tree.items():
-                walk(value, (*path, name))
+                walk(value, (*path, str(name)))
 
         walk(batch_stats, ())
         return found
@@ -319,7 +322,9 @@ class Norms:
                         return {back.get(k, k): v for k, v in nodes[path].items()}
             if not isinstance(tree, Mapping):
                 return tree
-            return {name: walk(value, (*path, name)) for name, value in tree.items()}
+            return {
+                name: walk(value, (*path, str(name))) for name, value in tree.items()
+            }
 
         return walk(batch_stats, ())
 
@@ -337,7 +342,7 @@ class Norms:
                     ' `also={CLASS: {"mean": ..., "var": ...}}` with their names.'
                 )
             for name, value in tree.items():
-                walk(value, (*path, name))
+                walk(value, (*path, str(name)))
 
         walk(batch_stats, ())
         return found

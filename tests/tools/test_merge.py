@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from hypothesis import given, settings, strategies as st
 
 import jbn
 import jbn.linen
+import jbn.nnx
 from jbn.tools import average, fed_bn, merge, population
 
 
@@ -393,6 +395,55 @@ def test_fed_bn_where(where, own):
     for path, source in sources(fed_bn(client(1), client(2), where=where)).items():
         layer = path.split("/", 1)[1].rsplit("/", 1)[0]
         assert source == (2 if layer in own else 1), path
+
+
+def test_fed_bn_keeps_pending_moments():
+    layer = jbn.linen.BatchNorm(use_running_average=False, accumulate=True)
+    start = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+    _, stats = layer.apply(start, jnp.ones((5, 3)), mutable=["batch_stats"])
+    new = fed_bn(start, {**start, **stats})
+    equal(new["batch_stats"], stats["batch_stats"])
+    assert new["batch_stats"]["pending"]["weight"].max() == 5
+
+
+class Numbered(nnx.Module):
+    """Has norm layers by name and by number."""
+
+    def __init__(self, value):
+        rngs = nnx.Rngs(0)
+        self.dense = nnx.Linear(2, 2, rngs=rngs)
+        self.norm = jbn.nnx.BatchNorm(2, rngs=rngs)
+        self.norms = nnx.List([jbn.nnx.BatchNorm(2, rngs=rngs)])
+        nnx.update(self, jax.tree.map(lambda v: v * 0 + value, nnx.state(self)))
+
+
+@pytest.mark.parametrize("convert", [lambda s: s, nnx.to_pure_dict], ids=["", "dicts"])
+def test_a_round_with_nnx(convert):
+    models = [Numbered(1.0), Numbered(3.0)]
+    variables = [
+        {
+            "params": convert(nnx.state(model, nnx.Param)),
+            "batch_stats": convert(nnx.state(model, nnx.BatchStat)),
+        }
+        for model in models
+    ]
+    shared = {
+        "params": average([v["params"] for v in variables]),
+        "batch_stats": merge([v["batch_stats"] for v in variables]),
+    }
+    own = fed_bn(variables[0], variables[1], where="norms/0")
+    nnx.update(models[0], shared["params"])
+    nnx.update(models[0], shared["batch_stats"])
+    np.testing.assert_array_equal(models[0].dense.kernel[...], np.full((2, 2), 2.0))
+    for norm in models[0].norm, models[0].norms[0]:
+        # Means 1 and 3, variances 1 and 3.
+        assert (norm.mean[...] == 2).all()
+        assert (norm.var[...] == 3).all()
+    nnx.update(models[0], own["params"])
+    nnx.update(models[0], own["batch_stats"])
+    found = [models[0].norm, models[0].norms[0]]
+    assert [n.scale[0] for n in found] == [1, 3]
+    assert [n.mean[0] for n in found] == [1, 3]
 
 
 def test_a_round_of_one_client_is_the_identity():
