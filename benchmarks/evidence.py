@@ -5,7 +5,9 @@ and data are one code, and the norm alone differs.
 """
 
 import datetime
+import gzip
 import importlib.metadata
+import io
 import os
 import platform
 import sys
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from PIL import Image
 from tables import dumped, table as table
 
 import jbn
@@ -53,6 +56,31 @@ def digits():
         (split.image[..., 0].astype(np.float32) / 255, split.label)
         for split in (data.train, data.test)
     )
+
+
+def load_idx(folder, name):
+    """An array of MNIST's files."""
+    path = next(Path(folder).glob(f"{name}*"))
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as file:
+        content = file.read()
+    rank = content[3]
+    shape = np.frombuffer(content, ">i4", rank, 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def load_images(path, split, number=None):
+    """So many images of an archive of JPEGs, in random order, and their labels.
+
+    At random, since classes may take turns in the archive.
+    """
+    with np.load(path) as archive:
+        jpeg, offsets = archive[f"{split}_jpeg"], archive[f"{split}_offsets"]
+        labels = archive[f"{split}_labels"].astype(np.int32)
+    index = np.random.default_rng(0).permutation(len(labels))[:number]
+    read = lambda i: Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes()))
+    images = [np.asarray(read(i).convert("RGB")) for i in index]
+    return np.float32(np.stack(images)) / 255, labels[index]
 
 
 def points(images):

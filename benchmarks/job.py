@@ -9,7 +9,6 @@ on TensorFlow, and is warmed up on one batch of each size before its `fit` is ti
 """
 
 import argparse
-import gzip
 import json
 import os
 import re
@@ -21,22 +20,10 @@ import time
 from pathlib import Path
 
 import evidence
-import numpy as np
 
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, BATCH = 5, 64
-
-
-def idx(folder, name):
-    """An array of the MNIST files."""
-    path = next(Path(folder).glob(f"{name}*"))
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rb") as file:
-        content = file.read()
-    rank = content[3]
-    shape = np.frombuffer(content, ">i4", rank, 4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
 def keras_job(folder):
@@ -46,8 +33,11 @@ def keras_job(folder):
     keras.utils.set_random_seed(0)
     train, test = (
         (
-            idx(folder, f"{split}-images").reshape(-1, 784).astype("float32") / 255,
-            idx(folder, f"{split}-labels").astype("int32"),
+            evidence.load_idx(folder, f"{split}-images")
+            .reshape(-1, 784)
+            .astype("float32")
+            / 255,
+            evidence.load_idx(folder, f"{split}-labels").astype("int32"),
         )
         for split in ("train", "t10k")
     )

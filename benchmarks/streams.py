@@ -137,17 +137,6 @@ def streams(x, labels, order):
     return jnp.asarray(cut(x)), cut(labels)
 
 
-def load_images(path, split, number):
-    """So many images of an archive, drawn at random: classes may take turns in it."""
-    with np.load(path) as archive:
-        jpeg, offsets = archive[f"{split}_jpeg"], archive[f"{split}_offsets"]
-        labels = archive[f"{split}_labels"].astype(np.int32)
-    index = np.random.default_rng(0).permutation(len(labels))[:number]
-    read = lambda i: Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes()))
-    images = [np.asarray(read(i).convert("RGB")) for i in index]
-    return np.float32(np.stack(images)) / 255, labels[index]
-
-
 # ---- Training -----------------------------------------------------------------------
 
 
@@ -375,8 +364,8 @@ def main():
         "digits": measure("digits", model, splits, range(3), 20, False, reported)
     }
     if args.data:
-        images, labels = load_images(args.data, "train", None)
-        test = load_images(args.data, "test", args.images)
+        images, labels = evidence.load_images(args.data, "train")
+        test = evidence.load_images(args.data, "test", args.images)
         splits = (images[400:], labels[400:]), (images[:400], labels[:400]), test
         model = resnet8(num_classes=int(labels.max()) + 1, norm=norm)
         results["images"] = measure(

@@ -1,4 +1,4 @@
-"""Writes the tables of `README.md` and `docs/benchmarks.md` from what was measured.
+"""Writes the tables of README.md, benchmarks.md and evidence.md from what was measured.
 
     python benchmarks/tables.py [--check]
 
@@ -11,20 +11,24 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "benchmarks"
-FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+EVIDENCE = ROOT / "docs" / "evidence"
+FILES = tuple(
+    ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/evidence.md")
+)
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TORCH = "PyTorch, channels last", "PyTorch, channels first"
 GPU_TORCH = "PyTorch", "PyTorch, channels first"  # the first: channels last
 FIRST_STEP = ["program", "what", "jbn", "Flax", "jbn / Flax", "reach"]
 
 
-def load(name):
+def load(name, folder=FOLDER):
     """The results of a script."""
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def dumped(content, depth=0, width=160):
@@ -434,7 +438,37 @@ def gains():
     return table(["", "Flax 0.12", "jbn", "command"], rows)
 
 
+def clients_table(results):
+    """Accuracies of methods by data set and local steps, means and ranges of seeds."""
+    rows = []
+    for name, found in results.items():
+        methods = found["methods"]
+        reach = {
+            r["local steps"]: mean(r["all"])
+            for r in methods
+            if r["method"] == "centralized"
+        }
+        for r in methods:
+            low, high = (f"{100 * f(r['all']):.1f}" for f in (min, max))
+            behind = mean(r["all"]) - reach[r["local steps"]]
+            rate, tau = (r["chosen"][key] for key in ("rate", "tau"))
+            rows.append(
+                [
+                    name,
+                    r["local steps"],
+                    r["method"],
+                    f"rate {rate:g}" + (f", tau {tau:g} n" if tau else ""),
+                    f"{100 * mean(r['all']):.1f} ({low} to {high})",
+                    f"{100 * behind:+.1f}" if behind else "",
+                    f"{100 * mean(r['own']):.1f}",
+                ]
+            )
+    header = ["data", "local steps", "method", "chosen", "all test images, %"]
+    return table([*header, "to centralized", "own classes, %"], rows)
+
+
 TABLES = {
+    "clients": lambda: clients_table(load("clients", EVIDENCE)["results"]),
     "gains": gains,
     "gpu-short": gpu_short,
     "gpu-op": gpu_op,

@@ -26,11 +26,13 @@ def test_tables_are_those_of_the_results():
 
 def test_a_table_that_was_typed_is_found(tmp_path: Path):
     """And mended, from the results alone."""
-    for name in ("README.md", "docs/benchmarks.md", "benchmarks/tables.py"):
+    pages = "README.md", "docs/benchmarks.md", "docs/evidence.md"
+    for name in (*pages, "benchmarks/tables.py"):
         copy = tmp_path / name
         copy.parent.mkdir(exist_ok=True)
         copy.write_text((ROOT / name).read_text())
-    (tmp_path / "docs" / "benchmarks").symlink_to(FOLDER)
+    for name in ("benchmarks", "evidence"):
+        (tmp_path / "docs" / name).symlink_to(ROOT / "docs" / name)
     readme = tmp_path / "README.md"
     right = readme.read_text()
     readme.write_text(right.replace("<!-- end -->", "| better |\n<!-- end -->", 1))
