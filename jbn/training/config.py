@@ -86,7 +86,8 @@ class Config:
             new folder in runs/, named after the data, the seed and the time. A folder
             that is not empty is refused, except with --resume.
         resume: Continue the run in --workdir from its last checkpoint, with its
-            original flags. Pass more --epochs to train beyond its end.
+            original flags. Pass more --epochs to train beyond its end, and --dataset if
+            its data set has been moved.
         checkpoint: Resume from this checkpoint, or start --init-from it: `best` on the
             test set, `last`, or a number of steps. Resuming from an earlier checkpoint
             deletes the later ones.
@@ -385,7 +386,6 @@ _FIXED = (
     "dropout",
     "norm",
     "norm_options",
-    "dataset",
     "test_fraction",
     "image_size",
     "shift",
@@ -460,7 +460,9 @@ def parse_config(
         config = _absolute(parse(saved_here, GROUPS, args, prog=prog))
         # A schedule over all epochs changes with their number.
         length = () if saved.schedule == "constant" else ("epochs", "steps")
-        fixed = (*_FIXED, *length)
+        # The data may lie elsewhere now, if it can be compared with this description.
+        data = () if (config.workdir / "dataset.json").exists() else ("dataset",)
+        fixed = (*_FIXED, *data, *length)
         for name in fixed:
             old, new = getattr(saved, name), getattr(config, name)
             if old != new:

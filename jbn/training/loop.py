@@ -29,7 +29,7 @@ from jbn.training.guard import Guard
 from jbn.training.journal import Journal
 from jbn.training.metrics import Sums, peak_memory
 from jbn.training.report import Profile
-from jbn.training.run import find_checkpoint
+from jbn.training.run import find_checkpoint, require_dataset, require_same_data
 from jbn.training.setup import Setup, prepare
 from jbn.training.state import TrainState
 from jbn.training.workdir import reserved
@@ -76,9 +76,13 @@ def train(config: Config) -> int:
     with contextlib.ExitStack() as stack:
         first = hosts.is_first()
         folder = str(stack.enter_context(reserved(config))) if first else ""
+        if first and config.resume:
+            require_dataset(Path(folder), config)
         setup = prepare(config)
         workdir = Path(hosts.from_first(folder))
         if first:
+            if config.resume:
+                require_same_data(workdir, setup.dataset)
             claim_workdir(dataclasses.replace(config, workdir=workdir))
             setup.dataset.describe().save(workdir / "dataset.json")
         try:

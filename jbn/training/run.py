@@ -190,15 +190,45 @@ def _data(
     described = Description.load(path)
 
     def find() -> Dataset:
-        place = Path(config.dataset)
-        if dataset is None and place.is_absolute() and not place.exists():
-            raise UsageError(
-                f"The data set of {folder} is not in {place} any more. Say where it is "
-                "with --dataset."
-            )
+        if dataset is None:
+            require_dataset(folder, config)
         return open_dataset(config, like=described)
 
     return described.dataset(find), described.num_train
+
+
+def require_dataset(folder: Path, config: Config) -> None:
+    """Raises a `UsageError` if the data set of a run has been moved or deleted.
+
+    Args:
+        folder: Of the run.
+        config: Its configuration.
+    """
+    place = Path(config.dataset)
+    if place.is_absolute() and not place.exists():
+        raise UsageError(
+            f"The data set of {folder} is not in {place}. Say where it is with "
+            "--dataset."
+        )
+
+
+def require_same_data(folder: Path, dataset: Dataset) -> None:
+    """Raises a `UsageError` if a data set is not the one that a run was trained on.
+
+    Args:
+        folder: Of the run.
+        dataset: The data set to go on with.
+    """
+    path = folder / "dataset.json"
+    if not path.exists():  # For runs of version 0.2 and before.
+        return
+    difference = Description.load(path).difference(dataset.describe())
+    if difference is not None:
+        raise UsageError(
+            f"--dataset={dataset.name} is not the data set that the run in {folder} "
+            f"was trained on: {difference}. Resume with that one, or start a new run "
+            f"on this one with --init-from={folder}."
+        )
 
 
 def read_variables(path: Path, checkpoint: str = "last") -> dict[str, Any]:
