@@ -376,6 +376,30 @@ def test_two_processes_on_one_run(readme: Any, train: Train):
     assert len(losses(workdir)) == 60
 
 
+def test_full_batches_have_a_program_without_masks(
+    train: Train,
+    tmp_path: Path,
+    unbroken: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """All but the last of an epoch, and the losses are those with masks."""
+    monkeypatch.setattr(setup, "_WORTH_COMPILING", STEPS)
+    used: list[bool] = []
+    batches = setup.Setup.batches
+
+    def recorded(self: setup.Setup, *span: int) -> Iterator[Any]:
+        for count, steps, found in batches(self, *span):
+            used.append(steps is self.full_steps)
+            assert used[-1] == bool(np.all(found["weight"] == 1))
+            yield count, steps, found
+
+    monkeypatch.setattr(setup.Setup, "batches", recorded)
+    args = ("--steps-per-dispatch=1", "--epochs=2", "--workdir=run")
+    assert train(*args)[0] == 0
+    assert used == [*[True] * (STEPS - 1), False] * 2
+    np.testing.assert_allclose(losses(tmp_path / "run"), unbroken[:2], rtol=1e-4)
+
+
 def test_a_run_whose_data_were_moved(train: Train, tmp_path: Path):
     """It goes on where they are now, and on no others."""
     arrays = {

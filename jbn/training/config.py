@@ -461,7 +461,7 @@ def parse_config(
         # A schedule over all epochs changes with their number.
         length = () if saved.schedule == "constant" else ("epochs", "steps")
         # The data may lie elsewhere now, if it can be compared with this description.
-        data = () if (config.workdir / "dataset.json").exists() else ("dataset",)
+        data = () if path.with_name("dataset.json").exists() else ("dataset",)
         fixed = (*_FIXED, *data, *length)
         for name in fixed:
             old, new = getattr(saved, name), getattr(config, name)

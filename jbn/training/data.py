@@ -166,7 +166,8 @@ def _samples(split: Split) -> Iterator[tuple[float, float]]:
     count = min(len(split), _SAMPLES)
     for index in np.linspace(0, len(split) - 1, count).astype(np.int64):
         row = split.rows(index[None])
-        yield tuple(round(float(np.mean(row[name])), 3) for name in ("label", "image"))
+        label, pixels = (float(np.mean(row[name])) for name in ("label", "image"))
+        yield round(label, 3), round(pixels, 3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -267,8 +267,8 @@ class Loop:
         """Trains to a step of this epoch, or until a save or an evaluation is due."""
         setup = self._setup
         start = time.perf_counter()
-        for count, batches in setup.batches(self.done, stop):
-            self._state, metrics = setup.train_steps(self._state, batches)
+        for count, train_steps, batches in setup.batches(self.done, stop):
+            self._state, metrics = train_steps(self._state, batches)
             metrics = {k: v[:count] for k, v in setup.executor.get(metrics).items()}
             self._guard.check(metrics, self.done)
             self._sums.add_steps(metrics)

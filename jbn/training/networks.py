@@ -133,7 +133,7 @@ def check_own(
 
     def run(train: bool) -> Any:
         keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        mask = {"mask": jnp.ones(2, bool)} if train else {}
+        mask: dict[str, Any] = {"mask": jnp.ones(2, bool)} if train else {}
         return model.init_with_output(keys, images, train=train, **mask)[0]
 
     for train in (False, True):

@@ -263,9 +263,9 @@ def as_rgb(images: np.ndarray) -> np.ndarray:
 
 def _drawable(text: str) -> str | None:
     """A text for Matplotlib; `None` if its font has no glyph for a character of it."""
-    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    glyphs = get_font(findfont(None)).get_charmap()
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
     if any(ord(character) not in glyphs for character in text):
         return None
     return text.replace("$", r"\$")  # Not a formula.
