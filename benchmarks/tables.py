@@ -291,7 +291,7 @@ def epoch():
     times = content["results"]["seconds"]
     seconds = [f"{statistics.median(t):.2f} s" for t in times.values()]
     rows = [[*seconds, ratio(content["results"]["ratio"])]]
-    header = ["train.py", "bare loop", "ratio (median)"]
+    header = ["train.py", "bare loop", "median of ratios"]
     images = f"{content['results']['images']:,} training images"
     return f"{table(header, rows)}\n\n{images}. {about(content, 'jax', 'flax')}"
 
