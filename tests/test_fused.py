@@ -193,6 +193,33 @@ def test_rounded_once(rng):
     np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
 
 
+@on("one device", "as on a GPU")
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_16_bit_tangents_are_rounded_once(with_residual, rng):
+    """Not term by term: the terms of a tangent are larger than their sum."""
+    x, dx, r, dr = jnp.asarray(rng.standard_normal((4, 64, 8)), jnp.bfloat16)
+
+    def f(x, r):
+        return jbn.batch_norm(
+            x,
+            None,
+            None,
+            use_running_average=False,
+            residual=r if with_residual else None,
+            activation=jax.nn.relu,
+        )[0]
+
+    _, got = jax.jit(lambda *args: jax.jvp(f, args[:2], args[2:]))(x, r, dx, dr)
+    x, dx, r, dr = (np.asarray(v, np.float64) for v in (x, dx, r, dr))
+    rstd = 1 / np.sqrt(x.var(0) + 1e-5)
+    xh = (x - x.mean(0)) * rstd
+    want = rstd * (dx - dx.mean(0) - xh * (xh * dx).mean(0)) + with_residual * dr
+    want = np.where(xh + with_residual * r > 0, want, 0)
+    # Half a unit in the last place, and what float32 can tip.
+    ulp = np.abs(np.asarray(jnp.spacing(jnp.asarray(want, jnp.bfloat16)), np.float64))
+    assert (np.abs(np.asarray(got, np.float64) - want) / ulp).max() < 0.51
+
+
 @pytest.mark.usefixtures("lowering")
 @pytest.mark.parametrize(
     ("activation", "residual", "kept"),
