@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from differentiation import QUICKLY, SHAPE, example, modes, once, plain
 from flax import nnx
@@ -106,6 +107,34 @@ def test_relu_whose_slope_is_seen_in_the_output(args, rng):
             jax.jit(f)(args),
             want,
         )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_relu_has_no_slope_at_zero(with_residual):
+    """In a feature of mean zero, and in one whose scale is zero."""
+    x = np.array([[-1.0, 2.0], [0.0, 3.0], [1.0, 7.0]])
+    ct = np.array([[2.0, 3.0], [5.0, 7.0], [11.0, 13.0]])
+    params = jbn.Params(jnp.array([2.0, 0.0]), jnp.zeros(2))
+    residual = jnp.zeros(x.shape) if with_residual else None
+
+    def f(x, params):
+        return jbn.batch_norm(
+            x,
+            params,
+            None,
+            use_running_average=False,
+            residual=residual,
+            activation=jax.nn.relu,
+        )[0]
+
+    y, vjp = jax.vjp(f, x, params)
+    positive = np.array([[0, 0], [0, 0], [1, 0]])
+    np.testing.assert_array_equal(y > 0, positive)
+    dx, dparams = vjp(jnp.asarray(ct))
+    want = oracle.input_gradient(x, ct * positive, params.scale)
+    for g, w in zip((dx, *dparams), want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
