@@ -11,7 +11,7 @@ import optax
 
 from jbn import models
 from jbn.training import norms
-from jbn.training.config import Config, total_steps
+from jbn.training.config import Config, is_class, total_steps
 from jbn.training.data import Dataset, Description, load_dataset
 from jbn.training.errors import UsageError
 from jbn.training.executor import Executor
@@ -99,7 +99,7 @@ def make_task(
         shift=config.shift,
         flip=config.flip,
         mixup=config.mixup,
-        row_keys=config.dropout > 0 and ":" not in config.model,
+        row_keys=config.dropout > 0 and not is_class(config.model),
     )
 
 

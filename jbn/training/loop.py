@@ -21,6 +21,7 @@ from jbn.training.config import (
     claim_workdir,
     parse_config,
     period_of,
+    resume_flags,
 )
 from jbn.training.devices import describe
 from jbn.training.environment import environment
@@ -92,7 +93,7 @@ def train(config: Config) -> int:
                 raise
             raise StorageError(
                 f"{error.filename or workdir} cannot be written: {error.strerror}. "
-                f"Make room; --resume --workdir={workdir} goes on after the last "
+                f"Make room; {resume_flags(config, workdir)} goes on after the last "
                 "checkpoint."
             ) from error
 
@@ -123,7 +124,7 @@ def _train(setup: Setup, workdir: Path) -> int:
     interrupted = preemption.signal == signal.SIGINT
     journal.write(
         f"stopped by {'Ctrl-C' if interrupted else 'SIGTERM'} after step {loop.done}, "
-        f"which is saved; --resume --workdir={workdir} goes on"
+        f"which is saved; {resume_flags(config, workdir)} goes on"
     )
     return 130 if interrupted else NOT_FINISHED
 

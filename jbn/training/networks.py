@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jbn import models
 from jbn.models.resnet import BasicBlock, BottleneckBlock
-from jbn.training.config import Config
+from jbn.training.config import Config, is_class
 from jbn.training.errors import UsageError
 
 
@@ -48,7 +48,7 @@ def make_model(
         options["dtype"] = jnp.bfloat16
     if config.dropout:
         options["dropout"] = config.dropout
-    if ":" in config.model:
+    if is_class(config.model):
         sizes = {"width": config.width, "depth": config.depth}
         options |= {name: v for name, v in sizes.items() if v is not None}
         return _own(config.model, options)

@@ -47,7 +47,15 @@ def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any
         draw(right, f"{split}_{metric.name}", split, color)
     for axes in (left, right):
         if len(axes.lines) > 1:
-            axes.legend(frameon=False, fontsize=9)
+            # Beside the title: finding the best place can take seconds, and warns then.
+            axes.legend(
+                loc="lower right",
+                bbox_to_anchor=(1, 1),
+                borderaxespad=0.2,
+                ncols=len(axes.lines),
+                frameon=False,
+                fontsize=9,
+            )
     left.set_title("Loss", fontsize=10, loc="left")
     right.set_title(metric.label[0].upper() + metric.label[1:], fontsize=10, loc="left")
     if metric.percent:
