@@ -61,33 +61,19 @@ if importlib.util.find_spec("jbn") is None:
         print("Restart the session (menu Runtime) to use the packages just installed.")
 
 # %%
-import functools
-import tempfile
-import time
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
 import jbn
-from jbn.training.data import load_dataset
 
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
-plt.rcParams.update(
-    {
-        "figure.dpi": 80,
-        "figure.figsize": (8, 3),
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
-rng = np.random.default_rng(0)
+plt.rc("figure", dpi=80, figsize=(8, 3))
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
 
 # %% [markdown]
 # ## The network
@@ -99,6 +85,15 @@ rng = np.random.default_rng(0)
 # `gain`.
 
 # %%
+import functools
+import tempfile
+from pathlib import Path
+
+import optax
+
+from jbn.training.data import load_dataset
+
+
 DEPTH, WIDTH = 10, 64
 with tempfile.TemporaryDirectory() as folder:
     digits = load_dataset("digits", data_dir=Path(folder))
@@ -381,6 +376,12 @@ assert usable["with"] > 3 * usable["without"]
 
 
 # %%
+import time
+
+
+rng = np.random.default_rng(0)
+
+
 def block(norm):
     """The gradient of a layer: product, batch norm or bias, ReLU."""
 

@@ -62,24 +62,15 @@ if importlib.util.find_spec("jbn") is None:
         print("Restart the session (menu Runtime) to use the packages just installed.")
 
 # %%
-import os
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-
-# Keras reads this when it is imported, here at the very end.
-os.environ["KERAS_BACKEND"] = "jax"
-
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-import optax
 from flax import nnx
 
 import jbn.nnx
-from jbn import tools
 from jbn.training.data import load_dataset
 
 
@@ -103,6 +94,9 @@ print(f"{len(train_x):,} training and {len(test_x)} test images of 64 pixels")
 
 
 # %%
+from functools import partial
+
+
 class Net(nnx.Module):
     """Two hidden layers, the second with a skip connection."""
 
@@ -130,6 +124,9 @@ flax_model = Net(partial(nnx.BatchNorm, momentum=0.9), rngs=nnx.Rngs(0))
 
 
 # %%
+import optax
+
+
 def batches(epoch, batch_size=64):
     order = np.random.default_rng(epoch).permutation(len(train_x))
     for start in range(0, len(order), batch_size):
@@ -178,6 +175,9 @@ np.testing.assert_allclose(losses, flax_losses, atol=1e-2)
 assert accuracies[-1] > 0.95
 
 # %%
+import matplotlib.pyplot as plt
+
+
 BLUE, ORANGE = "#0072B2", "#D55E00"
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
@@ -306,6 +306,9 @@ for name, variable in state.norm1.items():
 # arguments and variables, and can also select another method:
 
 # %%
+from jbn import tools
+
+
 converted = tools.convert(flax_model)
 ghost = tools.convert(flax_model, jbn.nnx.GhostBatchNorm, where="norm2", num_groups=4)
 for name, net in (
@@ -481,9 +484,13 @@ else:
 # The same from Keras, trained by `fit`, with its own defaults:
 
 # %%
+import os
+
+
 if importlib.util.find_spec("keras") is None:
     print("Keras is not installed: skipped.")
 else:
+    os.environ["KERAS_BACKEND"] = "jax"  # read by `import keras`
     import keras
     from keras import layers
 
