@@ -257,26 +257,26 @@ fused.eval()
 np.testing.assert_allclose(fused(test_x), model(test_x), rtol=1e-5, atol=1e-5)
 
 
-def bytes_kept(layer, function):
+def bytes_saved(layer, function):
     """Bytes per element of a bfloat16 batch that are saved for the backward pass."""
     graphdef, state = nnx.split(layer)
     x, skip = jax.random.normal(jax.random.key(0), (2, 1024, 64), jnp.bfloat16)
     run = lambda state, x, skip: function(nnx.merge(graphdef, state), x, skip)
     _, backward = jax.vjp(run, state, x, skip)
-    kept = {id(x): x for x in jax.tree.leaves(backward) if x.size >= skip.size}
-    return sum(x.nbytes for x in kept.values()) / skip.size
+    saved = {id(x): x for x in jax.tree.leaves(backward) if x.size >= skip.size}
+    return sum(x.nbytes for x in saved.values()) / skip.size
 
 
-behind = lambda norm, x, skip: nnx.relu(norm(x) + skip)
+after = lambda norm, x, skip: nnx.relu(norm(x) + skip)
 within = lambda norm, x, skip: norm(x, residual=skip)
-kept = {
-    "Flax": bytes_kept(nnx.BatchNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), behind),
-    "jbn, ReLU behind it": bytes_kept(jbn.nnx.BatchNorm(64, rngs=nnx.Rngs(0)), behind),
-    "jbn, ReLU within": bytes_kept(make_norm(64, rngs=nnx.Rngs(0)), within),
+saved = {
+    "Flax": bytes_saved(nnx.BatchNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), after),
+    "jbn, ReLU after it": bytes_saved(jbn.nnx.BatchNorm(64, rngs=nnx.Rngs(0)), after),
+    "jbn, ReLU in it": bytes_saved(make_norm(64, rngs=nnx.Rngs(0)), within),
 }
-for name, count in kept.items():
-    print(f"{name:20} {count:4.1f} bytes an element")
-assert kept["jbn, ReLU within"] == 4  # `x` and the residual, of two bytes each
+for name, count in saved.items():
+    print(f"{name:20} {count:4.1f} bytes per element")
+assert saved["jbn, ReLU in it"] == 4  # `x` and the residual, of two bytes each
 
 # %% [markdown]
 # These are the arrays that the derivative needs. In float32 without loops, the compiler
