@@ -1,6 +1,6 @@
 """Runs the measurements of speed and memory, and writes their tables.
 
-    python -m benchmarks [op memory network first_step scale variance gpu job]
+    python -m benchmarks [op memory network first_step scale variance gpu job epoch]
     python -m benchmarks tables
 
 Each question is a script of its own, run in a process of its own; the results are in
@@ -24,6 +24,7 @@ QUESTIONS = (
     "variance",
     "gpu",
     "job",
+    "epoch",
 )
 
 
@@ -39,15 +40,23 @@ def main():
         "--manual-dir",
         help="folder of MNIST's four files, for `job`, which is left out without it",
     )
+    parser.add_argument(
+        "--cifar10", help="an .npz file of JPEGs, for `epoch`, left out without it"
+    )
     args = parser.parse_args()
     here = Path(__file__).parent
     for name in args.questions or QUESTIONS:
         options = []
-        if name == "job":
-            if args.manual_dir is None:
-                print("job: left out, needs --manual-dir", file=sys.stderr)
+        needed = {
+            "job": ("--manual-dir", "--manual-dir", args.manual_dir),
+            "epoch": ("--cifar10", "--data", args.cifar10),
+        }
+        if name in needed:
+            ours, its, value = needed[name]
+            if value is None:
+                print(f"{name}: left out, needs {ours}", file=sys.stderr)
                 continue
-            options = [f"--manual-dir={args.manual_dir}"]
+            options = [f"{its}={value}"]
         if name != "tables":
             print(f"\n# {name}\n", flush=True)
             subprocess.run([sys.executable, here / f"{name}.py", *options], check=True)

@@ -9,6 +9,7 @@ nothing is written, and what is out of date is an error.
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from statistics import mean
@@ -288,6 +289,17 @@ def job():
     return f"{table(header, rows)}\n\n{about(content, 'jax', 'keras')}"
 
 
+def epoch():
+    """An epoch by the trainer and by a bare loop."""
+    content = load("epoch")
+    times = content["results"]["seconds"]
+    seconds = [f"{statistics.median(t):.2f} s" for t in times.values()]
+    rows = [[*seconds, ratio(content["results"]["ratio"])]]
+    header = ["train.py", "bare loop", "median of ratios"]
+    images = f"{content['results']['images']:,} training images"
+    return f"{table(header, rows)}\n\n{images}. {about(content, 'jax', 'flax')}"
+
+
 def gpu_op():
     """On a GPU: shares of the card's copy speed, and times of others."""
     content = load("gpu")
@@ -485,6 +497,7 @@ TABLES = {
     "variance": variance,
     "first-step": first_step,
     "job": job,
+    "epoch": epoch,
 }
 
 

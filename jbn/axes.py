@@ -365,8 +365,8 @@ def row_shares(shares: Any, name: str, lay: Layout, number: int) -> AtRank:
     shape, rank = tuple(shares.shape), len(lay.shape)
     if not shape or shape[-1] != number:
         raise ValueError(
-            f"`{name}` of a floating dtype must have a share for each of the {number}"
-            f" of them along its last axis; got shape {shape}."
+            f"`{name}` of a floating dtype must hold shares, one per {name} ({number}),"
+            f" along its last axis; got shape {shape}. Ids must be of an integer dtype."
         )
     values = known(shares)
     if values is not None and not np.all((values >= 0) & (values < np.inf)):

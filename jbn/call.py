@@ -89,12 +89,9 @@ class Call:
     dtype: DType = dataclasses.field(metadata=_STATIC)
     use_running_average: bool = dataclasses.field(metadata=_STATIC)
     update_stats: bool = dataclasses.field(metadata=_STATIC)
-    tiny: bool = dataclasses.field(
-        metadata=_STATIC
-    )  # whether variances may be close to the smallest float32
-    masked_output: MaskedOutput = dataclasses.field(
-        default="normalized", metadata=_STATIC
-    )
+    # Whether variances may be close to the smallest float32.
+    tiny: bool = dataclasses.field(metadata=_STATIC)
+    masked_output: MaskedOutput = dataclasses.field(metadata=_STATIC)
     segments: Segments | None = None
     running: Any = None
     scale: Any = None

@@ -316,8 +316,16 @@ def completed(record: type, given: Mapping[str, Any], function: str) -> dict[str
     return {**known, **given}
 
 
+def hashable(value: Any) -> Any:
+    """An option, such as axes or groups of devices, with tuples in place of lists."""
+    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
+
+
 def documented(record: type) -> Callable[[_F], _F]:
-    """Spells out the `**options` of a function in its signature and docstring."""
+    """Spells out the `**options` of a function in its signature and docstring.
+
+    A parameter that is in the signature already keeps its place and its default there.
+    """
 
     def decorate(f: _F) -> _F:
         signature = inspect.signature(f)
@@ -328,6 +336,7 @@ def documented(record: type) -> Callable[[_F], _F]:
                 name, last.KEYWORD_ONLY, default=option.default, annotation=kind
             )
             for name, (kind, option) in options_of(record).items()
+            if name not in signature.parameters
         ]
         f.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
         f.__doc__ = _spelled_out(f.__doc__, record)

@@ -20,9 +20,13 @@ MaskedOutput: TypeAlias = Literal["normalized", "zero", "input"]
 
 
 class Params(NamedTuple):
-    """The parameters in `y = scale * xh + bias`. A field that is `None` is left out.
+    """The parameters in `y = scale * xh + bias`.
 
     `Params(**d)` and `p._asdict()` convert from and to Flax's `params` dict.
+
+    Attributes:
+        scale: An array of shape `(*features,)`, or `None` for no scale.
+        bias: An array of shape `(*features,)`, or `None` for no bias.
     """
 
     scale: Inexact[Array, "*features"] | None = None
@@ -32,9 +36,13 @@ class Params(NamedTuple):
 class Moments(NamedTuple):
     """A weighted, mergeable summary of rows, one entry per feature.
 
-    `weight` is the total weight of the rows, or their number without weights.
-    `mean` is complex if the data is, and `var` is the biased weighted variance,
-    `sum(w * abs(x - mean)**2) / sum(w)`. Both are 0 where the weight is 0.
+    All fields have the shape `(*features,)` and at least float32 precision.
+
+    Attributes:
+        weight: The total weight of the rows, or their number without weights.
+        mean: Their weighted mean, complex if the data is; 0 where the weight is 0.
+        var: Their biased weighted variance, `sum(w * abs(x - mean)**2) / sum(w)`;
+            0 where the weight is 0.
     """
 
     weight: Float[Array, "*features"]
@@ -43,14 +51,18 @@ class Moments(NamedTuple):
 
 
 class BatchStats(NamedTuple):
-    """The running mean and (by default biased) variance.
+    """The running statistics, one entry per feature.
 
-    `weight` is how much data the statistics have seen, for the update rules that need
-    it (see `jbn.update_batch_stats`). `None` means a plain exponential average, whose
-    state is only `mean` and `var`, as in Flax.
+    All fields have the shape `(*features,)` and at least float32 precision. A
+    plain exponential average only has `mean` and `var`, as in Flax.
 
-    `pending` is `None` unless gradients are accumulated (see `jbn.commit`): the moments
-    of the microbatches since the last update of the running statistics.
+    Attributes:
+        mean: The running mean, complex if the data is.
+        var: The running variance, biased by default.
+        weight: How much data the statistics have seen, for the update rules that need
+            it (see `jbn.update_batch_stats`), or `None`.
+        pending: The moments of the microbatches since the last update, if gradients
+            are accumulated (see `jbn.commit`), or `None`.
     """
 
     mean: Inexact[Array, "*features"]

@@ -62,21 +62,12 @@ if importlib.util.find_spec("jbn") is None:
         print("Restart the session (menu Runtime) to use the packages just installed.")
 
 # %%
-import tempfile
-from functools import partial
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
-from IPython.display import Image, display
 
 import jbn
-from jbn import models, tools
-from jbn.training.data import load_dataset
-from jbn.training.tasks.gan import frechet_distance
 
 
 # These random numbers compile seconds faster than JAX's default ones; and all devices
@@ -93,6 +84,12 @@ BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
 # same digits drawn in color on a background, with the class of each pixel.
 
 # %%
+import tempfile
+from pathlib import Path
+
+from jbn.training.data import load_dataset
+
+
 with tempfile.TemporaryDirectory() as folder:
     digits = load_dataset("digits", data_dir=Path(folder))
     trimaps = load_dataset(
@@ -113,6 +110,9 @@ for data in (digits, trimaps):
 
 
 # %%
+import optax
+
+
 def make_step(model, optimizer):
     @jax.jit
     def step(params, batch_stats, opt_state, images, labels):
@@ -148,6 +148,11 @@ def batches(num_rows, batch_size, epoch):
 # time: training never reads them, so nothing else differs.
 
 # %%
+from functools import partial
+
+from jbn import models, tools
+
+
 model = models.resnet8(norm=partial(jbn.BatchNorm, momentum=0.9))
 slow_model = models.resnet8(norm=partial(jbn.BatchNorm, momentum=0.99))
 
@@ -386,6 +391,9 @@ for i in range(GAN_STEPS):
 # images is a lower limit.
 
 # %%
+from jbn.training.tasks.gan import frechet_distance
+
+
 latents = jax.random.normal(jax.random.key(2), (8, 128, LATENT_SIZE))
 generate = jax.jit(lambda variables, z: generator.apply(variables, z, train=False))
 
@@ -474,6 +482,9 @@ print(report)
 assert "cold" in {finding.kind for finding in report.findings}
 
 # %%
+from IPython.display import Image, display
+
+
 with tempfile.TemporaryDirectory() as folder:
     report.figure(Path(folder) / "layers.png")
     display(Image(Path(folder) / "layers.png", width=640))

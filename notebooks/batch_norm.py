@@ -61,35 +61,19 @@ if importlib.util.find_spec("jbn") is None:
         print("Restart the session (menu Runtime) to use the packages just installed.")
 
 # %%
-import functools
-import tempfile
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
 import jbn
-from jbn import tools
-from jbn.models import MLP
-from jbn.training.data import Dataset, InMemory, load_dataset
-from jbn.training.errors import UsageError
-from jbn.training.idx import read_idx
 
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
-plt.rcParams.update(
-    {
-        "figure.dpi": 80,
-        "figure.figsize": (8, 3),
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
+plt.rc("figure", dpi=80, figsize=(8, 3))
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
 
 # %% [markdown]
 # ## Forward
@@ -106,6 +90,9 @@ plt.rcParams.update(
 
 
 # %%
+import functools
+
+
 def by_hand(x, scale, bias, epsilon=1e-5):
     mean = x.mean(0)
     var = ((x - mean) ** 2).mean(0)
@@ -333,6 +320,12 @@ plt.show()
 # the package (64-64-64-10), then on MNIST (784-64-64-10).
 
 # %%
+import tempfile
+from pathlib import Path
+
+from jbn.training.data import load_dataset
+
+
 with tempfile.TemporaryDirectory() as folder:
     digits = load_dataset("digits", data_dir=Path(folder))
 print(digits.train.image.shape, digits.test.image.shape, digits.train.image.dtype)
@@ -343,6 +336,9 @@ print(digits.train.image.shape, digits.test.image.shape, digits.train.image.dtyp
 
 
 # %%
+import optax
+
+
 optimizer = optax.adam(1e-3)
 
 
@@ -401,6 +397,10 @@ def fit(model, data, *, seed, epochs=5, batch_size=64):
 # differs.
 
 # %%
+from jbn import tools
+from jbn.models import MLP
+
+
 norm = functools.partial(jbn.BatchNorm, momentum=0.99)
 models = {
     "0.9": MLP(norm=functools.partial(jbn.BatchNorm, momentum=0.9)),
@@ -461,6 +461,11 @@ plt.show()
 
 
 # %%
+from jbn.training.data import Dataset, InMemory
+from jbn.training.errors import UsageError
+from jbn.training.idx import read_idx
+
+
 def load_mnist():
     """MNIST of `shared/data/mnist`, here or in a folder above; else downloaded."""
     here = Path.cwd()

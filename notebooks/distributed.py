@@ -75,37 +75,11 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import functools
-import re
-
 import jax
-import jax.numpy as jnp
-import matplotlib.pyplot as plt
-import numpy as np
-import optax
-from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-
-import jbn
-from jbn.models import MLP
-from jbn.training.data import load_dataset
+from jax.sharding import AxisType
 
 
 jax.config.update("jax_num_cpu_devices", 8)
-
-# Colors that color-blind people tell apart (Okabe and Ito, 2008).
-ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
-)
-plt.rcParams.update(
-    {
-        "figure.dpi": 80,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "figure.constrained_layout.use": True,
-    }
-)
 
 DEVICES = 8
 assert jax.device_count() == DEVICES
@@ -120,6 +94,18 @@ print(jax.devices()[0].platform, mesh)
 # choice: which rows share a mean and a variance.
 
 # %%
+import matplotlib.pyplot as plt
+
+
+# Colors that color-blind people tell apart (Okabe and Ito, 2008).
+ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
+    "#E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
+)
+plt.rc("figure", dpi=80)
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
+
 CHOICES = {"synchronized": 8, "groups of two": 2, "local": 1}
 HUES = [BLUE, ORANGE, GREEN, PURPLE, SKY, RED, "#999999", "#F0E442"]
 
@@ -159,6 +145,16 @@ plt.show()
 
 
 # %%
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import jbn
+
+
 def gradient(params, stats, x, target, axis_name=None, mean_loss=True, mean_grads=True):
     """Output, running statistics, and gradient of a dense layer with batch norm."""
 
@@ -384,6 +380,12 @@ for name, found in [("1 device", ghost_8_stats), ("8 devices", ghost_map_stats)]
 # 8x8 digits in batches of 32, three seeds each.
 
 # %%
+import optax
+
+from jbn.models import MLP
+from jbn.training.data import load_dataset
+
+
 data = load_dataset("digits")
 images, labels = data.train.image, data.train.label.astype(np.int32)
 test_images, test_labels = jnp.asarray(data.test.image), jnp.asarray(data.test.label)
@@ -548,6 +550,9 @@ assert max(jax.tree.leaves(errors)) < 1e-5
 
 
 # %%
+import re
+
+
 def layer(x, params, stats):
     return jbn.batch_norm(x, params, stats, use_running_average=False, axis_name="data")
 

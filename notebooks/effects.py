@@ -61,33 +61,19 @@ if importlib.util.find_spec("jbn") is None:
         print("Restart the session (menu Runtime) to use the packages just installed.")
 
 # %%
-import functools
-import tempfile
-import time
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
 import jbn
-from jbn.training.data import load_dataset
 
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
-plt.rcParams.update(
-    {
-        "figure.dpi": 80,
-        "figure.figsize": (8, 3),
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
-rng = np.random.default_rng(0)
+plt.rc("figure", dpi=80, figsize=(8, 3))
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
 
 # %% [markdown]
 # ## The network
@@ -99,6 +85,15 @@ rng = np.random.default_rng(0)
 # `gain`.
 
 # %%
+import functools
+import tempfile
+from pathlib import Path
+
+import optax
+
+from jbn.training.data import load_dataset
+
+
 DEPTH, WIDTH = 10, 64
 with tempfile.TemporaryDirectory() as folder:
     digits = load_dataset("digits", data_dir=Path(folder))
@@ -376,11 +371,16 @@ assert usable["with"] > 3 * usable["without"]
 # a bias in its place. Multiplying $n$ rows by a matrix of $w^2$ weights takes work
 # proportional to $n w^2$, and batch norm work proportional to $n w$: the wider a layer,
 # the smaller the share of batch norm. XLA's count of operations shows this. The times
-# (the shortest of 40) also include memory access, and vary by a fifth on a busy
-# machine.
+# (the shortest of 40) also include memory access, and vary on a busy machine.
 
 
 # %%
+import time
+
+
+rng = np.random.default_rng(0)
+
+
 def block(norm):
     """The gradient of a layer: product, batch norm or bias, ReLU."""
 
@@ -417,8 +417,8 @@ for width in (64, 1024):
 assert 1 < more_work[1] < more_work[0]
 
 
-def kept(f):
-    """Bytes an element that are kept for the backward pass, without the output."""
+def saved(f):
+    """Bytes per element saved for the backward pass, without the output."""
     z, p = jnp.ones((4096, 16)), jbn.init(16)[0]
     y, vjp = jax.vjp(jax.jit(f), z, p)
     leaves = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(vjp)}
@@ -426,7 +426,7 @@ def kept(f):
     return sum(leaf.nbytes for leaf in leaves.values() if leaf.size >= z.size) / z.size
 
 
-KEPT = {
+SAVED = {
     "bias, ReLU": lambda z, p: jax.nn.relu(plain(z, p)),
     "batch norm by hand, ReLU": lambda z, p: jax.nn.relu(by_hand(z, *p)),
     "jbn, ReLU": lambda z, p: jax.nn.relu(normed(z, p)),
@@ -434,12 +434,12 @@ KEPT = {
         z, p, None, use_running_average=False, activation=jax.nn.relu
     )[0],
 }
-KEPT = {name: kept(f) for name, f in KEPT.items()}
-print("\nbytes an element kept for the backward pass, float32")
-for name, value in KEPT.items():
+SAVED = {name: saved(f) for name, f in SAVED.items()}
+print("\nbytes per element saved for the backward pass, float32")
+for name, value in SAVED.items():
     print(f"    {name:26}{value:4.0f}")
-assert KEPT["jbn, ReLU in the layer"] <= KEPT["bias, ReLU"] < KEPT["jbn, ReLU"]
-assert KEPT["jbn, ReLU"] < KEPT["batch norm by hand, ReLU"]
+assert SAVED["jbn, ReLU in the layer"] <= SAVED["bias, ReLU"] < SAVED["jbn, ReLU"]
+assert SAVED["jbn, ReLU"] < SAVED["batch norm by hand, ReLU"]
 
 # %% [markdown]
 # For batch norm written by hand, autodiff saves several arrays of the size of the
@@ -501,36 +501,34 @@ def with_dropout(p, rate, before, rows):
     start = p, jbn.init((3, WIDTH))[1]
     keys = jax.random.split(jax.random.key(1), len(rows))
     (p, stats), _ = jax.lax.scan(step, start, (rows, keys))
-    # Taken anew: all training images as one batch, without dropout.
-    _, anew = forward(p, stats, X, train=True, momentum=0.0)
+    # Recalibrated: all training images as one batch, without dropout.
+    _, fresh = forward(p, stats, X, train=True, momentum=0.0)
 
     def accuracy(stats):
         logits, _ = forward(p, stats, X_test, train=False)
         return (logits.argmax(1) == labels_test).mean()
 
-    found = jax.lax.map(accuracy, jax.tree.map(lambda *s: jnp.stack(s), stats, anew))
+    found = jax.lax.map(accuracy, jax.tree.map(lambda *s: jnp.stack(s), stats, fresh))
     h = jax.nn.relu(X @ p["w"][0])
     mean, var = h.mean(0), h.var(0)
     formula = ((var + mean**2) / (1 - rate) - mean**2).sum() / var.sum()
-    return found, stats.var.sum(1) / anew.var.sum(1), formula
+    return found, stats.var.sum(1) / fresh.var.sum(1), formula
 
 
 print(
     "                                variance, training / inference      test accuracy"
 )
-print(
-    "dropout                 rate   layer 1 (formula)  layer 2  layer 3   as is   anew"
-)
+print(f"{'dropout':24}rate   layer 1 (formula)  layer 2  layer 3   as is  recalibrated")
 shallow = init(jax.random.key(0), depth=3)
 rows = batches_of(0, 330)
 for before in (False, True):
     for rate in (0.25, 0.5, 0.75):
-        (as_is, anew), shift, formula = with_dropout(shallow, rate, before, rows)
-        where = "before each norm" if before else "behind the last norm"
+        (as_is, fresh), shift, formula = with_dropout(shallow, rate, before, rows)
+        where = "before each norm" if before else "after the last norm"
         formula = formula if before else 1.0
         print(
             f"{where:22}{rate:6}{shift[0]:10.2f} ({formula:.2f})"
-            f"{shift[1]:12.2f}{shift[2]:9.2f}{as_is:9.1%}{anew:7.1%}"
+            f"{shift[1]:12.2f}{shift[2]:9.2f}{as_is:9.1%}{fresh:14.1%}"
         )
         np.testing.assert_allclose(shift[0], formula, rtol=0.2)
         if before:

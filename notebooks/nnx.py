@@ -62,24 +62,15 @@ if importlib.util.find_spec("jbn") is None:
         print("Restart the session (menu Runtime) to use the packages just installed.")
 
 # %%
-import os
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-
-# Keras reads this when it is imported, here at the very end.
-os.environ["KERAS_BACKEND"] = "jax"
-
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-import optax
 from flax import nnx
 
 import jbn.nnx
-from jbn import tools
 from jbn.training.data import load_dataset
 
 
@@ -103,6 +94,9 @@ print(f"{len(train_x):,} training and {len(test_x)} test images of 64 pixels")
 
 
 # %%
+from functools import partial
+
+
 class Net(nnx.Module):
     """Two hidden layers, the second with a skip connection."""
 
@@ -130,6 +124,9 @@ flax_model = Net(partial(nnx.BatchNorm, momentum=0.9), rngs=nnx.Rngs(0))
 
 
 # %%
+import optax
+
+
 def batches(epoch, batch_size=64):
     order = np.random.default_rng(epoch).permutation(len(train_x))
     for start in range(0, len(order), batch_size):
@@ -178,6 +175,9 @@ np.testing.assert_allclose(losses, flax_losses, atol=1e-2)
 assert accuracies[-1] > 0.95
 
 # %%
+import matplotlib.pyplot as plt
+
+
 BLUE, ORANGE = "#0072B2", "#D55E00"
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
@@ -257,26 +257,26 @@ fused.eval()
 np.testing.assert_allclose(fused(test_x), model(test_x), rtol=1e-5, atol=1e-5)
 
 
-def bytes_kept(layer, function):
+def bytes_saved(layer, function):
     """Bytes per element of a bfloat16 batch that are saved for the backward pass."""
     graphdef, state = nnx.split(layer)
     x, skip = jax.random.normal(jax.random.key(0), (2, 1024, 64), jnp.bfloat16)
     run = lambda state, x, skip: function(nnx.merge(graphdef, state), x, skip)
     _, backward = jax.vjp(run, state, x, skip)
-    kept = {id(x): x for x in jax.tree.leaves(backward) if x.size >= skip.size}
-    return sum(x.nbytes for x in kept.values()) / skip.size
+    saved = {id(x): x for x in jax.tree.leaves(backward) if x.size >= skip.size}
+    return sum(x.nbytes for x in saved.values()) / skip.size
 
 
-behind = lambda norm, x, skip: nnx.relu(norm(x) + skip)
+after = lambda norm, x, skip: nnx.relu(norm(x) + skip)
 within = lambda norm, x, skip: norm(x, residual=skip)
-kept = {
-    "Flax": bytes_kept(nnx.BatchNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), behind),
-    "jbn, ReLU behind it": bytes_kept(jbn.nnx.BatchNorm(64, rngs=nnx.Rngs(0)), behind),
-    "jbn, ReLU within": bytes_kept(make_norm(64, rngs=nnx.Rngs(0)), within),
+saved = {
+    "Flax": bytes_saved(nnx.BatchNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), after),
+    "jbn, ReLU after it": bytes_saved(jbn.nnx.BatchNorm(64, rngs=nnx.Rngs(0)), after),
+    "jbn, ReLU in it": bytes_saved(make_norm(64, rngs=nnx.Rngs(0)), within),
 }
-for name, count in kept.items():
-    print(f"{name:20} {count:4.1f} bytes an element")
-assert kept["jbn, ReLU within"] == 4  # `x` and the residual, of two bytes each
+for name, count in saved.items():
+    print(f"{name:20} {count:4.1f} bytes per element")
+assert saved["jbn, ReLU in it"] == 4  # `x` and the residual, of two bytes each
 
 # %% [markdown]
 # These are the arrays that the derivative needs. In float32 without loops, the compiler
@@ -306,6 +306,9 @@ for name, variable in state.norm1.items():
 # arguments and variables, and can also select another method:
 
 # %%
+from jbn import tools
+
+
 converted = tools.convert(flax_model)
 ghost = tools.convert(flax_model, jbn.nnx.GhostBatchNorm, where="norm2", num_groups=4)
 for name, net in (
@@ -481,9 +484,13 @@ else:
 # The same from Keras, trained by `fit`, with its own defaults:
 
 # %%
+import os
+
+
 if importlib.util.find_spec("keras") is None:
     print("Keras is not installed: skipped.")
 else:
+    os.environ["KERAS_BACKEND"] = "jax"  # read by `import keras`
     import keras
     from keras import layers
 

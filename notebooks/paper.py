@@ -62,33 +62,19 @@ if importlib.util.find_spec("jbn") is None:
         print("Restart the session (menu Runtime) to use the packages just installed.")
 
 # %%
-import functools
-import tempfile
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
 import jbn
-from jbn.training.data import Dataset, InMemory, load_dataset
-from jbn.training.errors import UsageError
-from jbn.training.idx import read_idx
 
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
-plt.rcParams.update(
-    {
-        "figure.dpi": 80,
-        "figure.figsize": (8, 3),
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
+plt.rc("figure", dpi=80, figsize=(8, 3))
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
 
 # %% [markdown]
 # ## What the paper says, and what it does not
@@ -119,6 +105,14 @@ plt.rcParams.update(
 
 
 # %%
+import tempfile
+from pathlib import Path
+
+from jbn.training.data import Dataset, InMemory, load_dataset
+from jbn.training.errors import UsageError
+from jbn.training.idx import read_idx
+
+
 def load_mnist():
     """MNIST of `shared/data/mnist`, here or in a folder above; else downloaded."""
     here = Path.cwd()
@@ -160,6 +154,9 @@ print(f"{data.name}: {len(X)} training and {len(X_test)} test images")
 # of batch norm takes the place of $b$.
 
 # %%
+import optax
+
+
 SIZES = (X.shape[1], 100, 100, 100, 10)
 HIDDEN = 3
 
@@ -299,6 +296,9 @@ if data.name == "mnist":
 # the distance from the 15th to the 85th), and by what factor that distance grows.
 
 # %%
+import functools
+
+
 low, mid, high = np.moveaxis(percentiles[steps >= 2_000], 2, 0)
 half = (high - low) / 2
 moves = np.ptp(mid, axis=0) / half[-1]

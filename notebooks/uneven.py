@@ -63,35 +63,21 @@ if importlib.util.find_spec("jbn") is None:
 # %%
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
-from jax import lax
-from jax.experimental.sparse import BCOO
 
 import jbn
-from jbn.training.data import load_dataset
 
 
-# Colors that color-blind people tell apart (Okabe and Ito, 2008).
-ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
-)
 # Some accelerators round the inputs of a matrix product, which would hide what is
 # compared here.
 jax.config.update("jax_default_matmul_precision", "highest")
-plt.rcParams.update(
-    {
-        "figure.dpi": 80,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "figure.constrained_layout.use": True,
-    }
-)
+plt.rc("figure", dpi=80)
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
 rng = np.random.default_rng(0)
 in_training = functools.partial(jbn.batch_norm, use_running_average=False)
 
@@ -139,6 +125,9 @@ plt.show()
 
 
 # %%
+import flax.linen as nn
+
+
 def ours(params, x, mask):
     return in_training(x, jbn.Params(**params), stats, mask=mask)[0]
 
@@ -213,6 +202,14 @@ np.testing.assert_allclose(by_sequence.mean, (1 + 4 + 8 + 16) / 4)
 # the running mean jumps whenever a long sequence is in the batch.
 
 # %%
+from jax import lax
+
+
+# Colors that color-blind people tell apart (Okabe and Ito, 2008).
+ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
+    "#E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
+)
+
 SEQUENCES, ROWS, BATCHES = 32, 2000, 200
 
 
@@ -417,6 +414,11 @@ for min_weight in (0, 1):
 # for all.
 
 # %%
+import optax
+
+from jbn.training.data import load_dataset
+
+
 data = load_dataset("digits")
 images, labels = data.train.image, data.train.label.astype(np.int32)
 cut = len(labels) * 4 // 5
@@ -641,6 +643,9 @@ np.testing.assert_allclose(trimmed[:, GOOD - 1], untrimmed[:, GOOD - 1], atol=2)
 # either: `values @ w + background @ w`.
 
 # %%
+from jax.experimental.sparse import BCOO
+
+
 ROWS, FEATURES, STORED = 512, 1000, 10
 columns = np.stack(
     [np.sort(rng.choice(FEATURES, STORED, replace=False)) for _ in range(ROWS)]

@@ -191,9 +191,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def replace_everywhere(original: type, replacement: type) -> None:
-    """Puts one class wherever a module of Flax has the other."""
+    """Puts one class wherever a module of the same package has the other."""
+    package = original.__module__.partition(".")[0]
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "flax":
+        if name.partition(".")[0] == package:
             for attribute, value in list(vars(module).items()):
                 if value is original:
                     setattr(module, attribute, replacement)

@@ -66,6 +66,7 @@ def test_one_command_for_all():
         "variance",
         "gpu",
         "job",
+        "epoch",
     ):
         assert name in found.stdout
         assert (ROOT / "benchmarks" / f"{name}.py").is_file()

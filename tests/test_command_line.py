@@ -623,3 +623,55 @@ def test_help_of_a_command(command: Any, name: str):
     options = re.findall(r"^[│ ]? ?(--[\w-]+|RUN|FILE) ", out, re.MULTILINE)
     assert len(options) >= 2
     assert "None" not in out
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose configuration names a class beside it, of a module that fails."""
+    (tmp_path / "trap.py").write_text("raise RuntimeError('the trap has run')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    flags = ["--model=trap:Net", f"--data-dir={tmp_path}", f"--workdir={tmp_path}/run"]
+    claim_workdir(parse_config(flags))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    np.savez(tmp_path / "weights.npz", x=np.zeros(1))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("eval", "run"),
+        ("predict", "run", "image.png"),
+        ("inspect", "run"),
+        ("recalibrate", "run", "--out=new"),
+        ("fold", "run", "--out=new.npz"),
+        ("port", "weights.npz", "--to=run", "--out=new"),
+        ("train", "--resume", "--workdir=run"),
+        ("train", "--config=run/config.json", "--workdir=new"),
+    ],
+    ids=" ".join,
+)
+def test_a_class_that_only_a_file_names_is_not_imported(
+    command: Callable[..., tuple[int, str, str]],
+    stranger: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+):
+    monkeypatch.chdir(stranger)
+    before = contents(stranger)
+    status, out, err = command(*args)
+    assert (status, out) == (2, "")
+    assert err == (
+        "error: run/config.json names a class outside jbn, and importing trap runs "
+        "its code. If you trust it, add --model=trap:Net.\n"
+    )
+    assert contents(stranger) == before
+    # With the flag that the message names, it is.
+    status, _, err = command(*args, "--model=trap:Net")
+    assert status == 2
+    assert "trap cannot be imported (RuntimeError: the trap has run)" in err
+    # And another class does not import it.
+    status, _, err = command(*args, "--model=other:Net")
+    assert status == 2
+    assert "other" in err
+    assert "the trap has run" not in err

@@ -329,3 +329,16 @@ def test_backward_pass_keeps_x_and_little_else(dtype, use_running_average, maske
     size = sum(leaf.nbytes for leaf in kept.values())
     allowed = x.nbytes + (mask.nbytes if mask is not None else 0) + 64 * features
     assert x.nbytes <= size <= allowed
+
+
+def test_second_derivatives_keep_x_and_its_tangent(rng):
+    """For they use the rule: the formula's would save two intermediate arrays."""
+    x, dx = jnp.asarray(rng.standard_normal((2, 4096, 8)))
+
+    def both(x, dx):
+        f = lambda x: jbn.batch_norm(x, None, None, use_running_average=False)[0]
+        return jax.jvp(f, (x,), (dx,))
+
+    _, vjp = jax.vjp(jax.jit(both), x, dx)
+    kept = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(vjp)}
+    assert sum(leaf.nbytes for leaf in kept.values()) <= x.nbytes + dx.nbytes + 1024

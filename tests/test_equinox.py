@@ -8,17 +8,17 @@ Which options reach the function is for `test_options.py`.
 import inspect
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jbn
-from jbn.equinox import BatchNorm
 from jbn.options import LayerOptions, defaults
 
 
+eqx: Any = pytest.importorskip("equinox")
+BatchNorm = jbn.equinox.BatchNorm
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 CLOSE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-5}
 

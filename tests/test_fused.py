@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from differentiation import QUICKLY, SHAPE, example, modes, once, plain
 from flax import nnx
@@ -109,6 +110,34 @@ def test_relu_whose_slope_is_seen_in_the_output(args, rng):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_relu_has_no_slope_at_zero(with_residual):
+    """In a feature of mean zero, and in one whose scale is zero."""
+    x = np.array([[-1.0, 2.0], [0.0, 3.0], [1.0, 7.0]])
+    ct = np.array([[2.0, 3.0], [5.0, 7.0], [11.0, 13.0]])
+    params = jbn.Params(jnp.array([2.0, 0.0]), jnp.zeros(2))
+    residual = jnp.zeros(x.shape) if with_residual else None
+
+    def f(x, params):
+        return jbn.batch_norm(
+            x,
+            params,
+            None,
+            use_running_average=False,
+            residual=residual,
+            activation=jax.nn.relu,
+        )[0]
+
+    y, vjp = jax.vjp(f, x, params)
+    positive = np.array([[0, 0], [0, 0], [1, 0]])
+    np.testing.assert_array_equal(y > 0, positive)
+    dx, dparams = vjp(jnp.asarray(ct))
+    want = oracle.input_gradient(x, ct * positive, params.scale)
+    for g, w in zip((dx, *dparams), want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("activation", [None, jax.nn.silu])
 @pytest.mark.parametrize("use_running_average", [False, True])
 def test_gradient_of_the_residual(activation, use_running_average, args, rng):
@@ -191,6 +220,33 @@ def test_rounded_once(rng):
     wide, _ = call(x.astype(jnp.float32), residual=r.astype(jnp.float32))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
+
+
+@on("one device", "as on a GPU")
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_16_bit_tangents_are_rounded_once(with_residual, rng):
+    """Not term by term: the terms of a tangent are larger than their sum."""
+    x, dx, r, dr = jnp.asarray(rng.standard_normal((4, 64, 8)), jnp.bfloat16)
+
+    def f(x, r):
+        return jbn.batch_norm(
+            x,
+            None,
+            None,
+            use_running_average=False,
+            residual=r if with_residual else None,
+            activation=jax.nn.relu,
+        )[0]
+
+    _, got = jax.jit(lambda *args: jax.jvp(f, args[:2], args[2:]))(x, r, dx, dr)
+    x, dx, r, dr = (np.asarray(v, np.float64) for v in (x, dx, r, dr))
+    rstd = 1 / np.sqrt(x.var(0) + 1e-5)
+    xh = (x - x.mean(0)) * rstd
+    want = rstd * (dx - dx.mean(0) - xh * (xh * dx).mean(0)) + with_residual * dr
+    want = np.where(xh + with_residual * r > 0, want, 0)
+    # Half a unit in the last place, and what float32 can tip.
+    ulp = np.abs(np.asarray(jnp.spacing(jnp.asarray(want, jnp.bfloat16)), np.float64))
+    assert (np.abs(np.asarray(got, np.float64) - want) / ulp).max() < 0.51
 
 
 @pytest.mark.usefixtures("lowering")

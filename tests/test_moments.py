@@ -374,9 +374,10 @@ def test_shifting_and_scaling_the_rows_shifts_and_scales_the_moments(x, shift, s
     assert_moments(after, expected, scale * x + shift)
 
 
-@properties()
-@hypothesis.given(values, counts)
-def test_variance_is_never_negative(x, count):
-    for got in (moments(x), moments(x, weights=count), moments(x * 0 + x[:1])):
-        assert (np.asarray(got.var) >= 0).all()
-        assert np.isfinite(jax.tree.leaves(got)).all()
+def test_variance_is_never_negative(rng):
+    """Of equal rows it is a difference of two roundings of the same number."""
+    x = np.repeat(rng.standard_normal((1, 500), np.float32), 7, axis=0)
+    for weights in (None, rng.uniform(0.1, 3, (7, 1)).astype(np.float32)):
+        var = np.asarray(moments(x, weights=weights).var)
+        assert var.min() >= 0
+        np.testing.assert_allclose(var, np.zeros(500), atol=1e-12)

@@ -5,12 +5,12 @@ value below fails a test. Which values are right is for `variants/test_contract.
 here the modules do what the functions do, and a value that got lost would be seen.
 """
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +18,9 @@ import pytest
 from differentiation import QUICKLY
 from flax import nnx
 from jax.experimental.sparse import BCOO
+from peers import load_peer
 
 import jbn
-import jbn.equinox
 import jbn.linen
 import jbn.nnx
 from jbn.options import (
@@ -37,6 +37,9 @@ from jbn.options import (
     options_of,
 )
 
+
+EQUINOX = importlib.util.find_spec("equinox") is not None
+eqx: Any = load_peer("equinox") if EQUINOX else None
 
 SHAPE = (8, 3, 3)  # images, places, features: either axis may hold features
 RNG = np.random.default_rng(0)
@@ -98,6 +101,14 @@ LAYER_VALUES: dict[str, Any] = {
 WITHOUT_EFFECT = {"use_fast_variance", "force_float32_reductions"}
 WITHOUT_EFFECT |= {"bias_metadata", "scale_metadata"}
 OF_PARAMS = {"param_dtype", "use_bias", "use_scale", "bias_init", "scale_init"}
+
+# Equinox's name of each of ours.
+EQUINOX_NAMES = {
+    "dtype": "output_dtype",
+    "epsilon": "eps",
+    "param_dtype": "dtype",
+    "use_running_average": "inference",
+}
 
 ABSENT: Any = object()
 # What a method's own option is replaced by to see that it counts; most are left out.
@@ -278,20 +289,26 @@ def by_nnx(method: Method, p: Problem, **options: Any) -> Any:
     return y, state_of(layer)["batch_stats"]
 
 
+def new_in_equinox(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A layer and its state. Some names are Equinox's, and two defaults differ."""
+    given = {EQUINOX_NAMES.get(name, name): value for name, value in settings.items()}
+    given = {"axis": -1, "debias": False} | given
+    return eqx.nn.make_with_state(jbn.equinox.BatchNorm)(3, **given)
+
+
+def stats_in_equinox(layer: Any, state: Any) -> dict[str, Any]:
+    indices = layer.batch_state_index, layer.more_state_index
+    return present(jbn.BatchStats(*state.get(indices[0]), *state.get(indices[1])))
+
+
 def by_equinox(method: Method, p: Problem, **options: Any) -> Any:
-    """Which has two options by Equinox's names, and other defaults of two."""
     call = call_of(method, p, {"use_running_average": False} | options)
     inference = call.pop("use_running_average")
-    renamed = {"epsilon": "eps", "dtype": "output_dtype"}
-    settings = {"axis": -1, "debias": False} | fields_of(method, options)
-    settings = {renamed.get(name, name): value for name, value in settings.items()}
-    layer: Any
-    layer, state = eqx.nn.make_with_state(jbn.equinox.BatchNorm)(3, **settings)
+    layer, state = new_in_equinox(fields_of(method, options))
     layer = eqx.tree_at(lambda v: (v.weight, v.bias), layer, tuple(p.params))
-    index = layer.batch_state_index
-    state = state.set(index, (p.stats.mean, p.stats.var))
+    state = state.set(layer.batch_state_index, (p.stats.mean, p.stats.var))
     y, state = layer(p.x, state, inference=inference, **call)
-    return y, dict(zip(("mean", "var"), state.get(index), strict=True))
+    return y, stats_in_equinox(layer, state)
 
 
 def made(method: Method, settings: Mapping[str, Any]) -> Any:
@@ -321,7 +338,11 @@ def ways_of(name: str) -> list[str]:
     """How a method can be called."""
     if METHODS[name].module is None:
         return ["function"]
-    return [way for way in WAYS if way != "equinox" or name == "batch norm"]
+    return [way for way in WAYS if way != "equinox" or has_equinox(name)]
+
+
+def has_equinox(name: str) -> bool:
+    return EQUINOX and name == "batch norm"
 
 
 # The older way to emit loops compiles a fifth faster. Since jaxlib 0.10.2 it is gone.
@@ -597,6 +618,19 @@ def nnx_layer(name: str, settings: Mapping[str, Any]) -> Case:
     return run
 
 
+def equinox_layer(name: str, settings: Mapping[str, Any]) -> Case:
+    """The same of a new Equinox layer."""
+
+    def run(p: Problem) -> Any:
+        layer, state = new_in_equinox(settings)
+        params = present(jbn.Params(layer.weight, layer.bias))
+        variables = {"batch_stats": stats_in_equinox(layer, state), "params": params}
+        y, new = layer(p.x, state)
+        return variables, (y, stats_in_equinox(layer, new))
+
+    return run
+
+
 def constructor(cls: type) -> Any:
     """What has the signature of a class.
 
@@ -612,10 +646,20 @@ def settings_of(cls: type) -> dict[str, inspect.Parameter]:
     return {k: v for k, v in parameters.items() if k not in others}
 
 
-LAYERS = {
+def equinox_settings() -> list[str]:
+    """All arguments of its constructor that set something, by our names."""
+    others = {"input_size", "channelwise_affine", "mode"}
+    ours = {theirs: name for name, theirs in EQUINOX_NAMES.items()}
+    names = set(inspect.signature(jbn.equinox.BatchNorm).parameters) - others
+    return sorted(ours.get(name, name) for name in names)
+
+
+LAYERS: dict[str, tuple[Callable[..., Case], Any]] = {
     "linen": (linen_layer, settings_of(jbn.linen.BatchNorm)),
     "nnx": (nnx_layer, settings_of(jbn.nnx.BatchNorm)),
 }
+if EQUINOX:
+    LAYERS["equinox"] = equinox_layer, equinox_settings()
 # Of modules alone.
 SETTINGS = [
     (way, setting)
@@ -627,17 +671,23 @@ SETTINGS = [
 
 @every_module
 def test_a_setting_makes_the_variables_and_reaches_the_call(name, subtests):
-    cases = {("", way): layer(name, {}) for way, (layer, _) in LAYERS.items()}
-    for way, setting in SETTINGS:
+    layers = {
+        way: layer
+        for way, (layer, _) in LAYERS.items()
+        if way != "equinox" or has_equinox(name)
+    }
+    settings = [(way, setting) for way, setting in SETTINGS if way in layers]
+    cases = {("", way): layer(name, {}) for way, layer in layers.items()}
+    for way, setting in settings:
         if setting in LAYER_VALUES:
             given = {setting: LAYER_VALUES[setting]}
-            cases[setting, way] = LAYERS[way][0](name, given)
+            cases[setting, way] = layers[way](name, given)
             cases[setting, "function"] = as_a_function(name, given)
     found = together(name, cases)
     unseen = set(WITHOUT_EFFECT)
     if METHODS[name].params_front is None:
         unseen |= OF_PARAMS
-    for way, setting in SETTINGS:
+    for way, setting in settings:
         with subtests.test(f"{way} {setting}"):
             assert setting in LAYER_VALUES, f"give `{setting}` one in LAYER_VALUES"
             got = found[setting, way]
@@ -654,7 +704,8 @@ CLASSES = [
     for name in dict.fromkeys(str(METHODS[name].module) for name in MODULES)
 ]
 CALLS = [getattr(jbn, name) for name in FUNCTIONS] + [c.__call__ for c in CLASSES]
-CALLS += [jbn.equinox.BatchNorm.__call__]
+if EQUINOX:
+    CALLS.append(jbn.equinox.BatchNorm.__call__)
 
 
 def label(v: Any) -> str:

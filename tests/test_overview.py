@@ -1,4 +1,4 @@
-"""What the site says that methods refuse is what they refuse."""
+"""The page that lists the methods: all of them, and the options that each refuses."""
 
 import re
 from pathlib import Path
@@ -66,3 +66,9 @@ def test_methods_take_all_options_but_those_in_the_table(method):
     row = re.search(rf"^\| `{method}` \| (.*) \|$", table, re.MULTILINE)
     said = re.findall(r"`(\w+)`", row[1]) if row else []
     assert sorted(refused(method)) == sorted(said)
+
+
+def test_every_method_is_listed():
+    methods = {name for name in dir(jbn) if re.fullmatch("[a-z_]*norm", name)}
+    assert set(ARGUMENTS) < methods
+    assert all(f"`jbn.{method}`" in PAGE for method in methods)

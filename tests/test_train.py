@@ -376,6 +376,60 @@ def test_two_processes_on_one_run(readme: Any, train: Train):
     assert len(losses(workdir)) == 60
 
 
+def test_full_batches_have_a_program_without_masks(
+    train: Train,
+    tmp_path: Path,
+    unbroken: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """All but the last of an epoch, and the losses are those with masks."""
+    monkeypatch.setattr(setup, "_WORTH_COMPILING", STEPS)
+    used: list[bool] = []
+    batches = setup.Setup.batches
+
+    def recorded(self: setup.Setup, *span: int) -> Iterator[Any]:
+        for count, steps, found in batches(self, *span):
+            used.append(steps is self.full_steps)
+            assert used[-1] == bool(np.all(found["weight"] == 1))
+            yield count, steps, found
+
+    monkeypatch.setattr(setup.Setup, "batches", recorded)
+    args = ("--steps-per-dispatch=1", "--epochs=2", "--workdir=run")
+    assert train(*args)[0] == 0
+    assert used == [*[True] * (STEPS - 1), False] * 2
+    np.testing.assert_allclose(losses(tmp_path / "run"), unbroken[:2], rtol=1e-4)
+
+
+def test_a_run_whose_data_were_moved(train: Train, tmp_path: Path):
+    """It goes on where they are now, and on no others."""
+    arrays = {
+        "images": np.arange(24 * 16).reshape(24, 4, 4).astype(np.uint8),
+        "labels": np.arange(24) % 3,
+    }
+    np.savez(tmp_path / "a.npz", allow_pickle=False, **arrays)
+    args = ("--workdir=run", "--epochs=1", "--dataset=a.npz")
+    assert train(*args)[0] == 0
+    (tmp_path / "a.npz").rename(tmp_path / "b.npz")
+    np.savez(
+        tmp_path / "c.npz",
+        allow_pickle=False,
+        **arrays | {"images": 255 - arrays["images"]},
+    )
+    config = (tmp_path / "run" / "config.json").read_bytes()
+    resume = ("--resume", "--workdir=run", "--epochs=2")
+    for flags, match in (
+        ((), r"The data set of run is not in \S*a.npz. Say where it is with --dataset"),
+        (("--dataset=c.npz",), "not the data set that the run in run was trained on"),
+    ):
+        status, out, err = train(*resume, *flags)
+        assert (status, out) == (2, "")
+        assert re.fullmatch(f"error: .*{match}.*\n", err), err
+        assert (tmp_path / "run" / "config.json").read_bytes() == config
+    assert train(*resume, "--dataset=b.npz")[0] == 0
+    assert [line["epoch"] for line in history(tmp_path / "run")] == [1, 2]
+    assert train("--resume", "--workdir=run", "--epochs=3")[0] == 0
+
+
 def killed_again_and_again(
     rng: np.random.Generator,
     data_dir: Path,

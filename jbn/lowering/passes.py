@@ -64,20 +64,20 @@ def hoist(stat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def materialize(v: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Rounds `v` and its cotangent to `dtype`, and materializes both on GPU.
+    """`v`, with a cotangent that is materialized on GPU.
 
-    On GPU, XLA would recompute either from all its operands. It also drops a rounding
-    to 16 bits before a 32-bit operation, and saves the wide values. The result has the
-    dtype of `v`. On a CPU, which computes in 32 bits, nothing is rounded.
+    There, XLA would recompute the cotangent from all its operands. It also drops a cast
+    to 16 bits before a 32-bit operation, and saves the wide values. The cotangent has
+    to be exact in `dtype`.
     """
     return linear(_Materialize(jnp.dtype(dtype)), v)[0]
 
 
 def gate(chosen: jax.Array, v: jax.Array, dtype: np.dtype) -> jax.Array:
-    """`v` where `chosen`, else 0; rounded to `dtype`, except on a CPU.
+    """`v` where `chosen`, else 0.
 
-    Selection and rounding commute. If `v` is rounded first, the result is materialized
-    in 16 bits, and no mask is saved.
+    The cotangent has to be exact in `dtype`. It is cast to `dtype` before the
+    selection: then XLA materializes it in 16 bits, and saves no mask.
     """
     return linear(_Gate(jnp.dtype(dtype)), chosen, v)[0]
 
@@ -94,10 +94,6 @@ def _behind_barriers(arrays: Any, views: int) -> list[Any]:
         arrays = lax.optimization_barrier(arrays)
         found.append(arrays)
     return found
-
-
-def _rounded(target: Target, v: jax.Array, dtype: np.dtype) -> jax.Array:
-    return v.astype(dtype) if target.platform in ("gpu", "tpu") else v
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +194,7 @@ class _Hoist:
 @dataclasses.dataclass(frozen=True)
 class _Materialize:
     dtype: np.dtype
+    backward: bool = False
     constants = 0
 
     def avals_out(self, *avals: Any) -> list[Any]:
@@ -205,18 +202,18 @@ class _Materialize:
 
     def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
         (v,) = arrays
-        wide, v = v.dtype, _rounded(target, v, self.dtype)
-        if target.platform == "gpu":
-            v = lax.optimization_barrier(v)
-        return [v.astype(wide)]
+        if not self.backward or target.platform != "gpu":
+            return [v]
+        return [lax.optimization_barrier(v.astype(self.dtype)).astype(v.dtype)]
 
     def transpose(self, operands: list[Any], results: int) -> "_Materialize":
-        return self
+        return dataclasses.replace(self, backward=not self.backward)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Gate:
     dtype: np.dtype
+    backward: bool = False
     constants = 1
 
     def avals_out(self, *avals: Any) -> list[Any]:
@@ -224,8 +221,8 @@ class _Gate:
 
     def __call__(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
         chosen, v = arrays
-        wide, v = v.dtype, _rounded(target, v, self.dtype)
+        wide, v = v.dtype, v.astype(self.dtype) if self.backward else v
         return [where(chosen, v, 0).astype(wide)]
 
     def transpose(self, operands: list[Any], results: int) -> "_Gate":
-        return self
+        return dataclasses.replace(self, backward=not self.backward)

@@ -12,6 +12,7 @@ from jbn.tools._fold import (
 from jbn.tools._freeze import decays as decays, freeze as freeze, kinds as kinds
 from jbn.tools._inspect import inspect as inspect
 from jbn.tools._merge import average as average, fed_bn as fed_bn, merge as merge
+from jbn.tools._quantize import Quantizer as Quantizer, quantizer as quantizer
 from jbn.tools._recalibrate import (
     population as population,
     recalibrate as recalibrate,

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 from flax.core.scope import Scope
 
 import jbn.linen
@@ -96,7 +97,9 @@ def convert(
     """
     if is_linen(model):
         _check_class(to, jbn.linen.BatchNorm)
-        return Converted(lambda: model, to, where, options, Norms(also))  # pyright: ignore[reportReturnType, reportArgumentType]
+        # Hashable, for `jax.jit` with a model as a static argument.
+        where = tuple(where) if isinstance(where, list) else where
+        return Converted(lambda: model, to, where, FrozenDict(options), Norms(also))  # pyright: ignore[reportReturnType, reportArgumentType]
     _check_class(to, jbn.nnx.BatchNorm)
     return convert_nnx(model, to, where, Norms(also), options)
 

@@ -28,6 +28,7 @@ from jbn.tools.fold_into import (
     into_next,
     into_previous,
     rounded,
+    spread,
     wide_array,
 )
 from jbn.tools.layers import Where, chosen, is_linen
@@ -95,7 +96,7 @@ class Folded:
             if scope.has_variable("batch_stats", skip.norm.name("mean")):
                 raise _not_folded(path)
             return skip(layer, args, kwargs)
-        is_linear = issubclass(type(layer), _LINEAR)
+        is_linear = issubclass(type(layer), LINEAR)
         if path in self.biased and is_linear and not layer.use_bias:
             if not scope.has_variable("params", "bias"):
                 raise _not_folded(path)
@@ -229,7 +230,7 @@ def fold(
     References:
         As for `jbn.tools.fold_into_previous`.
     """
-    plan = _plan("fold", model, inputs, kwargs, where, Norms(also))
+    plan = plan_of("fold", model, inputs, kwargs, where, Norms(also))
     if not plan.folded:
         reasons = "".join(f"\n  {path}: {text}" for path, text in plan.report.items())
         raise ValueError(f"`fold` cannot fold any batch norm of the model:{reasons}")
@@ -270,7 +271,7 @@ def foldable(
         >>> print(foldable(model, model.init(jax.random.key(0), x), x)["layers_2"])
         kept: the operation before it is `max`; its output is that of the model
     """
-    return _plan("foldable", model, inputs, kwargs, where, Norms(also)).report
+    return plan_of("foldable", model, inputs, kwargs, where, Norms(also)).report
 
 
 # What is known of layers.
@@ -279,7 +280,7 @@ _DENSE = (nn.Dense, nnx.Linear)
 _GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
 _CONV = (nn.Conv, nnx.Conv)
 _TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
-_LINEAR = (*_DENSE, *_GENERAL, *_CONV, *_TRANSPOSED)
+LINEAR = (*_DENSE, *_GENERAL, *_CONV, *_TRANSPOSED)
 # Those that all do the same at inference.
 _NORMS = (
     *FLAX_NORMS,
@@ -301,7 +302,7 @@ _FUNCTIONS = {
 
 def _names(layer: Any, norm: Norm | None) -> dict[str, tuple[str, str]] | None:
     """The collection and name of each variable that a layer reads, by our name."""
-    if isinstance(layer, _LINEAR):
+    if isinstance(layer, LINEAR):
         names = {"kernel": ("params", "kernel"), "bias": ("params", "bias")}
         return names if layer.use_bias else {"kernel": names["kernel"]}
     if norm is None:
@@ -316,7 +317,7 @@ def _names(layer: Any, norm: Norm | None) -> dict[str, tuple[str, str]] | None:
 def _why_unknown(layer: Any) -> str | None:
     """Why a layer may not compute what its class usually does."""
     cls = type(layer)
-    known = [c for c in (*_LINEAR, *_NORMS) if issubclass(cls, c)]
+    known = [c for c in (*LINEAR, *_NORMS) if issubclass(cls, c)]
     if not any(cls.__call__ is c.__call__ for c in known):
         return f"is of a class that `fold` does not know, `{cls.__name__}`"
     if getattr(layer, "shared_weights", True) is not True:
@@ -497,7 +498,7 @@ def _flat(value: Any) -> list[Any]:
 # The plan: which batch norms can be folded.
 
 
-def _plan(
+def plan_of(
     caller: str, model: Any, inputs: tuple, kwargs: Mapping, where: Where, norms: Norms
 ) -> "_Plan":
     linen = is_linen(model)
@@ -515,7 +516,7 @@ def _plan(
     classes: dict[str, set[str]] = {}
 
     def names(layer: Any) -> dict[str, tuple[str, str]] | None:
-        if isinstance(layer, _LINEAR):
+        if isinstance(layer, LINEAR):
             return _names(layer, None)
         norm = norms.of(layer)
         if linen and norm is not None:
@@ -527,7 +528,7 @@ def _plan(
         return _names(layer, norm if isinstance(norm, Norm) else None)
 
     def check(path: str, layer: Any, args: Sequence[Any], kwargs: Mapping) -> None:
-        norm = None if isinstance(layer, _LINEAR) else norms.of(layer)
+        norm = None if isinstance(layer, LINEAR) else norms.of(layer)
         if isinstance(norm, Norm):
             known[path] = _norm_call(norm, layer, args, kwargs)
             if chosen(path, where):
@@ -559,6 +560,8 @@ class _Plan:
         report: For each batch norm that matches, by path, the result.
         folded: The calls of the folded ones, by path.
         changed: New kernel and bias, in wide dtypes, of linear layers by path.
+        into: For each folded batch norm the path of the linear layer, and which
+            feature each entry of its kernel belongs to (of a shape that broadcasts).
     """
 
     def __init__(
@@ -576,6 +579,7 @@ class _Plan:
         self.variables = variables
         self.folded: dict[str, int] = {}
         self.changed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.into: dict[str, tuple[str, np.ndarray]] = {}
         norms = {
             call.path: index
             for index, call in flow.calls.items()
@@ -632,7 +636,8 @@ class _Plan:
             if not isinstance(found, str):
                 found = self._into(*gain_and_shift, *found, forward)
             if not isinstance(found, str):
-                path, self.changed[path] = found
+                path, self.changed[path], features = found
+                self.into[call.path] = path, features
                 self.folded[call.path] = index
                 return f"folded into {path}"
             reasons.append(found)
@@ -695,7 +700,7 @@ class _Plan:
         return gain, shift
 
     def _into(self, gain, shift, other: int, places: Sequence[int], forward: bool):
-        """The path of a linear layer, with its new kernel and bias, or why not."""
+        """The path of a linear layer, its new arrays, and `into`; or why not."""
         call = self.flow.calls[other]
         path, layer = call.path, call.layer
         if path in self.known:
@@ -725,8 +730,9 @@ class _Plan:
         shape = call.x_shape if forward else call.y_shape
         sizes = tuple(shape[a] for a in own)
         each = [own.index(a) for a in places]
-        gain, shift = (
-            np.broadcast_to(at(v, each, len(own)), sizes) for v in (gain, shift)
+        number = np.arange(gain.size).reshape(gain.shape)
+        gain, shift, number = (
+            np.broadcast_to(at(v, each, len(own)), sizes) for v in (gain, shift, number)
         )
         if forward:
             mask = getattr(layer, "mask", None)
@@ -739,7 +745,7 @@ class _Plan:
         for dtype in dtypes | ({jnp.dtype(layer.dtype)} if layer.dtype else set()):
             if not all(_finite_in(v, dtype) for v in new):
                 return f"the kernel or bias of {path!r} would overflow in {dtype}"
-        return path, new
+        return path, new, spread(number, kernel.shape, where, forward=forward)
 
 
 def _finite_in(wide: np.ndarray, dtype: Any) -> bool:

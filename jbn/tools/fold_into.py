@@ -162,23 +162,29 @@ class Linear:
 
 def into_previous(kernel, bias, gain, shift, layer: Linear):
     """Kernel and bias that also multiply the output by `gain` and add `shift`."""
-    along = (kernel.shape, layer.kernel_out, layer.kernel_in, layer.groups)
-    scaled = kernel * _along(gain, *along, "output_axis")
+    scaled = kernel * spread(gain, kernel.shape, layer, forward=False)
     _check_bias(bias, gain.shape)
     return scaled, shift if bias is None else bias * gain + shift
 
 
 def into_next(kernel, bias, gain, shift, layer: Linear, mask=None):
     """Kernel and bias that first do so to the input; `mask` is the layer's."""
-    along = (kernel.shape, layer.kernel_in, layer.kernel_out, layer.groups)
-    moved = kernel * _along(shift, *along, "input_axis")
+    moved = kernel * spread(shift, kernel.shape, layer, forward=True)
     if mask is not None:
         moved = moved * mask
     others = [a for a in range(kernel.ndim) if a not in layer.kernel_out]
     moved = moved.sum(tuple(others)).transpose(np.argsort(layer.kernel_out).argsort())
     _check_bias(bias, moved.shape)
-    scaled = kernel * _along(gain, *along, "input_axis")
+    scaled = kernel * spread(gain, kernel.shape, layer, forward=True)
     return scaled, moved if bias is None else bias + moved
+
+
+def spread(vector, shape, layer: Linear, *, forward: bool) -> np.ndarray:
+    """One entry per feature, output or (`forward`) input, along a kernel of `shape`."""
+    out, into = layer.kernel_out, layer.kernel_in
+    if forward:
+        return _along(vector, shape, into, out, layer.groups, "input_axis")
+    return _along(vector, shape, out, into, layer.groups, "output_axis")
 
 
 def _check_bias(bias, features: tuple[int, ...]) -> None:

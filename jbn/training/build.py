@@ -11,11 +11,11 @@ import optax
 
 from jbn import models
 from jbn.training import norms
-from jbn.training.config import Config, total_steps
+from jbn.training.config import Config, is_class, total_steps
 from jbn.training.data import Dataset, Description, load_dataset
 from jbn.training.errors import UsageError
 from jbn.training.executor import Executor
-from jbn.training.networks import make_model
+from jbn.training.networks import check_own, make_model
 from jbn.training.source import Target
 from jbn.training.tasks import GAN, Supervised, Task
 
@@ -82,10 +82,13 @@ def make_task(
         return _make_gan(config, dataset, optimizers, norm, local_norm, axis_name)
     classes = len(dataset.classes)
     make = functools.partial(make_model, config, classes, dataset.image_shape)
+    local_model = make(local_norm)
+    if ":" in config.model:
+        check_own(config.model, local_model, classes, dataset.image_shape)
     return Supervised(
         kind="segmentation" if config.model == "unet" else "classification",
         model=make(norm),
-        local_model=make(local_norm),
+        local_model=local_model,
         image_shape=tuple(dataset.image_shape),
         num_classes=classes,
         optimizer=optimizer,
@@ -96,7 +99,7 @@ def make_task(
         shift=config.shift,
         flip=config.flip,
         mixup=config.mixup,
-        row_keys=config.dropout > 0 and ":" not in config.model,
+        row_keys=config.dropout > 0 and not is_class(config.model),
     )
 
 

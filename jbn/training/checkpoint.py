@@ -1,4 +1,4 @@
-"""Saves the state with Orbax, in the background, keeping the last and the best.
+"""Saves the state of a run in the background, keeping the last and the best.
 
 Each checkpoint has a CRC-32 of every array, which is verified on every read: by
 default, Orbax does not detect a changed byte.
@@ -11,14 +11,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import absl.logging
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from jbn.training.errors import StorageError, UsageError
 from jbn.training.state import TrainState
+from jbn.training.store import Store
+
+
+# JSON documents in each checkpoint.
+_PROGRESS, _CHECKSUMS = "progress", "checksums"
 
 
 class Checkpoints:
@@ -38,41 +40,15 @@ class Checkpoints:
         self, folder: Path, *, higher_is_better: bool = True, read_only: bool = False
     ):
         self._folder = folder
-        self._sign = sign = 1 if higher_is_better else -1
+        self._sign = 1 if higher_is_better else -1
         # Not saved yet: the last state, and the best one if different.
         self._held: dict[str, tuple[TrainState, float]] = {}
-        # (In the middle of an epoch there is no metric.)
-        value = lambda metrics: sign * (metrics or {}).get("value", -sign * np.inf)
-        # Silence Orbax' reports of each save; errors are still shown.
-        absl.logging.set_verbosity(absl.logging.ERROR)
-        policies = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(1),
-                checkpoint_managers.BestN(
-                    get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else policies,
-            best_fn=value,
-            enable_async_checkpointing=not read_only,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-        )
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "progress": ocp.JsonCheckpointHandler(),
-            "checksums": ocp.JsonCheckpointHandler(),
-        }
         try:
-            self._manager = ocp.CheckpointManager(
-                folder.resolve(), item_handlers=handlers, options=options
+            self._store = Store(
+                folder, (_PROGRESS, _CHECKSUMS), self._value, read_only=read_only
             )
-            # (Reads the metrics of all checkpoints.)
-            best = self._manager.best_step()
-            metrics: Any = None if best is None else self._manager.metrics(best)
-            self._best_value = value(metrics) if metrics else -np.inf
+            values = map(self._value, self._store.metrics.values())
+            self._best_value = max(values, default=-np.inf)
         except Exception as error:  # Orbax raises anything here.
             raise UsageError(f"{folder} cannot be read ({_brief(error)}).") from error
 
@@ -89,22 +65,27 @@ class Checkpoints:
             if not isinstance(error, StorageError):
                 self.flush()
         finally:
-            self._manager.close()
+            self._store.close()
 
     @property
     def steps(self) -> list[int]:
         """The steps of all checkpoints."""
-        return sorted(self._manager.all_steps())
+        return list(self._store.metrics)
 
     @property
     def last_step(self) -> int | None:
         """The step of the last checkpoint, or `None`."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
 
     @property
     def best_step(self) -> int | None:
         """The step with the best metric, or `None`; of equal ones the later."""
-        return self._manager.best_step()
+        rated = [(self._value(m), step) for step, m in self._store.metrics.items() if m]
+        return max(rated)[1] if rated else None
+
+    def _value(self, metrics: Mapping[str, float] | None) -> float:
+        """The metric, higher if better; in the middle of an epoch there is none."""
+        return self._sign * metrics["value"] if metrics else -np.inf
 
     def describe(self) -> str:
         """A sentence about the checkpoints that can be loaded."""
@@ -162,15 +143,11 @@ class Checkpoints:
         if metric is not None:
             self._best_value = max(self._best_value, self._sign * metric)
         try:
-            self._manager.save(
+            self._store.save(
                 int(state.step),
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(tree),  # pyright: ignore[reportCallIssue]
-                    progress=ocp.args.JsonSave(sums),  # pyright: ignore[reportCallIssue]
-                    checksums=ocp.args.JsonSave(_checksums(tree, sums)),  # pyright: ignore[reportCallIssue]
-                ),
-                metrics=None if metric is None else {"value": metric},
-                force=True,
+                tree,
+                {_PROGRESS: sums, _CHECKSUMS: _checksums(tree, sums)},
+                None if metric is None else {"value": metric},
             )
         except Exception as error:  # Of this save, or of the previous one.
             raise self._not_saved(error) from error
@@ -178,7 +155,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until all saves are on disk."""
         try:
-            self._manager.wait_until_finished()
+            self._store.wait()
         except Exception as error:
             raise self._not_saved(error) from error
 
@@ -187,7 +164,7 @@ class Checkpoints:
         self.wait()
         for later in self.steps:
             if later > step:
-                self._manager.delete(later)
+                self._store.delete(later)
 
     def _not_saved(self, error: Exception) -> StorageError:
         steps = self.steps
@@ -240,33 +217,24 @@ class Checkpoints:
 
     def _read(self, step: int, target: Any) -> tuple[dict[str, Any], dict]:
         path = self._folder / str(step)
-        items: dict[str, Any] = {"progress": ocp.args.JsonRestore()}
         # (Version 0.2.0 saved none.)
-        has_checksums = (path / "checksums").exists()
-        if has_checksums:
-            items["checksums"] = ocp.args.JsonRestore()
+        has_checksums = (path / _CHECKSUMS).exists()
+        names = (_PROGRESS, _CHECKSUMS) if has_checksums else (_PROGRESS,)
         try:
             if target is not None:
-                metadata: Any = self._manager.item_metadata(step)
-                check_alike(metadata["state"], target, path)
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target),  # pyright: ignore[reportCallIssue]
-                    **items,
-                ),
-            )
+                check_alike(self._store.shapes(step), target, path)
+            state, documents = self._store.load(step, target, names)
         except UsageError:
             raise
         except Exception as error:  # Orbax raises anything here.
             raise _DamagedError(f"cannot be read ({_brief(error)})") from error
-        state, progress = restored["state"], restored["progress"]
+        progress = documents[_PROGRESS]
         if has_checksums:
             found = _checksums(state, progress)
             if target is None:
                 # In this case the structure of the optimizer's state is unknown.
                 found.pop("opt_state")
-            _compare(found, restored["checksums"])
+            _compare(found, documents[_CHECKSUMS])
         return state, progress
 
     def _intact_instead_of(self, step: int, target: Any) -> str:
@@ -311,7 +279,7 @@ def check_alike(found: Any, expected: Any, path: Path) -> None:
             for key, leaf in leaves
         }
 
-    there, wanted = shapes(getattr(found, "tree", found)), shapes(expected)
+    there, wanted = shapes(found), shapes(expected)
     for name in sorted(wanted.keys() | there.keys()):
         if name not in there:
             raise UsageError(f"{path} is of another model: it has no {name}.")

@@ -35,6 +35,7 @@ def inspect_run(
     figure: _File = None,
     json: _File = None,
     strict: bool = False,
+    model: _Text = None,
     dataset: _Text = None,
     data_dir: _Folder = None,
 ) -> int:
@@ -51,6 +52,7 @@ def inspect_run(
         figure: Draw the layers to this new file, such as a .png or .pdf.
         json: Write the numbers to this new file.
         strict: Exit with 1 if a finding is worse than a note.
+        model: The run's `module:Class`, if it has one. This imports the module.
         dataset: Another data set with the same names of classes. By default that of the
             run.
         data_dir: Folder of prepared data sets. By default that of the run.
@@ -60,7 +62,7 @@ def inspect_run(
             refuse_existing(path)
     if figure is not None:
         _check_figure(figure)
-    opened = _open(run, checkpoint, dataset, data_dir, batches)
+    opened = _open(run, checkpoint, model, dataset, data_dir, batches)
     report = inspect(
         opened.supervised.apply,
         opened.variables,
@@ -81,6 +83,7 @@ def recalibrate_run(
     out: Annotated[Path, tyro.conf.arg(metavar="NEWRUN")],
     checkpoint: _Which = "last",
     batches: _Count = None,
+    model: _Text = None,
     dataset: _Text = None,
     data_dir: _Folder = None,
 ) -> int:
@@ -94,12 +97,13 @@ def recalibrate_run(
         out: Folder of the new run; must not exist.
         checkpoint: The best on the test set, the last, or a number of steps.
         batches: Number of batches for the statistics. By default all.
+        model: The run's `module:Class`, if it has one. This imports the module.
         dataset: Another data set with the same names of classes. By default that of the
             run.
         data_dir: Folder of prepared data sets. By default that of the run.
     """
     refuse_existing(out)
-    opened = _open(run, checkpoint, dataset, data_dir, batches)
+    opened = _open(run, checkpoint, model, dataset, data_dir, batches)
     before = opened.evaluate(opened.variables)
     variables = tools.recalibrate(
         opened.task.apply, opened.variables, opened.batches(most=batches)
@@ -117,6 +121,7 @@ def fold_run(
     /,
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")],
     checkpoint: _Which = "last",
+    model: _Text = None,
     dataset: _Text = None,
     data_dir: _Folder = None,
 ) -> int:
@@ -129,6 +134,7 @@ def fold_run(
         run: Folder of a run of train.py.
         out: A new .npz file, or .msgpack (flax.serialization).
         checkpoint: The best on the test set, the last, or a number of steps.
+        model: The run's `module:Class`, if it has one. This imports the module.
         dataset: Another data set with the same names of classes. By default that of the
             run.
         data_dir: Folder of prepared data sets. By default that of the run.
@@ -136,10 +142,10 @@ def fold_run(
     if out.suffix not in (".npz", ".msgpack"):
         raise UsageError(f"--out={out} must end in .npz or .msgpack.")
     refuse_existing(out)
-    opened = _open(run, checkpoint, dataset, data_dir)
-    model = opened.supervised.model
+    opened = _open(run, checkpoint, model, dataset, data_dir)
+    network = opened.supervised.model
     images = opened.dataset.test.rows(np.zeros(1, np.int64))["image"]
-    folded = fold(model, opened.variables, images, train=False)
+    folded = fold(network, opened.variables, images, train=False)
     before = opened.evaluate(opened.variables)
     after = opened.evaluate(folded.variables, folded)
     variables = jax.device_get(folded.variables)
@@ -168,6 +174,7 @@ def port_run(
         tuple[str, ...],
         tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint=""),
     ] = (),
+    model: _Text = None,
     dataset: _Text = None,
     data_dir: _Folder = None,
 ) -> int:
@@ -185,6 +192,7 @@ def port_run(
         out: Folder of the new run; must not exist.
         names: Our names of layers and PyTorch's: Dense_0=0 BatchNorm_0=2.
         skip: Layers to leave unchanged: 'head/*' for a head with other classes.
+        model: The run's `module:Class`, if it has one. This imports the module.
         dataset: Another data set with the same names of classes. By default that of the
             run.
         data_dir: Folder of prepared data sets. By default that of the run.
@@ -194,10 +202,10 @@ def port_run(
         raise UsageError(f"--names must be OURS=THEIRS each; got {' '.join(names)}.")
     refuse_existing(out)
     state_dict = _read_state_dict(file)
-    opened = _open(to, "last", dataset, data_dir)
-    model = opened.supervised.model
+    opened = _open(to, "last", model, dataset, data_dir)
+    network = opened.supervised.model
     renamed = {ours: theirs for ours, _, theirs in pairs}
-    is_torchvision = isinstance(model, models.ResNet) and "conv1.weight" in state_dict
+    is_torchvision = isinstance(network, models.ResNet) and "conv1.weight" in state_dict
 
     def their_name(path: str) -> str:
         default = models.torchvision_name if is_torchvision else _dotted
@@ -235,13 +243,14 @@ COMMANDS = {
 def _open(
     run: Path,
     checkpoint: str,
+    model: str | None,
     dataset: str | None,
     data_dir: Path | None,
     batches: int | None = None,
 ) -> OpenRun:
     if batches is not None and batches < 1:
         raise UsageError(f"--batches={batches} is out of range: at least 1.")
-    return open_run(run, checkpoint, dataset=dataset, data_dir=data_dir)
+    return open_run(run, checkpoint, model=model, dataset=dataset, data_dir=data_dir)
 
 
 def _dotted(path: str) -> str:

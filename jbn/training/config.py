@@ -46,7 +46,8 @@ class Config:
         model: `mlp`, `resnet8`, `resnet18` and `resnet50` classify images; `unet` their
             pixels; `dcgan` generates images. `module:Class` is your own: a Linen module
             (or a function that makes one) that takes `num_classes` and `norm`, and is
-            called with images, `train` and `mask`.
+            called with images, `train` and `mask`. Needed again with --resume, as this
+            imports the module.
         width: Width of the first layer; deeper ones are wider in proportion. By default
             64 (`mlp`, `resnet18`, `resnet50`), 16 (`resnet8`, `unet`), or what suits
             the images (`dcgan`).
@@ -86,7 +87,8 @@ class Config:
             new folder in runs/, named after the data, the seed and the time. A folder
             that is not empty is refused, except with --resume.
         resume: Continue the run in --workdir from its last checkpoint, with its
-            original flags. Pass more --epochs to train beyond its end.
+            original flags. Pass more --epochs to train beyond its end, and --dataset if
+            its data set has been moved.
         checkpoint: Resume from this checkpoint, or start --init-from it: `best` on the
             test set, `last`, or a number of steps. Resuming from an earlier checkpoint
             deletes the later ones.
@@ -276,7 +278,7 @@ class Config:
 
     def _check_together(self) -> None:
         """Refuses flags that do not work together."""
-        if self.model not in PRESETS and ":" not in self.model:
+        if self.model not in PRESETS and not is_class(self.model):
             close = difflib.get_close_matches(self.model, PRESETS, 1)
             hint = f"Did you mean `{close[0]}`? " if close else ""
             raise UsageError(
@@ -385,7 +387,6 @@ _FIXED = (
     "dropout",
     "norm",
     "norm_options",
-    "dataset",
     "test_fraction",
     "image_size",
     "shift",
@@ -445,6 +446,9 @@ def parse_config(
     """
     args = list(sys.argv[1:] if args is None else args)
     config = _absolute(parse(_defaults(args), GROUPS, args, prog=prog))
+    named = _value_of("--model", args)
+    if config.config is not None:
+        confirm_model(config.model, named, config.config)
     if config.workdir is None:
         return config
     path = config.workdir / "config.json"
@@ -460,7 +464,9 @@ def parse_config(
         config = _absolute(parse(saved_here, GROUPS, args, prog=prog))
         # A schedule over all epochs changes with their number.
         length = () if saved.schedule == "constant" else ("epochs", "steps")
-        fixed = (*_FIXED, *length)
+        # The data may lie elsewhere now, if it can be compared with this description.
+        data = () if path.with_name("dataset.json").exists() else ("dataset",)
+        fixed = (*_FIXED, *data, *length)
         for name in fixed:
             old, new = getattr(saved, name), getattr(config, name)
             if old != new:
@@ -472,12 +478,46 @@ def parse_config(
                     f"It cannot be resumed with {new}: leave the flag out, or start "
                     "another run in another --workdir."
                 )
+        confirm_model(saved.model, named, path)
     elif not _is_unused(config.workdir):
         raise UsageError(
             f"--workdir={config.workdir} is not empty. Choose another, or continue the "
             "run in it with --resume."
         )
     return config
+
+
+def is_class(model: str) -> bool:
+    """Whether `--model` is the `module:Class` of a user."""
+    module, colon, name = model.partition(":")
+    return bool(colon) and all(x.isidentifier() for x in (*module.split("."), name))
+
+
+def confirm_model(saved: str, given: str | None, path: Path) -> None:
+    """Refuses a class of a user that only a file names, as importing it runs code.
+
+    Args:
+        saved: The model in the file.
+        given: The value of `--model`, or `None`.
+        path: The `config.json`.
+
+    Raises:
+        UsageError: If `saved` is a class and `given` is `None`, or if they differ.
+    """
+    if given is None and is_class(saved):
+        module = saved.partition(":")[0]
+        raise UsageError(
+            f"{path} names a class outside jbn, and importing {module} runs its code. "
+            f"If you trust it, add --model={saved}."
+        )
+    if given is not None and given != saved:
+        raise UsageError(f"{path} has --model={saved}, not {given}.")
+
+
+def resume_flags(config: Config, workdir: Path) -> str:
+    """The flags that continue a run."""
+    model = f" --model={config.model}" if is_class(config.model) else ""
+    return f"--resume --workdir={workdir}{model}"
 
 
 def preset(model: str) -> Config:

@@ -33,6 +33,11 @@ _READ_AT_ONCE = 1024
 _MOST_IN_MEMORY = 4 * 2**30  # Bytes of pixels, of both splits.
 _VOID = 255  # The value of pixels without a label, as in Pascal VOC.
 
+# Data sets are compared by this number of examples of each split. The same files may be
+# decoded a little differently elsewhere: JPEGs differ by one of 255 between libraries.
+_SAMPLES = 16
+_MOST_DIFFERENT_LABEL, _MOST_DIFFERENT_PIXELS = 0.01, 2.0
+
 
 @runtime_checkable
 class Split(Protocol):
@@ -152,7 +157,17 @@ class Dataset:
             part=self.part,
             num_train=len(self.train),
             num_test=len(self.test),
+            samples=(*_samples(self.train), *_samples(self.test)),
         )
+
+
+def _samples(split: Split) -> Iterator[tuple[float, float]]:
+    """The mean of the label and of the pixels, of a few examples."""
+    count = min(len(split), _SAMPLES)
+    for index in np.linspace(0, len(split) - 1, count).astype(np.int64):
+        row = split.rows(index[None])
+        label, pixels = (float(np.mean(row[name])) for name in ("label", "image"))
+        yield round(label, 3), round(pixels, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +181,8 @@ class Description:
         part: Part of each image to use (see `Preparation`).
         num_train: Number of training examples.
         num_test: Number of test examples.
+        samples: For some training and test examples, the mean of the label and the mean
+            of the pixels, from 0 to 255. Runs of version 0.2 and before have none.
     """
 
     name: str
@@ -174,6 +191,7 @@ class Description:
     part: Part
     num_train: int
     num_test: int
+    samples: tuple[tuple[float, float], ...] = ()
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
@@ -195,6 +213,10 @@ class Description:
                 part=values["part"],
                 num_train=int(values["num_train"]),
                 num_test=int(values["num_test"]),
+                samples=tuple(
+                    (float(label), float(pixels))
+                    for label, pixels in values.get("samples", ())
+                ),
             )
             if len(found.image_shape) != 3 or found.part not in ("whole", "middle"):
                 raise ValueError("a shape of three sizes and a part are needed")
@@ -206,6 +228,35 @@ class Description:
                 f"({type(error).__name__}: {error})."
             ) from error
         return found
+
+    def difference(self, other: "Description") -> str | None:
+        """Tells in words how the examples of another data set differ from these.
+
+        Its name and place may be others: examples are compared by their number, their
+        shape and classes, and some of them by their label and mean brightness.
+
+        Args:
+            other: The description of the other data set.
+
+        Returns:
+            The first difference found; `None` if there is none.
+        """
+        for name, what in (
+            ("num_train", "training images"),
+            ("num_test", "test images"),
+            ("classes", "as classes"),
+            ("image_shape", "as the shape of its images"),
+        ):
+            there, here = getattr(other, name), getattr(self, name)
+            if there != here:
+                return f"it has {_listed(there)} {what}, and the run {_listed(here)}"
+        if not self.samples:
+            return None
+        there, here = np.array(other.samples), np.array(self.samples)
+        limits = np.array([_MOST_DIFFERENT_LABEL, _MOST_DIFFERENT_PIXELS])
+        if there.shape == here.shape and (abs(there - here) <= limits).all():
+            return None
+        return "its examples, or their order, are others"
 
     def dataset(self, find: Callable[[], Dataset]) -> Dataset:
         """The data set, which is only opened when its examples are needed.
@@ -225,6 +276,10 @@ class Description:
             lambda: found().test,
             self.part,
         )
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else f"{value:,}"
 
 
 def load_dataset(
@@ -349,7 +404,9 @@ def _from_source(
             f"`{source.name}` has labels of pixels, and such sets are read into "
             "memory: pass --loader=memory, and an --image-size with which it fits."
         )
-    numbers = _numbers(source, like) if target == "label" else None
+    numbers = None
+    if target == "label" and like is not None:
+        numbers = _numbers(f"`{source.name}`", source.classes, like.classes)
     part: Part = "middle" if crop else "whole"
 
     @functools.cache
@@ -404,8 +461,8 @@ def _segmentation(
         name,
         [str(value) for value in values],
         shape,
-        lambda: _from_zero(train(), values),
-        lambda: _from_zero(test(), values),
+        lambda: _from_zero(train(), values, name),
+        lambda: _from_zero(test(), values, name),
     )
 
 
@@ -426,17 +483,19 @@ class _Renumbered:
         return {**example, "label": self._numbers[example["label"]]}
 
 
-def _numbers(source: Source, like: Description | None) -> np.ndarray | None:
+def _numbers(
+    name: str, classes: Sequence[str], wanted: Sequence[str]
+) -> np.ndarray | None:
     """The run's number of each class of a set; `None` if they are the same."""
-    if like is None or tuple(source.classes) == tuple(like.classes):
+    if tuple(classes) == tuple(wanted):
         return None
-    unknown = [name for name in source.classes if name not in like.classes]
-    if unknown:
-        raise UsageError(
-            f"`{source.name}` has the class {unknown[0]}, which the run does not have: "
-            f"its classes are {', '.join(like.classes)}."
-        )
-    return np.array([like.classes.index(name) for name in source.classes])
+    for unknown in classes:
+        if unknown not in wanted:
+            raise UsageError(
+                f"{name} has the class {unknown}, which the run does not have: its "
+                f"classes are {', '.join(wanted)}."
+            )
+    return np.array([wanted.index(name) for name in classes], np.int32)
 
 
 def _bytes_in_memory(
@@ -515,8 +574,9 @@ def _size(image: np.ndarray) -> str:
 
 def _class_values(*labels: np.ndarray) -> Sequence[int]:
     """The pixel values that are classes, in increasing order."""
-    values = np.unique(np.concatenate([np.unique(x) for x in labels]))
+    values = np.unique(np.concatenate([np.unique(x) for y in labels for x in y]))
     # If there is only one other value, 255 is the foreground, not void.
+    values = values[values >= 0]
     if len(values) > 2 or _VOID not in values:
         values = values[values != _VOID]
     if len(values) < 2:
@@ -527,12 +587,24 @@ def _class_values(*labels: np.ndarray) -> Sequence[int]:
     return [int(value) for value in values]
 
 
-def _from_zero(split: Split, values: np.ndarray) -> InMemory:
-    """Labels of pixels counted from 0 (trimaps count from 1), or -1 for void ones."""
+def _from_zero(split: Split, values: np.ndarray, name: str) -> InMemory:
+    """Labels of pixels counted from 0 (trimaps count from 1), or -1 for void ones.
+
+    They are replaced in place, image by image: a copy would need as much memory again.
+    """
     assert isinstance(split, InMemory)
-    found = np.searchsorted(values, split.label).clip(max=len(values) - 1)
-    known = values[found] == split.label
-    return InMemory(split.image, np.where(known, found, -1).astype(np.int32))
+    for i, label in enumerate(split.label):
+        found = np.searchsorted(values, label).clip(max=len(values) - 1)
+        known = values[found] == label
+        unknown = label[~known & (label >= 0) & (label != _VOID)]
+        if len(unknown):
+            raise UsageError(
+                f"Mask {i} of {name} has the value {unknown[0]}, which is no class of "
+                f"the run: its classes are {', '.join(map(str, values))}, and "
+                f"{_VOID} is none."
+            )
+        label[...] = np.where(known, found, -1)
+    return split
 
 
 def _from_npz(
@@ -581,19 +653,52 @@ def _from_npz(
     shape = like.image_shape if like else train().image.shape[1:]
     if target == "segmentation_mask":
         return _segmentation(str(path), shape, train, test, like)
-    classes: Sequence[str] = ()
-    if target == "label":
-        present = [open_split(s).label for s in _SPLITS if s in found]
-        labels = np.unique(np.concatenate(present))
-        classes = found.get("classes") or [str(i) for i in range(labels[-1] + 1)]
-        if like is not None:
-            classes = like.classes
-        if labels[0] < 0 or labels[-1] >= len(classes):
-            raise UsageError(
-                f"{name} has labels from {labels[0]} to {labels[-1]} and "
-                f"{len(classes)} classes: labels count from 0."
+    if target is None:
+        return Dataset(str(path), (), shape, train, test)
+    classes = _named_classes(found, name, like)
+    if like is not None:
+        numbers = _numbers(name, classes, like.classes)
+        if numbers is not None:
+            train, test = (
+                functools.partial(_renumbered, f, numbers) for f in (train, test)
             )
+        classes = like.classes
     return Dataset(str(path), classes, shape, train, test)
+
+
+def _renumbered(split: Callable[[], InMemory], numbers: np.ndarray) -> InMemory:
+    return InMemory(split().image, numbers[split().label])
+
+
+def _named_classes(
+    found: Mapping[str, Any], name: str, like: Description | None
+) -> Sequence[str]:
+    """The names of the classes of arrays with labels of images."""
+    present = [found[s][1] for s in _SPLITS if s in found]
+    labels = np.unique(np.concatenate(present))
+    count = int(labels[-1]) + 1
+    names = found.get("classes")
+    if names is None:
+        names = like.classes if like else [str(i) for i in range(count)]
+    if labels[0] < 0 or count > len(names):
+        raise UsageError(
+            f"{name} has labels from {labels[0]} to {labels[-1]} and {len(names)} "
+            "classes: labels count from 0, and `classes` has a name for each."
+        )
+    if like is not None:
+        return names
+    if len(labels) < 2:
+        raise UsageError(
+            f"{name} has the label {labels[0]} alone: at least two classes are needed."
+        )
+    if "classes" not in found and count > 2 * len(labels):
+        raise UsageError(
+            f"{name} has {len(labels)} different labels, from {labels[0]} to "
+            f"{labels[-1]}: number the classes from 0 without gaps, by `classes, "
+            "labels = np.unique(labels, return_inverse=True)`, or save the names of "
+            "all as `classes`."
+        )
+    return names
 
 
 def read_images(

@@ -161,10 +161,14 @@ def _by_class(root: Path, classes: Sequence[str]) -> Files:
     for folder in _folders(root):
         found = _pictures(folder)
         if not found:
-            raise UsageError(f"The class folder {folder} has no images.")
+            raise UsageError(
+                f"The class folder {folder} has no images: add some, or remove the "
+                "folder."
+            )
         if folder.name not in classes:
             raise UsageError(
-                f"{folder} is not of a class that there is: {', '.join(classes)}."
+                f"{folder} is not of a class that there is: {', '.join(classes)}. "
+                "Rename or remove the folder."
             )
         images += found
         labels += [classes.index(folder.name)] * len(found)

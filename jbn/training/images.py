@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jbn.training.errors import UsageError
 
@@ -227,8 +227,14 @@ def _open(image: bytes | Path, name: str, mode: str | None) -> Image.Image:
             f"{name} is too large to be read: it has more than "
             f"{Image.MAX_IMAGE_PIXELS:,} pixels. Make it smaller."
         ) from error
+    except IsADirectoryError as error:
+        raise UsageError(
+            f"{name} is a folder: name the image files in it, as {name}/*.png."
+        ) from error
     except Exception as error:  # For a damaged file, decoders may raise anything.
-        text = str(error) or type(error).__name__
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            text = "it is of no format that Pillow knows, such as PNG or JPEG"
         raise UsageError(
             f"{name} is not an image that can be read: {' '.join(text.split())}"
         ) from error

@@ -21,6 +21,7 @@ from jbn.training.config import (
     claim_workdir,
     parse_config,
     period_of,
+    resume_flags,
 )
 from jbn.training.devices import describe
 from jbn.training.environment import environment
@@ -29,7 +30,7 @@ from jbn.training.guard import Guard
 from jbn.training.journal import Journal
 from jbn.training.metrics import Sums, peak_memory
 from jbn.training.report import Profile
-from jbn.training.run import find_checkpoint
+from jbn.training.run import find_checkpoint, require_dataset, require_same_data
 from jbn.training.setup import Setup, prepare
 from jbn.training.state import TrainState
 from jbn.training.workdir import reserved
@@ -76,9 +77,13 @@ def train(config: Config) -> int:
     with contextlib.ExitStack() as stack:
         first = hosts.is_first()
         folder = str(stack.enter_context(reserved(config))) if first else ""
+        if first and config.resume:
+            require_dataset(Path(folder), config)
         setup = prepare(config)
         workdir = Path(hosts.from_first(folder))
         if first:
+            if config.resume:
+                require_same_data(workdir, setup.dataset)
             claim_workdir(dataclasses.replace(config, workdir=workdir))
             setup.dataset.describe().save(workdir / "dataset.json")
         try:
@@ -88,7 +93,7 @@ def train(config: Config) -> int:
                 raise
             raise StorageError(
                 f"{error.filename or workdir} cannot be written: {error.strerror}. "
-                f"Make room; --resume --workdir={workdir} goes on after the last "
+                f"Make room; {resume_flags(config, workdir)} goes on after the last "
                 "checkpoint."
             ) from error
 
@@ -119,7 +124,7 @@ def _train(setup: Setup, workdir: Path) -> int:
     interrupted = preemption.signal == signal.SIGINT
     journal.write(
         f"stopped by {'Ctrl-C' if interrupted else 'SIGTERM'} after step {loop.done}, "
-        f"which is saved; --resume --workdir={workdir} goes on"
+        f"which is saved; {resume_flags(config, workdir)} goes on"
     )
     return 130 if interrupted else NOT_FINISHED
 
@@ -263,8 +268,8 @@ class Loop:
         """Trains to a step of this epoch, or until a save or an evaluation is due."""
         setup = self._setup
         start = time.perf_counter()
-        for count, batches in setup.batches(self.done, stop):
-            self._state, metrics = setup.train_steps(self._state, batches)
+        for count, train_steps, batches in setup.batches(self.done, stop):
+            self._state, metrics = train_steps(self._state, batches)
             metrics = {k: v[:count] for k, v in setup.executor.get(metrics).items()}
             self._guard.check(metrics, self.done)
             self._sums.add_steps(metrics)

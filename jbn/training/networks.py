@@ -1,18 +1,21 @@
 """Makes the networks of `--model`: ours, with width and depth, or a user's class."""
 
+import functools
 import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jbn import models
 from jbn.models.resnet import BasicBlock, BottleneckBlock
-from jbn.training.config import Config
+from jbn.training.config import Config, is_class
 from jbn.training.errors import UsageError
 
 
@@ -45,7 +48,7 @@ def make_model(
         options["dtype"] = jnp.bfloat16
     if config.dropout:
         options["dropout"] = config.dropout
-    if ":" in config.model:
+    if is_class(config.model):
         sizes = {"width": config.width, "depth": config.depth}
         options |= {name: v for name, v in sizes.items() if v is not None}
         return _own(config.model, options)
@@ -110,6 +113,55 @@ def _own(path: str, options: dict[str, Any]) -> nn.Module:
             f"--model={path} makes a {type(model).__name__}, not a Linen module."
         )
     return model
+
+
+def check_own(
+    path: str, model: nn.Module, num_classes: int, image_shape: tuple[int, ...]
+) -> None:
+    """Refuses a user's network that cannot be trained, without computing anything.
+
+    Args:
+        path: Its `--model`.
+        model: The network, for one device.
+        num_classes: Number of classes.
+        image_shape: Shape of one image.
+
+    Raises:
+        UsageError: If it fails, or its outputs are not one logit per class.
+    """
+    images = jnp.zeros((2, *image_shape), jnp.uint8)
+
+    def run(train: bool) -> Any:
+        keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        mask: dict[str, Any] = {"mask": jnp.ones(2, bool)} if train else {}
+        return model.init_with_output(keys, images, train=train, **mask)[0]
+
+    for train in (False, True):
+        try:
+            found = jax.eval_shape(functools.partial(run, train))
+        except Exception as error:  # The user's code may raise anything.
+            text = " ".join(str(error).split())
+            raise UsageError(
+                f"--model={path} fails on images of shape {images.shape} with "
+                f"train={train} ({type(error).__name__}: {text}{_where(error)})."
+            ) from error
+        shape = getattr(found, "shape", type(found).__name__)
+        if shape != (2, num_classes):
+            raise UsageError(
+                f"--model={path} returns {shape} for images of shape {images.shape}: "
+                f"an array of shape {(2, num_classes)} is needed, with one logit for "
+                "each class."
+            )
+
+
+def _where(error: Exception) -> str:
+    """The last line outside of libraries at which an error was raised."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename and frame.filename != __file__
+    ]
+    return f", in {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def _import(path: str) -> Callable[..., Any]:

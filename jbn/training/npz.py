@@ -11,6 +11,7 @@ from jbn.training.folders import TEST, TRAIN
 
 
 _BLOCK_BYTES = 2**20
+_CHANNELS = (1, 3, 4)  # The usual numbers of channels.
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
@@ -73,14 +74,35 @@ def _read(
     splits = _find(archive, f"--dataset={path}")
     for split, names in splits.items():
         shape = _shape_of_images(archive, names)
-        label = _labels(archive, names, shape)
         if "test" in splits:
             rows = {split: np.ones(shape[0], bool)}
         else:
             rows = _draw(shape[0], test_fraction)
-        for part, image in _images(archive, names.image, convert, rows).items():
-            found[part] = image, None if label is None else label[rows[part]]
+        label = dict.fromkeys(rows)
+        if names.label is not None:
+            _check_labels(archive, names, shape)
+            to_int32 = lambda block: block.astype(np.int32)
+            label = _rows(archive, names.label, to_int32, rows)
+        image = _rows(
+            archive, names.image, lambda block: convert(_with_channels(block)), rows
+        )
+        for part in rows:
+            found[part] = image[part], _without_unit_axis(label[part])
     return found
+
+
+def _with_channels(images: np.ndarray) -> np.ndarray:
+    return images if images.ndim == 4 else images[..., None]
+
+
+def _without_unit_axis(label: np.ndarray | None) -> np.ndarray | None:
+    if label is not None and _has_unit_axis(label.shape):
+        return label[..., 0]
+    return label
+
+
+def _has_unit_axis(shape: tuple[int, ...]) -> bool:
+    return len(shape) in (2, 4) and shape[-1] == 1
 
 
 def _find(archive: Any, where: str) -> dict[str, _Names]:
@@ -129,34 +151,48 @@ def _shape_of_images(archive: Any, names: _Names) -> tuple[int, ...]:
             f"{names.what} have shape {shape}; (n, height, width) or (n, height, "
             "width, channels) is needed, with none of them 0."
         )
+    if shape[1] in _CHANNELS and shape[3] > max(_CHANNELS):
+        raise UsageError(
+            f"{names.what} have shape {shape}, which looks like (n, channels, height, "
+            "width); (n, height, width, channels) is needed: "
+            "images.transpose(0, 2, 3, 1)."
+        )
     return shape
 
 
-def _labels(archive: Any, names: _Names, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The labels, without an axis of length 1."""
-    if names.label is None:
-        return None
-    label = archive[names.label]
-    if label.ndim in (2, 4) and label.shape[-1] == 1:
-        label = label[..., 0]
-    if label.dtype.kind not in "iub" or label.shape not in (shape[:1], shape[:3]):
-        raise UsageError(
-            f"{names.what} have shape {shape} and labels {label.dtype} of shape "
-            f"{label.shape}; integers of shape {shape[:1]}, or for each pixel of "
-            f"shape {shape[:3]}, are needed."
+def _check_labels(archive: Any, names: _Names, shape: tuple[int, ...]) -> None:
+    """Refuses labels that are no numbers of classes, one for each image or pixel."""
+    with _open(archive, str(names.label)) as file:
+        found, _, dtype = _header(file)
+    fits = (found[:-1] if _has_unit_axis(found) else found) in (shape[:1], shape[:3])
+    if dtype.kind in "iub" and fits:
+        return
+    hint = ""
+    if dtype.kind in "OSU":
+        hint = (
+            " For names, save `classes, labels = np.unique(names, return_inverse=True)`"
+            " as `classes` and `labels`."
         )
-    return label.astype(np.int32)
+    elif len(found) == 2 and found[0] == shape[0]:
+        hint = " For one-hot labels, save labels.argmax(1)."
+    elif dtype.kind == "f" and fits:
+        hint = " For whole numbers, save labels.astype(int)."
+    raise UsageError(
+        f"{names.what} have shape {shape} and labels {dtype} of shape {found}; "
+        f"integers of shape {shape[:1]}, or for each pixel of shape {shape[:3]}, are "
+        f"needed.{hint}"
+    )
 
 
-def _images(
+def _rows(
     archive: Any, name: str, convert: Convert, rows: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Converted images, those of each split in an array of their own."""
+    """Converted rows of an array, those of each split in an array of their own."""
     found: dict[str, np.ndarray] = {}
     count = dict.fromkeys(rows, 0)
     start = 0
     for block in _blocks(archive, name):
-        block = convert(block if block.ndim == 4 else block[..., None])
+        block = convert(block)
         for split, mask in rows.items():
             part = block[mask[start : start + len(block)]]
             if start == 0:

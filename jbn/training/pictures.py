@@ -28,7 +28,9 @@ def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any
 
     epochs = [line["epoch"] for line in history]
     figure = new_figure(9.0, 3.6)
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(
+        _drawable(title) or "", fontsize=12, x=0.01, ha="left", fontweight="bold"
+    )
     left, right = figure.subplots(1, 2)
     marker = "o" if len(epochs) <= _MARKED else None
 
@@ -45,7 +47,15 @@ def curves(history: Sequence[dict[str, Any]], metric: Metric, title: str) -> Any
         draw(right, f"{split}_{metric.name}", split, color)
     for axes in (left, right):
         if len(axes.lines) > 1:
-            axes.legend(frameon=False, fontsize=9)
+            # Beside the title: finding the best place can take seconds, and warns then.
+            axes.legend(
+                loc="lower right",
+                bbox_to_anchor=(1, 1),
+                borderaxespad=0.2,
+                ncols=len(axes.lines),
+                frameon=False,
+                fontsize=9,
+            )
     left.set_title("Loss", fontsize=10, loc="left")
     right.set_title(metric.label[0].upper() + metric.label[1:], fontsize=10, loc="left")
     if metric.percent:
@@ -125,9 +135,10 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Any:
     axes.set_ylabel("label", fontsize=10)
     if size <= 32:
         ticks = range(size)
-        rotation = 90 if max(map(len, classes)) > 2 else 0
-        axes.set_xticks(ticks, classes, fontsize=8, rotation=rotation)
-        axes.set_yticks(ticks, classes, fontsize=8)
+        names = [_drawable(name) or f"class {i}" for i, name in enumerate(classes)]
+        rotation = 90 if max(map(len, names)) > 2 else 0
+        axes.set_xticks(ticks, names, fontsize=8, rotation=rotation)
+        axes.set_yticks(ticks, names, fontsize=8)
         for i, j in zip(*np.nonzero(counts), strict=True):
             color = "white" if share[i, j] > 0.3 else "black"
             text = f"{counts[i, j]:,}"
@@ -256,6 +267,16 @@ def as_rgb(images: np.ndarray) -> np.ndarray:
     if images.shape[-1] < 3:
         return np.repeat(images[..., :1], 3, axis=-1)
     return images[..., :3]
+
+
+def _drawable(text: str) -> str | None:
+    """A text for Matplotlib; `None` if its font has no glyph for a character of it."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    if any(ord(character) not in glyphs for character in text):
+        return None
+    return text.replace("$", r"\$")  # Not a formula.
 
 
 def new_figure(width: float | int, height: float | int) -> Any:

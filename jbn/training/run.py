@@ -14,7 +14,7 @@ import numpy as np
 from jbn.training.batches import permutation, plan_epoch
 from jbn.training.build import make_task, open_dataset, row_multiple
 from jbn.training.checkpoint import Checkpoints
-from jbn.training.config import Config, claim_workdir, load_config
+from jbn.training.config import Config, claim_workdir, confirm_model, load_config
 from jbn.training.data import Dataset, Description
 from jbn.training.devices import select_devices
 from jbn.training.errors import UsageError
@@ -134,6 +134,7 @@ def open_run(
     path: Path,
     checkpoint: str = "last",
     *,
+    model: str | None = None,
     dataset: str | None = None,
     data_dir: Path | None = None,
 ) -> OpenRun:
@@ -144,6 +145,7 @@ def open_run(
     Args:
         path: The folder that `train.py` wrote, or one of its `checkpoints`.
         checkpoint: `last`, `best`, or a number of steps.
+        model: The run's `module:Class`, which is imported; unneeded for other models.
         dataset: Another data set with the same classes, instead of the run's.
         data_dir: Folder of prepared data sets, instead of the run's.
 
@@ -151,11 +153,12 @@ def open_run(
         The run.
 
     Raises:
-        UsageError: If there is no run or no such checkpoint, or if the checkpoint
-            belongs to another model.
+        UsageError: If there is no run or no such checkpoint, if the checkpoint belongs
+            to another model, or if `model` is needed or another one.
     """
     path, checkpoint = _split(path, checkpoint)
     config = read_config(path)
+    confirm_model(config.model, model, path / "config.json")
     # On one device, a CPU or JAX's default.
     select_devices(None, None)
     verbosity = absl.logging.get_verbosity()
@@ -190,15 +193,45 @@ def _data(
     described = Description.load(path)
 
     def find() -> Dataset:
-        place = Path(config.dataset)
-        if dataset is None and place.is_absolute() and not place.exists():
-            raise UsageError(
-                f"The data set of {folder} is not in {place} any more. Say where it is "
-                "with --dataset."
-            )
+        if dataset is None:
+            require_dataset(folder, config)
         return open_dataset(config, like=described)
 
     return described.dataset(find), described.num_train
+
+
+def require_dataset(folder: Path, config: Config) -> None:
+    """Raises a `UsageError` if the data set of a run has been moved or deleted.
+
+    Args:
+        folder: Of the run.
+        config: Its configuration.
+    """
+    place = Path(config.dataset)
+    if place.is_absolute() and not place.exists():
+        raise UsageError(
+            f"The data set of {folder} is not in {place}. Say where it is with "
+            "--dataset."
+        )
+
+
+def require_same_data(folder: Path, dataset: Dataset) -> None:
+    """Raises a `UsageError` if a data set is not the one that a run was trained on.
+
+    Args:
+        folder: Of the run.
+        dataset: The data set to go on with.
+    """
+    path = folder / "dataset.json"
+    if not path.exists():  # For runs of version 0.2 and before.
+        return
+    difference = Description.load(path).difference(dataset.describe())
+    if difference is not None:
+        raise UsageError(
+            f"--dataset={dataset.name} is not the data set that the run in {folder} "
+            f"was trained on: {difference}. Resume with that one, or start a new run "
+            f"on this one with --init-from={folder}."
+        )
 
 
 def read_variables(path: Path, checkpoint: str = "last") -> dict[str, Any]:

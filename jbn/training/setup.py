@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn.linen import BatchNorm
-from jbn.training.batches import Plan, permutation, plan_epoch
+from jbn.training.batches import Plan, chunks, permutation, plan_epoch
 from jbn.training.build import (
     make_schedule,
     make_task,
@@ -28,8 +28,17 @@ from jbn.training.executor import Executor
 from jbn.training.initial import initialize_from
 from jbn.training.loader import ahead, empty_chunk, load
 from jbn.training.state import TrainState
-from jbn.training.step import create_state, initialize, make_train_step
+from jbn.training.step import (
+    create_state,
+    initialize,
+    make_train_step,
+    without_padding,
+)
 from jbn.training.tasks import Supervised, Task
+
+
+# Steps of an epoch from which a second program, without masks, is worth compiling.
+_WORTH_COMPILING = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,8 @@ class Setup:
         task: What is trained.
         evaluation: The evaluation on the test split.
         train_steps: The compiled training step, repeated over batches.
+        full_steps: The same for batches without padding; `None` if it would not be
+            worth a second compilation.
         steps_per_epoch: Batches in an epoch.
         dispatch: Batches that are handed to the devices at once.
     """
@@ -53,6 +64,7 @@ class Setup:
     task: Task
     evaluation: Evaluation
     train_steps: Any
+    full_steps: Any
     steps_per_epoch: int
     dispatch: int
 
@@ -104,14 +116,17 @@ class Setup:
         return found
 
     def compile(self, state: TrainState) -> TrainState:
-        """Compiles the training step, by a dispatch that changes nothing."""
+        """Compiles the training step, by dispatches that change nothing."""
         plan = self._plan(1)
         share = self.executor.share(plan.num_rows)
         # Batches of weight zero leave the state as it is.
         nothing = empty_chunk(self.dataset.train, plan, self.dispatch, share=share)
-        return self.train_steps(state, self.executor.put_batches(nothing))[0]
+        batches = self.executor.put_batches(nothing)
+        if self.full_steps is not None:
+            self.full_steps(self.executor.put(state), batches)  # Of a copy.
+        return self.train_steps(state, batches)[0]
 
-    def batches(self, start: int, stop: int) -> Iterator[tuple[int, Any]]:
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, Any, Any]]:
         """Brings the batches of some steps to the devices, one dispatch ahead.
 
         Args:
@@ -119,15 +134,22 @@ class Setup:
             stop: The step after them, in the same epoch.
 
         Yields:
-            The number of steps in a dispatch, and its batches.
+            The number of steps in a dispatch, the function that runs them, and their
+            batches.
         """
         epoch, offset = divmod(start, self.steps_per_epoch)
         plan = self._plan(epoch + 1).part(offset, offset + stop - start)
         share = self.executor.share(plan.num_rows)
-        chunks = load(
+        read = load(
             self.dataset.train, plan, self.dispatch, share=share, epoch=epoch + 1
         )
-        return ahead(chunks, self.executor.put_batches)
+        # (Of all processes, which must run the same program.)
+        padded = (not chunk.weights.all() for chunk in chunks(plan, self.dispatch))
+        for is_padded, (count, batches) in zip(
+            padded, ahead(read, self.executor.put_batches), strict=True
+        ):
+            is_full = self.full_steps is not None and not is_padded
+            yield count, self.full_steps if is_full else self.train_steps, batches
 
     def _plan(self, epoch: int) -> Plan:
         return _plan_epoch(self.config, self.dataset, self.executor, epoch)
@@ -162,6 +184,8 @@ def prepare(config: Config) -> Setup:
         seed=config.seed,
         multiple=row_multiple(config, len(devices)),
     )
+    dispatch = steps_per_dispatch(dataset.train, plan, config.steps_per_dispatch)
+    has_full = dispatch == 1 and plan.num_steps >= _WORTH_COMPILING
     return Setup(
         config=config,
         executor=executor,
@@ -169,8 +193,9 @@ def prepare(config: Config) -> Setup:
         task=task,
         evaluation=evaluation,
         train_steps=executor.train(step),
+        full_steps=executor.train(without_padding(step)) if has_full else None,
         steps_per_epoch=plan.num_steps,
-        dispatch=steps_per_dispatch(dataset.train, plan, config.steps_per_dispatch),
+        dispatch=dispatch,
     )
 
 

@@ -129,6 +129,19 @@ def make_train_step(
     return train_step
 
 
+def without_padding(step: Step) -> Step:
+    """The step for batches in which every row has weight one.
+
+    The weights are constants of this program, so XLA leaves the masks out, which take a
+    ResNet on a CPU a seventh of its time.
+    """
+
+    def full_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return step(state, {**batch, "weight": jnp.ones_like(batch["weight"])})
+
+    return full_step
+
+
 def gradient(
     objective: Objective,
     params: Any,

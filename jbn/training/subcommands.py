@@ -32,6 +32,7 @@ def evaluate(
     checkpoint: _Which = "last",
     pictures: _Folder = None,
     per_class: bool = False,
+    model: _Text = None,
     dataset: _Text = None,
     data_dir: _Folder = None,
 ) -> int:
@@ -42,11 +43,12 @@ def evaluate(
         checkpoint: The best on the test set, the last, or a number of steps.
         pictures: Draw the confusion matrix, overlays or samples in this folder.
         per_class: Add the recall, precision and intersection over union of each class.
+        model: The run's `module:Class`, if it has one. This imports the module.
         dataset: Another data set with the same names of classes, such as a moved
             folder. By default that of the run.
         data_dir: Folder of prepared data sets. By default that of the run.
     """
-    opened = open_run(run, checkpoint, dataset=dataset, data_dir=data_dir)
+    opened = open_run(run, checkpoint, model=model, dataset=dataset, data_dir=data_dir)
     if pictures is not None:
         _make_folder(pictures)
     sums = opened.test_sums(opened.variables)
@@ -74,6 +76,7 @@ def predict(
     seed: int = 0,
     top: int = 1,
     json: bool = False,
+    model: _Text = None,
     data_dir: _Folder = None,
 ) -> int:
     """Applies a checkpoint to image files, or generates images.
@@ -92,10 +95,11 @@ def predict(
         seed: Seed of the generated images.
         top: Print this number of most probable classes of each image.
         json: Print each line as JSON.
+        model: The run's `module:Class`, if it has one. This imports the module.
         data_dir: Folder of prepared data sets; only needed for runs of version 0.2 and
             before.
     """
-    opened = open_run(run, checkpoint, data_dir=data_dir)
+    opened = open_run(run, checkpoint, model=model, data_dir=data_dir)
     folder = Path() if out is None else out
     if isinstance(opened.task, GAN):
         if files:
@@ -118,8 +122,8 @@ def predict(
     images = read_images(files, data.image_shape, data.part)
     if task.kind == "segmentation":
         _make_folder(folder)
-    model: Any = task.model
-    apply = jax.jit(lambda v, x: jax.nn.softmax(model.apply(v, x, train=False)))
+    network: Any = task.model
+    apply = jax.jit(lambda v, x: jax.nn.softmax(network.apply(v, x, train=False)))
     parts = [images[i : i + _AT_ONCE] for i in range(0, len(images), _AT_ONCE)]
     probabilities = np.concatenate([apply(opened.variables, x) for x in parts])
     if task.kind == "classification":

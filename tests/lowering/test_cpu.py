@@ -192,13 +192,15 @@ def test_the_program_of_inference_is_the_formula():
 
 
 @on("one device")
-def test_loops_over_elements_do_no_work_of_features():
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_loops_over_elements_do_no_work_of_features(differentiated):
     x, (params, running) = jnp.zeros(SHAPE), jbn.init(SHAPE[-1])
 
     def f(x, params, running):
         return jbn.batch_norm(x, params, running, use_running_average=False)[0]
 
-    text = compiled(f, x, params, running).as_text()
+    forward = functools.partial(jax.vjp, f) if differentiated else f
+    text = compiled(forward, x, params, running).as_text()
     loops = [
         computation
         for computation in text.split("\n}\n")

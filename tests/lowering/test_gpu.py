@@ -98,6 +98,16 @@ def test_blocks_on_a_card():
     assert Blocks.of(ONE_GPU, (64, 64), (0,)) is None
 
 
+def test_blocks_are_not_merged(rng):
+    """XLA would make one sum of the two. On a CPU, its simplifier is the same."""
+    (v,) = arrays(rng, SHAPE)
+    blocks = Blocks(0, 2, 8)
+    compiled = jax.jit(blocks.total).lower(v).compile()
+    want = np.asarray(v, np.float64).sum(AXES, keepdims=True)
+    np.testing.assert_allclose(compiled(v), want, rtol=1e-5, atol=1e-4)
+    assert "f32[8,16]" in str(compiled.as_text())  # the sums of the blocks
+
+
 def same_bits(got, want):
     got, want = (np.asarray(v).view(np.uint16) for v in (got, want))
     np.testing.assert_array_equal(got, want)

@@ -1,8 +1,9 @@
-"""`jbn.lowering.late`: programs without `jax.jit`."""
+"""`jbn.lowering.late`: programs without `jax.jit`, and under `jax.vmap`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import jbn
@@ -57,3 +58,30 @@ def test_disable_jit(name, rng):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, want
     )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_vmap_over_any_axis(axis, rng):
+    """Output and gradient are those of each batch alone."""
+    xs, cts = rng.standard_normal((2, 4, 6, 3))
+    scale = np.array([0.5, -1.0, 2.0])
+    params = jbn.Params(jnp.asarray(scale), jnp.zeros(3))
+
+    def layer(x, ct):
+        f = lambda x: jbn.batch_norm(x, params, None, use_running_average=False)[0]
+        y, vjp = jax.vjp(f, x)
+        return y, *vjp(ct)
+
+    mapped = jax.jit(jax.vmap(layer, axis, axis))
+    got = mapped(np.moveaxis(xs, 0, axis), np.moveaxis(cts, 0, axis))
+    want = [
+        (
+            oracle.batch_norm(x, scale, epsilon=1e-5),
+            oracle.input_gradient(x, ct, scale)[0],
+        )
+        for x, ct in zip(xs, cts, strict=True)
+    ]
+    for found, wanted in zip(got, zip(*want, strict=True), strict=True):
+        found = np.moveaxis(np.asarray(found), axis, 0)
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)

@@ -802,3 +802,11 @@ def test_options_that_the_class_lacks_are_refused(x):
         convert(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), renorm=True)
     with pytest.raises(TypeError, match="num_groups"):
         convert(nn.BatchNorm(), jbn.linen.GhostBatchNorm).init(jax.random.key(0), x)
+
+
+def test_a_converted_model_can_be_a_static_argument():
+    model = convert(Norm(use_running_average=True), momentum=0.5, where=["*"])
+    x = jnp.ones((2, 3))
+    apply = jax.jit(lambda model, v, x: model.apply(v, x), static_argnums=0)
+    variables = model.init(jax.random.key(0), x)
+    close(apply(model, variables, x), model.apply(variables, x))

@@ -685,8 +685,8 @@ def test_before_a_convolution(case, rng):
         assert isinstance(new.layers[0], FoldedNorm)
     else:
         assert folded.report["layers_0"].startswith("kept: no layer comes before it; ")
-        assert "zeros" in folded.report["layers_0"]
-        assert "'layers/1' p" in report["layers/0"]
+        for kept in (folded.report["layers_0"], report["layers/0"]):
+            assert re.search("'layers.1' .*zeros", kept)
         assert isinstance(new.layers[0], jbn.nnx.BatchNorm)
 
 
@@ -866,7 +866,7 @@ KEPT: dict[str, tuple[Any, str, str]] = {
             )(x)
         ),
         "norm",
-        "'dense' has a `dot_general` of its own",
+        "'dense' has a custom `dot_general`",
     ),
     "kernel used": (
         regularized,
@@ -885,12 +885,12 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "other axis": (
         lambda x: Linen(axis=1, name="norm")(nn.Dense(4, name="dense")(x)),
         "norm",
-        "'dense' has its output features along axis 3, and the batch norm along axis 1",
+        "'dense' has its output features along axis 3, but the batch norm along axis 1",
     ),
     "several axes": (
         lambda x: Linen(axis=(1, -1), name="norm")(nn.Dense(4, name="dense")(x)),
         "norm",
-        "'dense' has its output features along axis 3, and the batch norm along axes"
+        "'dense' has its output features along axis 3, but the batch norm along axes"
         " 1, 3",
     ),
     "flattened": (

@@ -2,16 +2,20 @@
 
 import dataclasses
 import gc
+import importlib.util
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+import orbax
+import orbax.checkpoint as ocp
 import pytest
 from ways import executors
 
 from jbn.models import MLP
+from jbn.training import store
 from jbn.training.checkpoint import Checkpoints
 from jbn.training.errors import UsageError
 from jbn.training.executor import Executor
@@ -288,6 +292,63 @@ def test_without_checksums(tmp_path: Path, state: TrainState):
         assert checkpoints.restore(10, state)[0].step == 10
         params = checkpoints.restore_variables(10)["params"]
         jax.tree.map(np.testing.assert_array_equal, params, at(state, 10).params)
+
+
+def test_of_the_version_before(tmp_path: Path, state: TrainState):
+    """As written by Orbax' first API, which version 0.2.0 used."""
+    if not hasattr(ocp, "CheckpointManager"):
+        pytest.skip("this version of Orbax does not have its first API")
+    value = lambda metrics: metrics["value"]
+    with ocp.CheckpointManager(
+        tmp_path,
+        item_handlers={
+            "state": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(best_fn=value),
+    ) as manager:
+        for step, metrics in ((10, {"value": 0.9}), (20, {"value": 0.5}), (21, None)):
+            parts = dataclasses.fields(TrainState)
+            tree = {part.name: getattr(at(state, step), part.name) for part in parts}
+            items = {
+                "state": ocp.args.StandardSave(tree),  # pyright: ignore[reportCallIssue]
+                "progress": ocp.args.JsonSave({"loss": step / 7, "num_skipped": 2}),  # pyright: ignore[reportCallIssue]
+            }
+            manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [10, 20, 21]
+        assert (checkpoints.last_step, checkpoints.best_step) == (21, 10)
+        restored, progress = checkpoints.restore(20, jax.eval_shape(lambda: state))
+        assert progress == {"loss": 20 / 7, "num_skipped": 2}
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, restored, at(state, 20))
+        with pytest.raises(UsageError, match="its batch_stats/BatchNorm_0/mean has sh"):
+            checkpoints.restore(20, make(4))
+        checkpoints.save(at(state, 30), metric=0.8)
+    assert names(tmp_path) == {"10", "30"}
+
+
+def test_where_the_v1_api_is_the_top_level_one(
+    tmp_path: Path, state: TrainState, monkeypatch: pytest.MonkeyPatch
+):
+    """As version 1.0 of Orbax announces it."""
+    v1 = getattr(ocp, "v1", ocp)
+    assert not hasattr(v1, "CheckpointManager")
+    monkeypatch.setattr(orbax, "checkpoint", v1)
+    spec = importlib.util.spec_from_file_location("store_of_1", store.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    opened = module.Store(tmp_path, ("sums",), lambda metrics: metrics["value"])
+    tree = {"params": state.params, "opt_state": state.opt_state}
+    opened.save(3, tree, {"sums": {"loss": 0.25}}, {"value": 0.5})
+    opened.wait()
+    found, documents = opened.load(3, tree, ("sums",))
+    opened.close()
+    assert opened.metrics == {3: {"value": 0.5}}
+    assert documents == {"sums": {"loss": 0.25}}
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])

@@ -175,6 +175,9 @@ def test_what_may_change_on_resuming(tmp_path: Path):
     ):
         with pytest.raises(UsageError, match="leave the flag out"):
             parse_config([workdir, "--resume", flag])
+    # With a description, the data themselves are compared when they are opened.
+    (tmp_path / "dataset.json").write_text("{}")
+    assert parse_config([workdir, "--resume", "--dataset=mnist"]).dataset == "mnist"
 
 
 # ---- What suits a model --------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Data of one's own: folders of images, pairs with masks, and files of arrays."""
 
+import functools
+import re
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -10,7 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jbn.training.data import Dataset, InMemory, OnDisk, load_dataset, read_images
+from jbn.training.data import (
+    Dataset,
+    Description,
+    InMemory,
+    OnDisk,
+    load_dataset,
+    read_images,
+)
 from jbn.training.errors import UsageError
 
 
@@ -178,6 +187,44 @@ def test_images_get_the_shape_of_the_run(pets: Path, tmp_path: Path):
     np.testing.assert_array_equal(memory(found, "test").image, expected)
 
 
+def test_a_set_is_recognized_in_another_place(pets: Path, tmp_path: Path):
+    described = load_dataset(str(pets)).describe()
+    described.save(tmp_path / "a.json")
+    described = Description.load(tmp_path / "a.json")
+
+    def difference(name: str, change: Callable[[Path], Any]) -> str | None:
+        shutil.copytree(pets, tmp_path / name)
+        change(tmp_path / name)
+        return described.difference(load_dataset(str(tmp_path / name)).describe())
+
+    def swap(path: Path) -> None:
+        (path / "train" / "cat").rename(path / "train" / "other")
+        (path / "train" / "dog").rename(path / "train" / "cat")
+        (path / "train" / "other").rename(path / "train" / "dog")
+
+    assert difference("moved", lambda p: None) is None
+    # As if decoded by another library.
+    assert (
+        difference("near", lambda p: draw(p / "train" / "cat" / "1.png", 102)) is None
+    )
+    for name, change, match in (
+        (
+            "more",
+            lambda p: draw(p / "train" / "cat" / "9.png", 0),
+            "16 training images",
+        ),
+        ("less", lambda p: (p / "test" / "cat" / "1.png").unlink(), "5 test images"),
+        (
+            "named",
+            lambda p: [(s / "cat").rename(s / "emu") for s in p.iterdir()],
+            "emu",
+        ),
+        ("swapped", swap, "examples, or their order, are others"),
+        ("redrawn", lambda p: draw(p / "test" / "dog" / "1.png", 9), "are others"),
+    ):
+        assert re.search(match, difference(name, change) or "")
+
+
 def test_classes_of_prepared_sets_are_compared(tmp_path: Path):
     digits = load_dataset("digits", data_dir=tmp_path)
     described = digits.describe()
@@ -235,6 +282,12 @@ def test_black_and_white_masks(pairs: Path):
         draw(path, 255)
     again = load_dataset(str(pairs), target="segmentation_mask", like=described)
     assert (memory(again, "test").label == 1).all()
+    draw(pairs / "test" / "masks" / "1.png", 7)
+    again = load_dataset(str(pairs), target="segmentation_mask", like=described)
+    with pytest.raises(
+        UsageError, match=r"Mask 1 of .* has the value 7, which is no c"
+    ):
+        _ = again.test
 
 
 def pair_fault(change: Callable[[Path], Any], match: str) -> Any:
@@ -348,8 +401,19 @@ def test_npz_of_masks(tmp_path: Path, arrays: dict[str, np.ndarray]):
         ({"train_images": np.zeros((9, 4, 4))}, "has pixels of dtype float64"),
         ({"train_images": np.zeros((9, 16), np.uint8)}, r"have shape \(9, 16\)"),
         ({"train_labels": np.zeros(8, int)}, r"labels int64 of shape \(8,\)"),
-        ({"train_labels": np.zeros(9)}, "labels float64 of shape"),
+        ({"train_labels": np.zeros(9)}, r"labels float64 of shape.*labels.astype\(in"),
+        ({"train_labels": np.eye(9)}, r"one-hot labels, save labels.argmax\(1\)"),
+        ({"train_labels": np.full(9, "a")}, "labels <U1 .*For names, save `classes, l"),
         ({"train_labels": np.full(9, -1)}, "labels count from 0"),
+        ({"train_labels": np.arange(9) * 10**6}, "number the classes from 0 without"),
+        (
+            {"train_labels": np.zeros(9, int), "test_labels": np.zeros(6, int)},
+            "has the label 0 alone: at least two classes are needed",
+        ),
+        (
+            {"train_images": np.zeros((9, 3, 8, 8), np.uint8)},
+            r"looks like \(n, channels, height, width\); .*transpose\(0, 2, 3, 1\)",
+        ),
         ({"test_images": np.zeros((6, 5, 4), np.uint8)}, "differ in shape"),
         ({"train_images": np.full((9, 4, 4), None)}, "is not an .npz file of arrays"),
     ],
@@ -360,6 +424,46 @@ def test_npz_that_does_not_fit(
     with pytest.raises(UsageError, match=match) as raised:
         load_dataset(saved(tmp_path / "a.npz", arrays | change))
     assert "\n" not in str(raised.value)
+
+
+def test_npz_classes_are_matched_by_name(tmp_path: Path, arrays: dict[str, np.ndarray]):
+    named = arrays | {"classes": ["bird", "cat", "dog"]}
+    described = load_dataset(saved(tmp_path / "a.npz", named)).describe()
+    turned = saved(tmp_path / "b.npz", arrays | {"classes": ["dog", "bird", "cat"]})
+    found = load_dataset(turned, like=described)
+    assert list(found.classes) == ["bird", "cat", "dog"]
+    expected = (arrays["test_labels"].ravel() - 1) % 3  # dog is 2, not 0.
+    np.testing.assert_array_equal(memory(found, "test").label, expected)
+    other = saved(tmp_path / "c.npz", arrays | {"classes": ["dog", "bird", "emu"]})
+    with pytest.raises(UsageError, match="has the class emu, which the run does not"):
+        load_dataset(other, like=described)
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_labels_of_pixels_are_in_memory_once(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    monkeypatch.setattr("jbn.training.npz._BLOCK_BYTES", 2**16)
+    images = rng.integers(0, 256, (150, 64, 64, 3), np.uint8)
+    masks = rng.integers(1, 4, (150, 64, 64), np.uint8)
+    if kind == "npz":
+        wide = masks.astype(np.int64)
+        path = saved(tmp_path / "a.npz", {"images": images, "labels": wide})
+    else:
+        path = str(tmp_path / "pairs")
+        for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            for name, array in (("images", image), ("masks", mask)):
+                (tmp_path / "pairs" / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(tmp_path / "pairs" / name / f"{i}.png")
+    open_ = functools.partial(load_dataset, path, target="segmentation_mask")
+    open_()  # Imports.
+    tracemalloc.start()
+    dataset = open_()
+    splits = memory(dataset), memory(dataset, "test")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.1 * sum(x.image.nbytes + x.label.nbytes for x in splits)
+    assert set(np.unique(splits[0].label)) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("kind", ["split", "whole", "wide", "resized"])

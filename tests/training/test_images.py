@@ -223,9 +223,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "header": (broken_png, "is not an image that can be read"),
     "cut": (cut_short, "is not an image that can be read"),
     "empty": (lambda p: p.write_bytes(b""), "is not an image that can be read"),
-    "text": (lambda p: p.write_text("hello"), "is not an image that can be read"),
-    "folder": (lambda p: p.mkdir(), "is not an image that can be read"),
-    "missing": (lambda p: None, "is not an image that can be read"),
+    "text": (lambda p: p.write_text("hello"), "is of no format that Pillow knows"),
+    "folder": (
+        lambda p: p.mkdir(),
+        r"is a folder: name the image files in it, as .*\*",
+    ),
+    "missing": (lambda p: None, "can be read: No such file or directory$"),
     "bomb": (bomb, "is too large to be read: it has more than 89,478,485 pixels"),
     "larger bomb": (larger_bomb, "is too large to be read"),
     "program": (

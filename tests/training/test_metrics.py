@@ -202,6 +202,15 @@ def test_confusion(tmp_path: Path, size: int):
     assert len(np.unique(pixels(figure, tmp_path / "c.png").reshape(-1, 3), axis=0)) > 3
 
 
+def test_confusion_with_any_names():
+    """Whether Matplotlib takes them for formulas, or its font does not have them."""
+    figure = pictures.confusion(np.eye(3, dtype=int), ["$x_{$", "Ü & co", "猫"])
+    pictures.render(figure)  # Warnings are errors.
+    (axes,) = figure.axes
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert shown == [r"\$x_{\$", "Ü & co", "class 2"]
+
+
 def test_confusion_of_a_class_that_is_not_there():
     figure = pictures.confusion(np.array([[3, 1], [0, 0]]), ["a", "b"])
     assert np.isfinite(np.asarray(figure.axes[0].images[0].get_array())).all()

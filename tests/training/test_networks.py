@@ -13,7 +13,7 @@ from jbn import models
 from jbn.linen import BatchNorm
 from jbn.training.config import Config, parse_config
 from jbn.training.errors import UsageError
-from jbn.training.networks import make_model
+from jbn.training.networks import check_own, make_model
 
 
 def network(image_shape: tuple[int, ...] = (32, 32, 3), **flags: Any) -> Any:
@@ -72,6 +72,18 @@ class Net(nn.Module):
         x = nn.Dense(self.width)(x.reshape(x.shape[0], -1) / 255.0)
         return nn.Dense(self.num_classes)(self.norm()(x, use_running_average=not train))
 
+class Wide(Net):
+    def __call__(self, x, *, train, mask=None):
+        return x.reshape(2, -1)
+
+class Maskless(Net):
+    def __call__(self, x, *, train):
+        return x.reshape(2, -1)[:, :3]
+
+class Raises(Net):
+    def __call__(self, x, *, train, mask=None):
+        raise RuntimeError("in two\\nlines")
+
 class Plain(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -128,3 +140,24 @@ def test_classes_that_do_not_fit(name: str, flags: tuple[str, ...], match: str):
     config = parse_config([f"--model={name}", *flags])
     with pytest.raises(UsageError, match=match):
         make_model(config, 3, (4, 4, 1), BatchNorm)
+
+
+@pytest.mark.usefixtures("own", "standard_promotion")
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("Net", None),
+        ("Wide", r"returns \(2, 16\) for images of shape \(2, 4, 4, 1\): .*\(2, 3\)"),
+        ("Maskless", r"with train=True \(TypeError: .*unexpected .* 'mask'"),
+        ("Raises", r"\(RuntimeError: in two lines, in \S*own_networks.py:\d+\)\.$"),
+    ],
+)
+def test_outputs_are_checked(name: str, match: str | None):
+    path = f"own_networks:{name}"
+    model = make_model(parse_config([f"--model={path}"]), 3, (4, 4, 1), BatchNorm)
+    if match is None:
+        check_own(path, model, 3, (4, 4, 1))
+        return
+    with pytest.raises(UsageError, match=match) as raised:
+        check_own(path, model, 3, (4, 4, 1))
+    assert "\n" not in str(raised.value)

@@ -417,7 +417,7 @@ def spoil(home: Path, name: str, what: Callable[[Path], Any]) -> None:
         ("predict ema no.png", "no.png is not an image that can be read: .*No such"),
         ("predict ema text.png", "text.png is not an image that can be read"),
         ("predict ema good.png cut.png", "cut.png is not an image that can be read"),
-        ("predict ema bare", "bare is not an image that can be read"),
+        ("predict ema bare", "bare is a folder: name the image files in it"),
         ("predict unet good.png --out=text.png", "text.png cannot be a folder"),
         ("predict gan good.png", "takes none: leave the files out"),
         ("predict gan --samples=0", "--samples=0 is out of range: at least 1"),

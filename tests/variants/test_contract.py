@@ -371,8 +371,11 @@ def test_every_mode_of_differentiation(mode, name, rng):
     derive = modes(p.ct)[mode]
 
     def derivative(run):
-        f = lambda *args: run(name, p._replace(args=args))[0]
-        return jax.jit(functools.partial(derive, f), compiler_options=QUICKLY)(p.args)
+        @functools.partial(jax.jit, compiler_options=QUICKLY)
+        def derived(p):  # With traced ids: known ones must be within range.
+            return derive(lambda *args: run(name, p._replace(args=args))[0], p.args)
+
+        return derived(p)
 
     assert_close(derivative(ours), derivative(theirs), 1e-9, 1e-9)
 
@@ -526,14 +529,14 @@ def test_second_derivatives_pass_by_rows_without_weight(name, rng):
     some = np.broadcast_to(weights > 0, x.shape)
 
     def hvp(run, x):
-        def loss(x):
-            return step(run, name, p._replace(args=(x, weights, *affine))).loss
+        @functools.partial(jax.jit, compiler_options=QUICKLY)
+        def product(p):  # With traced ids: known ones must be within range.
+            def loss(x):
+                return step(run, name, p._replace(args=(x, weights, *affine))).loss
 
-        f = jax.jit(
-            lambda x: jax.jvp(jax.grad(loss), (x,), (p.ct,))[1],
-            compiler_options=QUICKLY,
-        )
-        return f(x)
+            return jax.jvp(jax.grad(loss), (p.args[0],), (p.ct,))[1]
+
+        return product(p._replace(args=(x, weights, *affine)))
 
     got = hvp(ours, jnp.where(some, x, jnp.nan))
     assert_close(got[some], hvp(theirs, x)[some])
@@ -992,11 +995,12 @@ def test_backward_pass_keeps_the_input_and_little_else(name, weighted, rng):
     x, weights, scale, bias, epsilon = p.args
     x = x.astype(jnp.bfloat16)
 
-    def f(x, scale, bias):
+    @jax.jit
+    def f(x, scale, bias, p):  # With traced ids: known ones must be within range.
         args = x, weights if weighted else None, scale, bias, epsilon
         return ours(name, p._replace(args=args))[0]
 
-    _, vjp = jax.vjp(jax.jit(f), x, scale, bias)
+    _, vjp = jax.vjp(lambda *args: f(*args, p), x, scale, bias)
     kept = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(vjp)}
     rows = x[..., 0].size
     allowed = 80 * 8 * max(DOMAINS, method.settings.get("num_groups", 1))
@@ -1004,7 +1008,7 @@ def test_backward_pass_keeps_the_input_and_little_else(name, weighted, rng):
         allowed += x.nbytes + weighted * weights.nbytes
     ids = jnp.zeros(0, int) if p.ids is None else p.ids
     allowed += ids.nbytes
-    if method.values != (0, DOMAINS) and not weighted:
+    if method.ids == "domain" and not weighted:
         allowed += rows  # A mask of what is padding,
     if "trim" in method.settings:
         allowed += x.size * (4 if weighted else 1)  # or of what is near.

@@ -607,9 +607,9 @@ def run(**kwargs: Any) -> Any:
         ),
         (
             {"domain": IDS.astype(np.float32)},
-            TypeError,
-            "got float32",
-            "`domain` must be of integers",
+            ValueError,
+            "one per domain (2), along its last axis; got shape (4,)",
+            "Ids must be of an integer dtype",
         ),
         (
             {"domain": IDS > 0},
@@ -646,7 +646,7 @@ def test_a_mistake_gets_one_clear_error(kwargs, error, came, fix):
 @pytest.mark.usefixtures("untyped")
 def test_ids_as_a_list():
     jax.tree.map(np.testing.assert_array_equal, run(domain=IDS.tolist()), run())
-    with pytest.raises(ValueError, match="must have a share for each of the"):
+    with pytest.raises(ValueError, match="must hold shares, one per domain"):
         run(domain=0.5)
 
 

@@ -240,7 +240,7 @@ def test_errors(rng):
     cases: Any = (
         ({"mix": "both"}, "`mix` must be one of"),
         ({"shrink_to": "all"}, "`shrink_to` must be one of"),
-        ({"domain": shares[..., :2]}, "`domain` .* must have a share for each"),
+        ({"domain": shares[..., :2]}, "`domain` .* must hold shares, one per domain"),
         ({"domain": -shares}, "`domain` .* must be non-negative"),
         ({"domain": shares[:5]}, "`domain` must have shares for each row"),
         ({"trim": 3.0}, "`trim` judges a row"),
