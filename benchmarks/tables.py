@@ -1,4 +1,4 @@
-"""Writes the tables of `README.md` and `docs/benchmarks.md` from what was measured.
+"""Writes tables of `README.md` and of two pages of `docs/` from what was measured.
 
     python benchmarks/tables.py [--check]
 
@@ -7,24 +7,30 @@ nothing is written, and what is out of date is an error.
 """
 
 import argparse
+import functools
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "docs" / "benchmarks"
-FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+FOLDER, EVIDENCE = ROOT / "docs" / "benchmarks", ROOT / "docs" / "evidence"
+FILES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "evidence.md",
+)
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TORCH = "PyTorch, channels last", "PyTorch, channels first"
 GPU_TORCH = "PyTorch", "PyTorch, channels first"  # the first: channels last
 FIRST_STEP = ["program", "what", "jbn", "Flax", "jbn / Flax", "reach"]
 
 
-def load(name):
+def load(name, folder=FOLDER):
     """The results of a script."""
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def dumped(content, depth=0, width=160):
@@ -434,6 +440,72 @@ def gains():
     return table(["", "Flax 0.12", "jbn", "command"], rows)
 
 
+def learned(results):
+    """Returns of two agents, and the interval of the difference."""
+
+    def interval(row, name):
+        low, high = (100 * v / row["gain"] for v in row[name])
+        return f"{low:+.0f} to {high:+.0f}"
+
+    rows = []
+    for name, task in results["learning"].items():
+        for what, row in task["differences"].items():
+            low, high = row["t"]
+            worse, better = "ours is worse", "ours is better"
+            verdict = worse if high < 0 else better if low > 0 else "none found"
+            rows.append(
+                [
+                    f"{name}, {len(task['seeds'])} seeds",
+                    what,
+                    f"{row['sbx']:.0f}",
+                    f"{row['jbn']:.0f}",
+                    f"{100 * row['difference'] / row['gain']:+.0f}",
+                    interval(row, "t"),
+                    interval(row, "bootstrap"),
+                    verdict,
+                ]
+            )
+    header = ["task", "mean return", "sbx", "jbn", "jbn - sbx, % of sbx's gain"]
+    header += ["95 %, Student", "95 %, bootstrap", "difference"]
+    return table(header, rows)
+
+
+def updated(results):
+    """Distances of two agents after the same batches."""
+    found = results["updates"]
+    rows = [
+        [row["phase"], row["agent"], *(f"{v:.0e}" for v in row["distance"])]
+        for row in found["rows"]
+    ]
+    header = ["phase", "agent", *(f"{n} updates" for n in found["updates"])]
+    return table(header, rows)
+
+
+def delayed(results):
+    """Times of acting and updating."""
+    rows = [
+        [
+            row["what"],
+            *(amount(row["microseconds"][side] / 1e6, "s") for side in ("sbx", "jbn")),
+            ratio(statistics.median(row["ratios"])),
+            f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}",
+        ]
+        for row in results["latency"]
+    ]
+    return table(["call", "sbx", "jbn", "jbn / sbx", "range of rounds"], rows)
+
+
+REINFORCEMENT = {"learning": learned, "updates": updated, "latency": delayed}
+
+
+def reinforcement(name):
+    """One of these, from what is saved."""
+    content = load("reinforcement", EVIDENCE)
+    packages = ("jax", "flax", "sbx-rl", "gymnasium", "mujoco")
+    text = REINFORCEMENT[name](content["results"])
+    return f"{text}\n\n{about(content, *packages)}"
+
+
 TABLES = {
     "gains": gains,
     "gpu-short": gpu_short,
@@ -451,6 +523,10 @@ TABLES = {
     "variance": variance,
     "first-step": first_step,
     "job": job,
+    **{
+        f"reinforcement-{name}": functools.partial(reinforcement, name)
+        for name in REINFORCEMENT
+    },
 }
 
 
