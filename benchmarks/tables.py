@@ -465,7 +465,7 @@ def learned(results):
                     verdict,
                 ]
             )
-    header = ["task", "mean return", "sbx", "jbn", "jbn - sbx, % of sbx's gain"]
+    header = ["task", "mean return", "sbx", "jbn", "jbn - sbx, % of what sbx learns"]
     header += ["95 %, Student", "95 %, bootstrap", "difference"]
     return table(header, rows)
 
@@ -477,7 +477,7 @@ def updated(results):
         [row["phase"], row["agent"], *(f"{v:.0e}" for v in row["distance"])]
         for row in found["rows"]
     ]
-    header = ["phase", "agent", *(f"{n} updates" for n in found["updates"])]
+    header = ["phase", "layer", *(f"updates: {n}" for n in found["updates"])]
     return table(header, rows)
 
 

@@ -26,11 +26,13 @@ def test_tables_are_those_of_the_results():
 
 def test_a_table_that_was_typed_is_found(tmp_path: Path):
     """And mended, from the results alone."""
-    for name in ("README.md", "docs/benchmarks.md", "benchmarks/tables.py"):
+    pages = "README.md", "docs/benchmarks.md", "docs/evidence.md"
+    for name in (*pages, "benchmarks/tables.py"):
         copy = tmp_path / name
         copy.parent.mkdir(exist_ok=True)
         copy.write_text((ROOT / name).read_text())
-    (tmp_path / "docs" / "benchmarks").symlink_to(FOLDER)
+    for folder in ("benchmarks", "evidence"):
+        (tmp_path / "docs" / folder).symlink_to(ROOT / "docs" / folder)
     readme = tmp_path / "README.md"
     right = readme.read_text()
     readme.write_text(right.replace("<!-- end -->", "| better |\n<!-- end -->", 1))
@@ -67,6 +69,17 @@ def test_one_command_for_all():
     ):
         assert name in found.stdout
         assert (ROOT / "benchmarks" / f"{name}.py").is_file()
+
+
+@pytest.mark.slow
+def test_crossq_learns_with_either_layer():
+    """Every part of the script, with few steps; nothing is written."""
+    pytest.importorskip("sbx")
+    pytest.importorskip("mujoco")
+    found = run("benchmarks/reinforcement.py", "--quick")
+    assert found.returncode == 0, found.stderr
+    for text in ("Pendulum-v1, 2 seeds", "renormalization | jbn", "| act, one"):
+        assert text in found.stdout
 
 
 @pytest.mark.slow
