@@ -15,7 +15,7 @@ with the same epsilon, momentum and warm-up; nothing else differs. Three parts:
 
 Each finished run is saved in the folder of `--runs`: a script that was killed goes on,
 and one with more `--seeds` adds those. `--report` runs nothing, and reports what was
-saved. `--quick` tries everything in two minutes, and writes nothing.
+saved. `--quick` tries everything in some minutes, and writes nothing.
 """
 
 import timing
@@ -456,7 +456,7 @@ def main():
     parser.add_argument("--runs", type=Path, default=default, help=about)
     about = "run nothing, report what was saved"
     parser.add_argument("--report", action="store_true", help=about)
-    about = "try everything in two minutes, write nothing"
+    about = "try everything in some minutes, write nothing"
     parser.add_argument("--quick", action="store_true", help=about)
     args = parser.parse_args()
     tasks, updates, rounds, seeds = TASKS, UPDATES, 15, args.seeds
