@@ -367,11 +367,24 @@ def style():
     return plt
 
 
-def report(name, question, seeds, results, text, figure, notes=(), folder=EVIDENCE):
-    """Prints the table; writes NAME.json and NAME.png, if there is a folder for it."""
-    packages = "jax jaxlib flax dm-haiku equinox keras torch optax numpy matplotlib"
+def report(
+    name,
+    question,
+    seeds,
+    results,
+    text,
+    figure,
+    notes=(),
+    folder=EVIDENCE,
+    packages=(),
+):
+    """Prints the table; writes NAME.json and NAME.png, if there is a folder for it.
+
+    `packages` are those beside the usual ones whose versions matter.
+    """
+    usual = "jax jaxlib flax dm-haiku equinox keras torch optax numpy matplotlib"
     versions = {"python": platform.python_version(), "jbn": jbn.__version__}
-    for package in packages.split():
+    for package in (*usual.split(), *packages):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -392,7 +405,7 @@ def report(name, question, seeds, results, text, figure, notes=(), folder=EVIDEN
     }
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {**about, "results": _plain(results)}
+        content = {**about, "results": plain(results)}
         (folder / f"{name}.json").write_text(dumped(content) + "\n")
         figure.savefig(folder / f"{name}.png")
     print(f"{about['platform']}, JAX {jax.__version__}, {about['date']}\n")
@@ -400,14 +413,14 @@ def report(name, question, seeds, results, text, figure, notes=(), folder=EVIDEN
     print(f"\n{about['wall_seconds']} s, {about['cpu_seconds']} s of CPU")
 
 
-def _plain(value):
+def plain(value):
     """As JSON has it: numbers to six digits, and `null` where there is none."""
     if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: plain(v) for key, v in value.items()}
     if isinstance(value, np.ndarray | jax.Array):
-        return _plain(np.asarray(value).tolist())
+        return plain(np.asarray(value).tolist())
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float | np.floating):
         return float(f"{value:.6g}") if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value

@@ -7,6 +7,7 @@ nothing is written, and what is out of date is an error.
 """
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -479,6 +480,72 @@ def clients_table(results):
     return table([*header, "to centralized", "own classes, %"], rows)
 
 
+def learned(results):
+    """Returns of two agents, and the interval of the difference."""
+
+    def interval(row, name):
+        low, high = (100 * v / row["gain"] for v in row[name])
+        return f"{low:+.0f} to {high:+.0f}"
+
+    rows = []
+    for name, task in results["learning"].items():
+        for what, row in task["differences"].items():
+            low, high = row["t"]
+            worse, better = "ours is worse", "ours is better"
+            verdict = worse if high < 0 else better if low > 0 else "none found"
+            rows.append(
+                [
+                    f"{name}, {len(task['seeds'])} seeds",
+                    what,
+                    f"{row['sbx']:.0f}",
+                    f"{row['jbn']:.0f}",
+                    f"{100 * row['difference'] / row['gain']:+.0f}",
+                    interval(row, "t"),
+                    interval(row, "bootstrap"),
+                    verdict,
+                ]
+            )
+    header = ["task", "mean return", "sbx", "jbn", "jbn - sbx, % of what sbx learns"]
+    header += ["95 %, Student", "95 %, bootstrap", "difference"]
+    return table(header, rows)
+
+
+def updated(results):
+    """Distances of two agents after the same batches."""
+    found = results["updates"]
+    rows = [
+        [row["phase"], row["agent"], *(f"{v:.0e}" for v in row["distance"])]
+        for row in found["rows"]
+    ]
+    header = ["phase", "layer", *(f"updates: {n}" for n in found["updates"])]
+    return table(header, rows)
+
+
+def delayed(results):
+    """Times of acting and updating."""
+    rows = [
+        [
+            row["what"],
+            *(amount(row["microseconds"][side] / 1e6, "s") for side in ("sbx", "jbn")),
+            ratio(statistics.median(row["ratios"])),
+            f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}",
+        ]
+        for row in results["latency"]
+    ]
+    return table(["call", "sbx", "jbn", "jbn / sbx", "range of rounds"], rows)
+
+
+REINFORCEMENT = {"learning": learned, "updates": updated, "latency": delayed}
+
+
+def reinforcement(name):
+    """One of these, from what is saved."""
+    content = load("reinforcement", EVIDENCE)
+    packages = ("jax", "flax", "sbx-rl", "gymnasium", "mujoco")
+    text = REINFORCEMENT[name](content["results"])
+    return f"{text}\n\n{about(content, *packages)}"
+
+
 TABLES = {
     "clients": lambda: clients_table(load("clients", EVIDENCE)["results"]),
     "gains": gains,
@@ -498,6 +565,10 @@ TABLES = {
     "first-step": first_step,
     "job": job,
     "epoch": epoch,
+    **{
+        f"reinforcement-{name}": functools.partial(reinforcement, name)
+        for name in REINFORCEMENT
+    },
 }
 
 

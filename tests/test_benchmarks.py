@@ -73,6 +73,17 @@ def test_one_command_for_all():
 
 
 @pytest.mark.slow
+def test_crossq_learns_with_either_layer():
+    """Every part of the script, with few steps; nothing is written."""
+    pytest.importorskip("sbx")
+    pytest.importorskip("mujoco")
+    found = run("benchmarks/reinforcement.py", "--quick")
+    assert found.returncode == 0, found.stderr
+    for text in ("Pendulum-v1, 2 seeds", "renormalization | jbn", "| act, one"):
+        assert text in found.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None
     or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
