@@ -444,8 +444,8 @@ def test_labels_of_pixels_are_in_memory_once(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, kind: str
 ):
     monkeypatch.setattr("jbn.training.npz._BLOCK_BYTES", 2**16)
-    images = rng.integers(0, 256, (150, 64, 64, 3), np.uint8)
-    masks = rng.integers(1, 4, (150, 64, 64), np.uint8)
+    images = rng.integers(0, 256, (400, 64, 64, 3), np.uint8)
+    masks = rng.integers(1, 4, (400, 64, 64), np.uint8)
     if kind == "npz":
         wide = masks.astype(np.int64)
         path = saved(tmp_path / "a.npz", {"images": images, "labels": wide})
