@@ -14,7 +14,7 @@ import tyro
 
 from jbn import models, tools
 from jbn.tools import fold, from_torch, inspect
-from jbn.training.errors import UsageError
+from jbn.training.errors import UsageError, one_line
 from jbn.training.run import OpenRun, open_run, refuse_existing, save_run
 
 
@@ -218,7 +218,7 @@ def port_run(
                 state_dict, opened.variables, names=their_name, skip=skip
             )
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{file} does not fit {to}: {_one_line(error)}") from error
+        raise UsageError(f"{file} does not fit {to}: {one_line(error)}") from error
     test = opened.evaluate(variables)
     state = dataclasses.replace(
         opened.state,
@@ -271,13 +271,13 @@ def _read_state_dict(path: Path) -> Mapping[str, Any]:
             " save the arrays under the same names as .npz."
         ) from error
     except Exception as error:
-        raise UsageError(f"{path} is not an .npz: {_one_line(error)}") from error
+        raise UsageError(f"{path} is not an .npz: {one_line(error)}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Torch raises anything here.
         raise UsageError(
             f"{path} is not a state dict that torch.save wrote"
-            f" ({type(error).__name__}: {_one_line(error)})."
+            f" ({type(error).__name__}: {one_line(error)})."
         ) from error
     if not isinstance(state, Mapping) or not all(
         hasattr(v, "shape") for v in state.values()
@@ -314,7 +314,3 @@ def _print_metrics(
     if after is not None:
         text += f", {what}: {metric.show(after[metric.name])}"
     print(text)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

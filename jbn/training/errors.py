@@ -11,3 +11,8 @@ class NonFiniteLossError(Exception):
 
 class StorageError(Exception):
     """The folder of a run is no longer writable: the message says what is saved."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error that a library or a user's code raised, on one line."""
+    return " ".join(str(error).split())

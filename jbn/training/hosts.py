@@ -20,7 +20,12 @@ import numpy as np
 from jax._src import distributed
 
 from jbn.training.config import Config, flag
-from jbn.training.errors import NonFiniteLossError, StorageError, UsageError
+from jbn.training.errors import (
+    NonFiniteLossError,
+    StorageError,
+    UsageError,
+    one_line,
+)
 
 
 _SHUTDOWN_SECONDS = 30
@@ -218,8 +223,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 130, "it was interrupted."
     if isinstance(error, jax.errors.JaxRuntimeError):
         # Usually a collective operation, when some devices are gone.
-        line = " ".join(str(error).split())
-        return 1, f"another process has ended ({line[:200]})."
+        return 1, f"another process has ended ({one_line(error)[:200]})."
     traceback.print_exception(error)
     return 1, f"{type(error).__name__}: {error}."
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jbn import models
 from jbn.models.resnet import BasicBlock, BottleneckBlock
 from jbn.training.config import Config, is_class
-from jbn.training.errors import UsageError
+from jbn.training.errors import UsageError, one_line
 
 
 _LARGE = 96  # Image size from which a ResNet uses the stem for large images.
@@ -104,9 +104,9 @@ def _own(path: str, options: dict[str, Any]) -> nn.Module:
     try:
         model = make(**options)
     except Exception as error:  # The user's code may raise anything.
-        text = " ".join(str(error).split())
         raise UsageError(
-            f"--model={path} cannot be made ({type(error).__name__}: {text})."
+            f"--model={path} cannot be made "
+            f"({type(error).__name__}: {one_line(error)})."
         ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -140,10 +140,10 @@ def check_own(
         try:
             found = jax.eval_shape(functools.partial(run, train))
         except Exception as error:  # The user's code may raise anything.
-            text = " ".join(str(error).split())
             raise UsageError(
                 f"--model={path} fails on images of shape {images.shape} with "
-                f"train={train} ({type(error).__name__}: {text}{_where(error)})."
+                f"train={train} "
+                f"({type(error).__name__}: {one_line(error)}{_where(error)})."
             ) from error
         shape = getattr(found, "shape", type(found).__name__)
         if shape != (2, num_classes):
@@ -171,10 +171,9 @@ def _import(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # The user's code may raise anything.
-        text = " ".join(str(error).split())
         raise UsageError(
             f"--model={path}: the module {module_name} cannot be imported "
-            f"({type(error).__name__}: {text})."
+            f"({type(error).__name__}: {one_line(error)})."
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
