@@ -83,7 +83,7 @@ def make_task(
     classes = len(dataset.classes)
     make = functools.partial(make_model, config, classes, dataset.image_shape)
     local_model = make(local_norm)
-    if ":" in config.model:
+    if is_class(config.model):
         check_own(config.model, local_model, classes, dataset.image_shape)
     return Supervised(
         kind="segmentation" if config.model == "unet" else "classification",

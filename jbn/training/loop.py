@@ -82,10 +82,11 @@ def train(config: Config) -> int:
         setup = prepare(config)
         workdir = Path(hosts.from_first(folder))
         if first:
+            description = setup.dataset.describe()
             if config.resume:
-                require_same_data(workdir, setup.dataset)
+                require_same_data(workdir, description)
             claim_workdir(dataclasses.replace(config, workdir=workdir))
-            setup.dataset.describe().save(workdir / "dataset.json")
+            description.save(workdir / "dataset.json")
         try:
             return _train(setup, workdir)
         except OSError as error:

@@ -215,17 +215,17 @@ def require_dataset(folder: Path, config: Config) -> None:
         )
 
 
-def require_same_data(folder: Path, dataset: Dataset) -> None:
+def require_same_data(folder: Path, dataset: Description) -> None:
     """Raises a `UsageError` if a data set is not the one that a run was trained on.
 
     Args:
         folder: Of the run.
-        dataset: The data set to go on with.
+        dataset: The description of the data set to go on with.
     """
     path = folder / "dataset.json"
     if not path.exists():  # For runs of version 0.2 and before.
         return
-    difference = Description.load(path).difference(dataset.describe())
+    difference = Description.load(path).difference(dataset)
     if difference is not None:
         raise UsageError(
             f"--dataset={dataset.name} is not the data set that the run in {folder} "
