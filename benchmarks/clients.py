@@ -171,7 +171,7 @@ def merged(clients, momentum):
 
 
 def committed(clients, momentum):
-    """Likewise; the moments of all rows of the round update the statistics once."""
+    """The same, but all rows of the round update the statistics once."""
     (new, *_) = merged(clients, momentum)
     stats = jbn.commit(new["batch_stats"], momentum=momentum, second_moment=True)
     return [{**new, "batch_stats": stats}] * len(clients)

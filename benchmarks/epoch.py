@@ -100,7 +100,7 @@ class Bare:
 
 
 class Timed(Loop):
-    """A loop that lets the bare one train an epoch after or before each of its own."""
+    """The trainer's loop. Before or after each epoch, the bare loop trains one too."""
 
     def __init__(self, setup, *others):
         super().__init__(setup, *others)

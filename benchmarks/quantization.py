@@ -8,7 +8,7 @@ trained with all kernels fake-quantized as they are after folding (`tools.quanti
 with one scale per output feature and 8 or 4 bits. The last quarter of a quantized
 training has its statistics frozen. The float network is also folded and then quantized
 without training. "deployed" is the trained network after `tools.fold`, with its kernels
-rounded to the quantized values again: its predictions must be those of the trained one.
+rounded to the quantized values again. It must predict what the trained network does.
 """
 
 import functools

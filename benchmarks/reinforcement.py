@@ -172,7 +172,7 @@ def mean_return(agent, task, seed):
     return float(returns.mean())
 
 
-# ---- What is measured ---------------------------------------------------------------
+# ---- Measurements -------------------------------------------------------------------
 
 
 def learn(task, side, seed, functions):
@@ -302,7 +302,7 @@ def calls_of(agent):
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """Results by name, in files; `get` runs what is missing, if it may."""
+    """Saved results, by name. `get` computes a missing one if `run_missing` is set."""
 
     folder: Path
     run_missing: bool
@@ -448,13 +448,13 @@ def draw(results):
 
 
 def main():
-    """Runs what is missing, and reports."""
+    """Runs the agents that have no saved result, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=8, help="how many (8)")
     default = Path(tempfile.gettempdir()) / "jbn-reinforcement"
     about = f"folder of finished runs ({default})"
     parser.add_argument("--runs", type=Path, default=default, help=about)
-    about = "run nothing, report what was saved"
+    about = "report the saved runs, without new ones"
     parser.add_argument("--report", action="store_true", help=about)
     about = "try everything in some minutes, write nothing"
     parser.add_argument("--quick", action="store_true", help=about)

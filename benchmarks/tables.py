@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, benchmarks.md and evidence.md from what was measured.
+"""Writes the tables of README.md, benchmarks.md and evidence.md from saved results.
 
     python benchmarks/tables.py [--check]
 
@@ -539,7 +539,7 @@ REINFORCEMENT = {"learning": learned, "updates": updated, "latency": delayed}
 
 
 def reinforcement(name):
-    """One of these, from what is saved."""
+    """One of the tables about reinforcement learning, from the saved results."""
     content = load("reinforcement", EVIDENCE)
     packages = ("jax", "flax", "sbx-rl", "gymnasium", "mujoco")
     text = REINFORCEMENT[name](content["results"])

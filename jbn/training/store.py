@@ -1,6 +1,6 @@
 """A folder of numbered checkpoints: the only file that calls Orbax.
 
-It uses Orbax' v1 API, which version 1.0 of Orbax makes the top-level one.
+It uses Orbax's v1 API, the only one from Orbax 1.0 on.
 """
 
 from collections.abc import Callable, Iterable, Mapping
