@@ -17,7 +17,6 @@ import argparse
 import importlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -26,7 +25,13 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from flax_drop_in import error_of, reaching_tests, replace_everywhere
+from flax_drop_in import (
+    Outcomes,
+    keep_reaching,
+    reaching_tests,
+    replace_everywhere,
+    run_pytest,
+)
 
 
 # Tests that fail with ours: what their error says, and why.
@@ -42,13 +47,13 @@ Report = dict[str, dict[str, Any]]
 # The plugin.
 
 
-class Plugin:
+class Plugin(Outcomes):
     """Replaces the class, selects tests, and records what each test does."""
 
     def __init__(self, config: pytest.Config) -> None:
         """Replaces the class, before any test module is imported."""
+        super().__init__()
         self.written = pathlib.Path(str(config.getoption("--batch-norm-report")))
-        self.tests: Report = {}
         self.constructed = False
         original = importlib.import_module("equinox").nn.BatchNorm
         ours = bool(config.getoption("--replace-batch-norm"))
@@ -66,11 +71,7 @@ class Plugin:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Drops the tests that cannot reach a BatchNorm."""
-        items[:] = [
-            item
-            for item in items
-            if item.name.startswith(reaching_tests("BatchNorm", item.path))
-        ]
+        keep_reaching(items)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
@@ -80,12 +81,6 @@ class Plugin:
         result = yield
         self.tests[item.nodeid]["constructed"] = self.constructed
         return result
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Notes the worst outcome of setup, call and teardown."""
-        if not report.passed and self.tests[report.nodeid]["outcome"] != "failed":
-            error = error_of(str(report.longrepr))
-            self.tests[report.nodeid].update(outcome=report.outcome, error=error)
 
     def pytest_sessionfinish(self) -> None:
         """Writes the report."""
@@ -145,29 +140,13 @@ def run(source: pathlib.Path, *, ours: bool) -> Report:
     """
     tests = sorted((source / "tests").glob("test_*.py"))
     files = [str(p) for p in tests if reaching_tests("BatchNorm", p)]
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PYTEST"))}
-    here = pathlib.Path(__file__).resolve().parent
-    paths = [str(here), *filter(None, [keep.get("PYTHONPATH")]), str(here.parent)]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         written = pathlib.Path(folder, "report")
-        command = [sys.executable, "-m", "pytest", "-p", "equinox_drop_in", "-q"]
-        command += ["-p", "no:cacheprovider", f"--rootdir={source}"]
-        command += ["-c", str(source / "pyproject.toml")]
-        command += [f"--batch-norm-report={written}"]
-        command += ["--replace-batch-norm"] * ours
-        # In an empty folder, so that `import equinox` does not find the sources.
-        done = subprocess.run(
-            [*command, *files],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=folder,
-            env=keep | environment,
-        )
-        if not written.exists():
-            raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
-        return json.loads(written.read_text())
+        options = ["-p", "equinox_drop_in", f"--rootdir={source}"]
+        options += ["-c", str(source / "pyproject.toml")]
+        options += [f"--batch-norm-report={written}"]
+        options += ["--replace-batch-norm"] * ours
+        return run_pytest([*options, *files], written, {})
 
 
 def compare(baseline: Report, report: Report) -> tuple[list[str], dict[str, str]]:

@@ -73,15 +73,29 @@ ROUNDING = 16
 # The plugin: replaces, selects, records.
 
 
-class Plugin:
+class Outcomes:
+    """Records how each test ends: its `outcome` and `error`, by its id."""
+
+    def __init__(self) -> None:
+        """Records nothing yet."""
+        self.tests: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Notes the worst outcome of setup, call and teardown."""
+        if not report.passed and self.tests[report.nodeid]["outcome"] != "failed":
+            error = error_of(str(report.longrepr))
+            self.tests[report.nodeid].update(outcome=report.outcome, error=error)
+
+
+class Plugin(Outcomes):
     """Replaces the classes, selects tests, and records what each test does."""
 
     def __init__(self, config: pytest.Config) -> None:
         """Replaces and watches the classes, before any test module is imported."""
+        super().__init__()
         self.report: str | None = config.getoption("--batch-norm-report")
         only: str | None = config.getoption("--only-batch-norm")
         self.only = json.loads(pathlib.Path(only).read_text()) if only else None
-        self.tests: dict[str, dict[str, Any]] = {}
         self.not_collected: dict[str, str] = {}
         self.constructed: set[str] = set()
         self.rounded = False
@@ -130,11 +144,7 @@ class Plugin:
         if self.only is not None:
             items[:] = [item for item in items if item.nodeid in self.only]
         elif self.report:
-            items[:] = [
-                item
-                for item in items
-                if item.name.startswith(reaching_tests("BatchNorm", item.path))
-            ]
+            keep_reaching(items)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
@@ -150,12 +160,6 @@ class Plugin:
         constructed = sorted(self.constructed)
         self.tests[item.nodeid].update(constructed=constructed, rounded=self.rounded)
         return result
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Notes the worst outcome of setup, call and teardown."""
-        if not report.passed and self.tests[report.nodeid]["outcome"] != "failed":
-            error = error_of(str(report.longrepr))
-            self.tests[report.nodeid].update(outcome=report.outcome, error=error)
 
     def pytest_sessionfinish(self) -> None:
         """Writes the report."""
@@ -231,6 +235,15 @@ def reaching_tests(name: str, path: pathlib.Path) -> tuple[str, ...]:
     return tuple(tests)
 
 
+def keep_reaching(items: list[pytest.Item]) -> None:
+    """Drops the tests that cannot reach a BatchNorm."""
+    items[:] = [
+        item
+        for item in items
+        if item.name.startswith(reaching_tests("BatchNorm", item.path))
+    ]
+
+
 def error_of(text: str) -> str:
     """Joins the lines that pytest marks as the error, or else takes the last line."""
     marked = re.findall(r"^E +(.*\S)", text, flags=re.MULTILINE)
@@ -301,23 +314,16 @@ def run(
         if wanted and top in ("tests", "examples"):
             group = path.parent if top == "examples" else source / top
             groups.setdefault(group, []).append(str(path))
-    # Not the settings of the run that we may be in.
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PYTEST"))}
-    here = pathlib.Path(__file__).resolve().parent
-    environment = keep | {
-        "PYTHONPATH": os.pathsep.join(
-            [str(here), *filter(None, [keep.get("PYTHONPATH")]), str(here.parent)]
-        ),
+    settings = {
         "FLAX_PROFILE": "1",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     }
     result = Report({}, {})
     with tempfile.TemporaryDirectory() as folder:
         listed, written = pathlib.Path(folder, "only"), pathlib.Path(folder, "report")
         options = [
-            *("-p", "flax_drop_in", "-p", "no:cacheprovider", "-q"),
+            *("-p", "flax_drop_in"),
             *("-c", str(source / "pyproject.toml"), "--continue-on-collection-errors"),
             f"--replace-batch-norm={replacement}",
             f"--batch-norm-report={written}",
@@ -326,23 +332,46 @@ def run(
             listed.write_text(json.dumps(sorted(only)))
             options.append(f"--only-batch-norm={listed}")
         for files in groups.values():
-            written.unlink(missing_ok=True)
-            # In an empty folder, so that `import flax` does not find the sources.
-            done = subprocess.run(
-                [sys.executable, "-m", "pytest", *options, *files],
-                capture_output=True,
-                text=True,
-                check=False,
-                cwd=folder,
-                env=environment,
-            )
-            if not written.exists():
-                raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
-            for total, part in zip(
-                result, json.loads(written.read_text()).values(), strict=True
-            ):
+            found = run_pytest([*options, *files], written, settings)
+            for total, part in zip(result, found.values(), strict=True):
                 total.update(part)
     return result
+
+
+def run_pytest(
+    options: list[str], written: pathlib.Path, settings: dict[str, str]
+) -> dict[str, Any]:
+    """Runs pytest in a process of its own, with a plugin of this folder.
+
+    Args:
+        options: Of pytest; they name the plugin, the report and the tests.
+        written: The report, in a folder that is otherwise empty.
+        settings: Environment variables.
+
+    Returns:
+        The report.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
+    # Not the settings of the run that we may be in.
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PYTEST"))}
+    here = pathlib.Path(__file__).resolve().parent
+    paths = [str(here), *filter(None, [keep.get("PYTHONPATH")]), str(here.parent)]
+    own = {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+    written.unlink(missing_ok=True)
+    # In an empty folder, so that imports of the package do not find its sources.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=written.parent,
+        env=keep | own | settings,
+    )
+    if not written.exists():
+        raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
+    return json.loads(written.read_text())
 
 
 def constructing(baseline: Report) -> dict[str, list[str]]:
