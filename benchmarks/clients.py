@@ -26,11 +26,9 @@ images get a multilayer perceptron, others a small convolutional network.
 import argparse
 import functools
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import evidence
@@ -51,21 +49,6 @@ CLIENTS, LOCAL, SEEDS, CHOOSING = 10, (1, 5), range(5), 99
 MOMENTUM = 0.9  # a step
 
 # ---- Data ---------------------------------------------------------------------------
-
-
-def load(path):
-    """The name of a data set; training and test images, from 0 to 1, and labels."""
-    if path is None:
-        return "digits", *((x[..., None], y) for x, y in evidence.digits())
-    if Path(path).is_dir():
-        read = functools.partial(evidence.load_idx, path)
-        train, test = (
-            (np.float32(read(f"{split}-images"))[..., None] / 255, read(f"{split}-lab"))
-            for split in ("train", "t10k")
-        )
-        return Path(path).name, train, test
-    splits = (evidence.load_images(path, split) for split in ("train", "test"))
-    return Path(path).stem.split("_")[0], *splits
 
 
 def deal(labels, seed):
@@ -108,37 +91,6 @@ class Norm(nn.Module):
         return layer(x, tau=self.tau * (x.size // x.shape[-1]))
 
 
-class ConvNet(nn.Module):
-    """Patches of 4x4 pixels, two 3x3 convolutions, a mean.
-
-    The convolutions are matrix products of shifted images: on a CPU these are some
-    twenty times faster than XLA's convolutions.
-    """
-
-    num_classes: int
-    norm: Any
-
-    @nn.compact
-    def __call__(self, x, train):
-        """Returns logits."""
-
-        def layer(x, width):
-            x = nn.Dense(width, use_bias=False)(x)
-            return nn.relu(self.norm()(x, use_running_average=not train))
-
-        def near(x):
-            h, w = x.shape[1:3]
-            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-            shifts = itertools.product(range(3), repeat=2)
-            return jnp.concatenate([x[:, i : i + h, j : j + w] for i, j in shifts], -1)
-
-        n, h, w, c = x.shape
-        x = (x - 0.5).reshape(n, h // 4, 4, w // 4, 4, c).swapaxes(2, 3)
-        x = layer(x.reshape(n, h // 4, w // 4, 16 * c), 16)
-        x = nn.avg_pool(layer(near(x), 16), (2, 2), (2, 2))
-        return nn.Dense(self.num_classes)(layer(near(x), 32).mean((1, 2)))
-
-
 class Task(NamedTuple):
     """What differs between data sets; hashable, for `jit`."""
 
@@ -152,7 +104,8 @@ class Task(NamedTuple):
         norm = functools.partial(
             Norm, method == "group norm", METHODS[method].options, tau, momentum
         )
-        return (MLP if self.gray else ConvNet)(num_classes=self.classes, norm=norm)
+        network = MLP if self.gray else evidence.ConvNet
+        return network(num_classes=self.classes, norm=norm)
 
 
 # ---- Methods ------------------------------------------------------------------------
@@ -361,7 +314,7 @@ def main():
         "--quick", action="store_true", help="a tenth of the steps; writes nothing"
     )
     args = parser.parse_args()
-    name, (images, labels), test = load(args.data)
+    name, (images, labels), test = evidence.load(args.data)
     gray, count = images.shape[-1] == 1, len(labels) // 10
     steps, batch = (500, 32) if gray else (300, 8)
     if args.quick:
@@ -377,9 +330,8 @@ def main():
         "methods": measure(task, splits),
         "cpu_seconds": round(time.process_time()),
     }
-    path = evidence.EVIDENCE / "clients.json"
-    known = json.loads(path.read_text())["results"] if path.is_file() else {}
-    results = {name: about} if args.quick else {**known, name: about}
+    known = {} if args.quick else evidence.known("clients")
+    results = {**known, name: about}
     evidence.report(
         "clients",
         __doc__.splitlines()[0],
