@@ -10,6 +10,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -19,8 +21,11 @@
 # %% [markdown]
 # # Sparse and uneven data
 #
-# This notebook shows what goes wrong in batch norm if rows are padding, unevenly
-# sharded, from several sources, few, outliers, or mostly zero, and how to fix it.
+# Batch norm assumes that a batch is a large, full, random sample of one population. In
+# practice rows are padding, shards have different sizes, data come from several
+# sources, batches are tiny or of one class, and the test data have shifted. Each
+# section shows one of these problems in a few rows or on 8x8 digits, and what jbn does
+# about it. The last section is a table of all of them.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jbn-team/jbn/blob/main/notebooks/uneven.ipynb)
 #
@@ -78,15 +83,16 @@ plt.rc("figure", dpi=80)
 plt.rc("figure.constrained_layout", use=True)
 plt.rc("axes.spines", top=False, right=False)
 plt.rc("legend", frameon=False)
+# Colors that color-blind people tell apart (Okabe and Ito, 2008).
+ORANGE, SKY, GREEN, BLUE, RED = "#E69F00 #56B4E9 #009E73 #0072B2 #D55E00".split()
 rng = np.random.default_rng(0)
 in_training = functools.partial(jbn.batch_norm, use_running_average=False)
 
 # %% [markdown]
-# ## Padding
+# ## 1. Padding: `mask`
 #
 # Six sequences of 4 to 24 steps are padded with zeros to one shape. Without a mask the
-# padding counts: it draws the mean towards zero, the more so the shorter the sequences
-# of a batch. With a mask it does not count.
+# padding counts, and draws the mean towards zero. With a mask it does not count.
 
 # %%
 lengths = np.array([24, 15, 11, 8, 6, 4])
@@ -117,71 +123,48 @@ figure.colorbar(image, ax=panels, label="value")
 plt.show()
 
 # %% [markdown]
-# Padding may hold worse values than zero: the logarithm of zero, a division by a length
-# of zero, uninitialized memory. A NaN times zero is NaN, so a mask applied by
-# multiplication lets it through. `flax.linen` excludes it from the statistics, but its
-# backward pass multiplies, and the gradients of scale and of `x` are NaN. Our gradients
-# are those without padding:
+# Padding may also hold NaN: the logarithm of zero, a division by a length of zero. A
+# NaN times zero is NaN, so a mask applied by multiplication lets it through.
+# `flax.linen` excludes it from the statistics, but the gradients are NaN. Ours are
+# those without padding:
 
 
 # %%
 import flax.linen as nn
 
 
-def ours(params, x, mask):
-    return in_training(x, jbn.Params(**params), stats, mask=mask)[0]
+def by_jbn(scale, x, mask):
+    return in_training(x, params._replace(scale=scale), stats, mask=mask)[0]
 
 
-def flax(params, x, mask):
-    variables = {"params": params, "batch_stats": stats._asdict()}
+def by_flax(scale, x, mask):
+    variables = {"params": {"scale": scale, "bias": params.bias}}
+    variables["batch_stats"] = stats._asdict()
     layer = nn.BatchNorm(use_running_average=False)
-    # Flax wants a mask of the rank of x.
-    mask = None if mask is None else mask[..., None]
-    return layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[0]
+    return layer.apply(variables, x, mask=mask[..., None], mutable=["batch_stats"])[0]
 
 
-def loss(params, x, mask, norm):
-    y = norm(params, x, mask)[..., 0]
-    y = jnp.where(True if mask is None else mask, y, 0)
-    return (y**3 + y).sum()
+def gradient_of_scale(norm, x, mask):
+    loss = lambda scale: jnp.where(mask, norm(scale, x, mask)[..., 0] ** 3, 0).sum()
+    return jax.grad(loss)(params.scale)[0]
 
 
-def gradients(x, mask, norm):
-    differentiate = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=3)
-    return differentiate(params._asdict(), x, mask, norm)
-
-
-no_padding = x[mask]  # all steps in one row after the other
 poisoned = np.where(mask[..., None], x, np.nan)
-print(f"{'gradient of':24}{'scale':>9}{'bias':>9}{'the first three steps of x':>32}")
-results = {}
-for name, norm in [("flax.linen", flax), ("jbn", ours)]:
-    for rows, valid, what in [
-        (no_padding, None, "no padding"),
-        (x, mask, "zeros, mask"),
-        (poisoned, mask, "NaN, mask"),
-    ]:
-        results[name, what] = by_params, by_x = gradients(rows, valid, norm)
-        by_x = by_x.reshape(-1)[:3]
-        print(
-            f"{name:12}{what:12}{by_params['scale'][0]:9.2f}{by_params['bias'][0]:9.2f}"
-            f"     {by_x[0]:9.4f}{by_x[1]:9.4f}{by_x[2]:9.4f}"
-        )
-
-expected, expected_x = results["jbn", "no padding"]
-found, found_x = results["jbn", "NaN, mask"]
-np.testing.assert_allclose(found["scale"], expected["scale"], rtol=1e-4)
-np.testing.assert_allclose(found_x[mask], expected_x, rtol=1e-3, atol=1e-4)
-assert not found_x[~mask].any()
-assert np.isnan(results["flax.linen", "NaN, mask"][0]["scale"]).all()
+steps = x[mask][:, None]  # no padding: all steps in one row after the other
+expected = gradient_of_scale(by_jbn, steps, np.ones(steps.shape[:2], bool))
+found = {f.__name__: gradient_of_scale(f, poisoned, mask) for f in (by_jbn, by_flax)}
+print(f"gradient of the scale without padding {expected:.3f}")
+print(f"with NaN in the padding: jbn {found['by_jbn']:.3f}, Flax {found['by_flax']}")
+np.testing.assert_allclose(found["by_jbn"], expected, rtol=1e-4)
+assert np.isnan(found["by_flax"])
 
 # %% [markdown]
-# ## Packed rows
+# ## 2. Packed rows: `segment_ids` and `group_weights`
 #
 # Packing puts sequences one after the other and needs less padding. `segment_ids` says
-# which sequence a row belongs to; the padding has a separate id. Each step counts
-# once with a mask, each sequence with `group_weights`. (`sample_weights` does the same
-# for padded batches.)
+# which sequence a row belongs to; the padding has a separate id. With a mask each step
+# counts once, so a long sequence outweighs the short ones. With `group_weights` each
+# sequence counts once. (`sample_weights` does the same for padded batches.)
 
 # %%
 packed = jnp.array([0, 0, 0, 4, 2, 6, 8, 16, jnp.nan, jnp.nan])[:, None]
@@ -197,70 +180,52 @@ np.testing.assert_allclose(by_step.mean, 36 / 8)
 np.testing.assert_allclose(by_sequence.mean, (1 + 4 + 8 + 16) / 4)
 
 # %% [markdown]
-# The difference matters if a few sequences are long. Below, 3 % of the sequences have
-# 200 steps around 2, and all others 5 to 15 steps around 0. If each step counts once,
-# the running mean jumps whenever a long sequence is in the batch.
+# Neither is wrong: they are the means of two populations. Counting by sequence, the
+# many short ones gain and the few long ones lose
+# ([measured](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md)).
+#
+# ## 3. Each graph by itself: `graph_norm`
+#
+# Packed rows may also be the nodes of graphs, whose sizes and scales differ. Batch norm
+# has one mean and variance for all nodes. `graph_norm` normalizes each graph by its own
+# nodes, in one call and for any sizes. `mean_scale`, which is learned, leaves a share
+# of a graph's mean in the output.
 
 # %%
-from jax import lax
+sizes = np.array([20, 12, 6])
+ids = jbn.segment_ids(sizes, num_rows=40)  # The last two rows are padding.
+center, spread = np.repeat([[0.0, 5.0, 2.0], [1.0, 2.0, 0.3]], sizes, axis=1)
+nodes = np.zeros((40, 1), np.float32)
+nodes[:38, 0] = rng.normal(center, spread)
 
-
-# Colors that color-blind people tell apart (Okabe and Ito, 2008).
-ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
+together, _ = in_training(nodes, params, stats, mask=ids < 3)
+alone = jbn.graph_norm(nodes, segment_ids=ids, num_segments=3)
+partly = jbn.graph_norm(
+    nodes, segment_ids=ids, num_segments=3, mean_scale=jnp.array([0.5])
 )
 
-SEQUENCES, ROWS, BATCHES = 32, 2000, 200
-
-
-def ragged_batch():
-    is_long = rng.random(SEQUENCES) < 0.03
-    lengths = np.where(is_long, 200, rng.integers(5, 16, SEQUENCES))
-    assert lengths.sum() <= ROWS
-    values = np.zeros(ROWS, np.float32)
-    centers = np.repeat(2.0 * is_long, lengths)
-    values[: len(centers)] = rng.normal(centers, 1.0)
-    return values[:, None], lengths
-
-
-def follow(stats, batch):
-    """Running statistics by step and by sequence, after one more batch."""
-    values, lengths = batch
-    ids = jbn.segment_ids(lengths, num_rows=ROWS)
-    weights = jbn.group_weights(ids, SEQUENCES)
-    fold = functools.partial(in_training, values, params, momentum=0.9)
-    new = [
-        fold(stats[0], mask=ids < SEQUENCES)[1],
-        fold(stats[1], weights=weights)[1],
-    ]
-    return new, jnp.stack([new[0].mean[0], new[1].mean[0]])
-
-
-batches = jax.tree.map(
-    lambda *v: np.stack(v), *[ragged_batch() for _ in range(BATCHES)]
-)
-_, means = jax.jit(lambda b: lax.scan(follow, [stats, stats], b))(batches)
-means = np.asarray(means)
-
-figure, ax = plt.subplots(figsize=(7, 2.6))
-unrest = means[50:].std(0)
-for k, (name, color) in enumerate([("step", ORANGE), ("sequence", BLUE)]):
-    ax.plot(means[:, k], color=color)
-    text = f"each {name}\ncounts once"
-    ax.text(BATCHES + 3, means[-40:, k].mean(), text, color=color, va="center")
-    print(
-        f"each {name} counts once: mean {means[50:, k].mean():.2f} +- {unrest[k]:.2f}"
-    )
-ax.set(xlabel="batch", ylabel="running mean", xlim=(0, BATCHES))
+figure, panels = plt.subplots(1, 4, figsize=(9, 2.4), sharex=True)
+titles = ["x", "batch norm", "graph norm", "graph norm,\nmean_scale 0.5"]
+for ax, values, title in zip(
+    panels, [nodes, together, alone, partly], titles, strict=True
+):
+    for k, color in enumerate([BLUE, ORANGE, GREEN]):
+        rows = np.flatnonzero(np.asarray(ids) == k)
+        ax.plot(rows, np.asarray(values)[rows, 0], ".", color=color)
+    ax.set_title(title, fontsize=11)
+    ax.set_xlabel("node")
+panels[0].set_ylabel("value")
 plt.show()
-assert unrest[1] < unrest[0] / 3
+
+moments = jbn.moments(nodes, segment_ids=ids, num_segments=3)
+print("nodes of each graph:", moments.weight.ravel())
+print("mean of each graph: ", moments.mean.ravel().round(2))
+np.testing.assert_allclose(
+    jbn.normalize(nodes, moments, segment_ids=ids)[:38], alone[:38], atol=1e-5
+)
 
 # %% [markdown]
-# Neither is wrong: they are the means of two populations. The effect on a network is
-# measured in [evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md):
-# counting by sequence, the many short ones gain and the few long ones lose.
-#
-# ## Uneven and empty shards
+# ## 4. Uneven and empty shards
 #
 # A batch is spread over four devices, which have 5, 5, 1 and 1 valid rows. (`vmap` with
 # an axis name runs the program of four devices on one.) A mean of the devices' means
@@ -276,55 +241,44 @@ def shards(counts):
 
 
 def mean_of_flax(values, mask):
-    def on_device(values, mask):
-        layer = nn.BatchNorm(use_running_average=False, axis_name="data", momentum=0.0)
-        variables = {"params": params._asdict(), "batch_stats": stats._asdict()}
-        _, new = layer.apply(
-            variables, values, mask=mask[:, None], mutable=["batch_stats"]
-        )
-        return new["batch_stats"]["mean"][0], new["batch_stats"]["var"][0]
-
-    return jax.vmap(on_device, axis_name="data")(values, mask)
+    layer = nn.BatchNorm(use_running_average=False, axis_name="data", momentum=0.0)
+    variables = {"params": params._asdict(), "batch_stats": stats._asdict()}
+    _, new = layer.apply(variables, values, mask=mask[:, None], mutable=["batch_stats"])
+    return new["batch_stats"]["mean"][0]
 
 
 def mean_of_jbn(values, mask):
-    def on_device(values, mask):
-        _, new = in_training(
-            values, params, stats, mask=mask, axis_name="data", momentum=0.0
-        )
-        return new.mean[0], new.var[0]
-
-    return jax.vmap(on_device, axis_name="data")(values, mask)
+    _, new = in_training(
+        values, params, stats, mask=mask, axis_name="data", momentum=0.0
+    )
+    return new.mean[0]
 
 
 found = {}
 for counts in [(5, 5, 1, 1), (5, 5, 1, 0)]:
     values, mask = shards(counts)
+    found[counts] = [
+        jax.vmap(f, axis_name="data")(values, mask)[0]
+        for f in (mean_of_flax, mean_of_jbn)
+    ]
     rows = values[mask]
-    found[counts] = {
-        "flax.linen": mean_of_flax(values, mask),
-        "jbn": mean_of_jbn(values, mask),
-    }
-    print(f"rows on the devices: {counts}")
-    print(f"  all rows     mean {rows.mean():5.2f}   variance {rows.var():5.2f}")
-    for name, (mean, var) in found[counts].items():
-        print(f"  {name:11}  mean {mean[0]:5.2f}   variance {var[0]:5.2f}")
-    mean, var = found[counts]["jbn"]
-    np.testing.assert_allclose(mean, rows.mean(), rtol=1e-6)
-    np.testing.assert_allclose(var, rows.var(), rtol=1e-5)
-assert np.isnan(found[5, 5, 1, 0]["flax.linen"][0]).all()
+    text = "mean of all rows {:.2f}, flax.linen {:.2f}, jbn {:.2f}"
+    print(f"rows on the devices {counts}:", text.format(rows.mean(), *found[counts]))
+    np.testing.assert_allclose(found[counts][1], rows.mean(), rtol=1e-6)
+assert np.isnan(found[5, 5, 1, 0][0])
 
-figure, ax = plt.subplots(figsize=(6.5, 2.6))
+figure, ax = plt.subplots(figsize=(6.5, 2.4))
 values, mask = shards((5, 5, 1, 1))
 for device in range(4):
     rows = values[device][mask[device], 0]
     ax.plot(device + 0.07 * np.arange(len(rows)), rows, "o", color="#777777")
     ax.plot([device - 0.15, device + 0.45], [rows.mean()] * 2, color=ORANGE)
-for name, color, text in [
-    ("flax.linen", ORANGE, "flax.linen:\nmean of the means"),
-    ("jbn", BLUE, "jbn:\nmean of the rows"),
-]:
-    mean = found[5, 5, 1, 1][name][0][0]
+for mean, color, text in zip(
+    found[5, 5, 1, 1],
+    [ORANGE, BLUE],
+    ["flax.linen:\nmean of the means", "jbn:\nmean of the rows"],
+    strict=True,
+):
     ax.axhline(mean, color=color, linestyle="--")
     ax.text(3.7, mean, f"{text}, {mean:.2f}", color=color, va="center")
 ax.set_xticks(np.arange(4) + 0.15, [f"device {k}" for k in range(4)])
@@ -332,40 +286,35 @@ ax.set(ylabel="value", xlim=(-0.3, 3.6))
 plt.show()
 
 # %% [markdown]
-# With a device without rows, Flax divides by zero, and the NaN stays in the running
-# statistics forever. In jbn such a device has no effect.
+# A device without rows turns Flax's statistics into NaN for good. In jbn it has no
+# effect.
 # [distributed.ipynb](https://github.com/jbn-team/jbn/blob/main/notebooks/distributed.ipynb)
 # has more on devices.
 #
-# ## Domains in one batch
+# ## 5. Domains in one batch: `domain_batch_norm`
 #
 # A batch has rows of two sources, such as two scanners. If they are normalized
 # together, most of the remaining variation is between the scanners. `domain_batch_norm`
-# uses separate statistics for each, in one call and for any mixture; the output is that
-# of one batch norm per domain.
+# uses separate statistics for each, in one call and for any mixture.
 
 # %%
 domain = (rng.random(1000) < 0.2).astype(np.int32)
 scans = np.where(domain == 1, rng.normal(4, 0.5, 1000), rng.normal(0, 1, 1000))
 scans = scans.astype(np.float32)[:, None]
 _, two_stats = jbn.init((2, 1))  # statistics of two domains; scale and bias are shared
+by_domain = functools.partial(jbn.domain_batch_norm, use_running_average=False)
 
 shared, _ = in_training(scans, params, stats)
-apart, two_stats = jbn.domain_batch_norm(
-    scans, params, two_stats, use_running_average=False, domain=domain, momentum=0.0
-)
-for k in range(2):
-    alone, alone_stats = in_training(scans[domain == k], params, stats, momentum=0.0)
-    np.testing.assert_allclose(apart[domain == k], alone, atol=1e-5)
-    np.testing.assert_allclose(two_stats.var[k], alone_stats.var, rtol=1e-5)
+apart, two_stats = by_domain(scans, params, two_stats, domain=domain, momentum=0.0)
 
-figure, panels = plt.subplots(1, 2, figsize=(8, 2.5), sharex=True, sharey=True)
+figure, panels = plt.subplots(1, 2, figsize=(8, 2.3), sharex=True, sharey=True)
 bins = np.linspace(-3.5, 3.5, 40)
 for ax, y, title in zip(panels, [shared, apart], ["shared", "by domain"], strict=True):
     for k, color in enumerate([BLUE, ORANGE]):
         part = np.asarray(y)[domain == k, 0]
         ax.hist(part, bins, color=color, alpha=0.7, label=f"scanner {k}")
-        print(f"{title:10} scanner {k}: mean {part.mean():5.2f}, std {part.std():.2f}")
+        if title == "by domain":
+            np.testing.assert_allclose([part.mean(), part.std()], [0, 1], atol=1e-3)
     ax.set_title(title, fontsize=11)
     ax.set_xlabel("y")
 panels[0].set_ylabel("rows")
@@ -373,48 +322,96 @@ panels[1].legend()
 plt.show()
 
 # %% [markdown]
-# A rare domain may have a single row in a batch, which equals its mean: the output is
-# zero (all bias), and its variance of zero updates the running one. `min_weight=1`
-# normalizes such a row by the running statistics, and does not update them.
+# A rare domain may have a single row in a batch. The row equals its mean: the output is
+# zero, and its variance of zero updates the running one. `min_weight=1` normalizes such
+# a row by the running statistics, and does not update them. `tau=2` adds the running
+# statistics of the domain, with the weight of two rows. With `shrink_to="pooled"` these
+# are the statistics of the whole batch, for a start without any of the domain; later
+# the domain's own are better. Whatever `tau` is, the running statistics are updated by
+# the row alone.
 
 # %%
 rare = np.array([0, 0, 0, 1], np.int32)  # one row of domain 1
-for min_weight in (0, 1):
-    y, new = jbn.domain_batch_norm(
-        np.array([[-1.0], [0.0], [1.0], [5.0]], np.float32),
-        params,
-        two_stats,
-        use_running_average=False,
-        domain=rare,
-        min_weight=min_weight,
-        momentum=0.9,
-    )
+values = np.array([[-1.0], [0.0], [1.0], [5.0]], np.float32)
+for options in [
+    dict(),
+    dict(min_weight=1),
+    dict(tau=2.0),
+    dict(tau=2.0, shrink_to="pooled"),
+]:
+    y, new = by_domain(values, params, two_stats, domain=rare, momentum=0.9, **options)
+    named = ", ".join(f"{k}={v}" for k, v in options.items()) or "by domain"
     print(
-        f"min_weight={min_weight}: y of the row {y[3, 0]:5.2f}, running variance"
+        f"{named:26} y of the row {y[3, 0]:5.2f}, running variance"
         f" {two_stats.var[1, 0]:.3f} -> {new.var[1, 0]:.3f}"
     )
-    assert (y[3, 0] == 0) == (min_weight == 0)
+    assert (y[3, 0] == 0) == (not options)
 
 # %% [markdown]
-# Statistics by domain are no free lunch. On digits they helped with a faint domain, and
-# hurt with an inverted one, since a digit and its inverse look more alike if both are
-# normalized by the same statistics
-# ([evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md)).
+# Statistics by domain do not always help: a domain may be too rare, or look more like
+# the others if all are normalized alike. Both were measured on digits, MNIST and
+# CIFAR-10 ([evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md)).
 #
-# ## Tiny batches, and batches of one class
+# ## 6. Unknown domains: shares
+#
+# Often the source of a row is not known, but can be guessed: by a model, or by the
+# distance to what is known of each domain. A floating `domain` holds each row's shares
+# in all domains. In training, a row counts in the statistics of each domain by its
+# share, and gradients reach the shares. Rows are normalized by each domain, and the
+# outputs mixed (`mix="output"`, mode normalization), or by the mixture of the
+# statistics (`mix="stats"`).
+
+
+# %%
+def shares_of(x):
+    """Probabilities of both scanners, by their densities and frequencies."""
+    mean, var = two_stats.mean[:, 0], two_stats.var[:, 0]
+    log_density = -((x - mean) ** 2) / (2 * var) - jnp.log(var) / 2
+    return jax.nn.softmax(log_density + jnp.log(jnp.array([0.8, 0.2])))
+
+
+between = np.linspace(-2, 5.5, 300, dtype=np.float32)[:, None]
+shares = shares_of(between)
+figure, panels = plt.subplots(1, 2, figsize=(8, 2.5))
+panels[0].plot(between, shares[:, 0], color=BLUE, label="scanner 0")
+panels[0].plot(between, shares[:, 1], color=ORANGE, label="scanner 1")
+panels[0].set(xlabel="x", ylabel="share of the row")
+for name, given, mix, color in [
+    ("the likelier domain", shares.argmax(-1), "output", RED),
+    ('shares, mix="output"', shares, "output", GREEN),
+    ('shares, mix="stats"', shares, "stats", SKY),
+]:
+    y, _ = jbn.domain_batch_norm(
+        between, params, two_stats, use_running_average=True, domain=given, mix=mix
+    )
+    panels[1].plot(between, y, color=color, label=name)
+panels[1].set(xlabel="x", ylabel="y")
+for ax, place in zip(panels, ["center left", "upper left"], strict=True):
+    ax.legend(fontsize=9, loc=place)
+panels[1].set_ylim(-3, 5)
+plt.show()
+
+# Statistics of both scanners, from rows whose scanner nobody has recorded.
+_, guessed = by_domain(scans, params, two_stats, domain=shares_of(scans), momentum=0.0)
+print("means, domains known:  ", two_stats.mean.ravel().round(3))
+print("means, domains guessed:", guessed.mean.ravel().round(3))
+np.testing.assert_allclose(guessed.mean, two_stats.mean, atol=0.05)
+
+# %% [markdown]
+# ## 7. Tiny batches, and batches of one class: `tau`
 #
 # Statistics of two rows are mostly noise. Statistics of 16 rows of one class are those
-# of the class, not those used at inference: the mean that is subtracted contains what
-# distinguishes the class. Two methods use the running statistics against this: batch
-# renormalization (Ioffe, 2017), and `tau=32`, where the running statistics count as 32
-# more rows of the batch.
+# of the class: the mean that is subtracted contains what distinguishes the class. Two
+# methods use the running statistics against this: batch renormalization (Ioffe, 2017),
+# and `tau=32`, where the running statistics count as 32 more rows of the batch. With n
+# rows, the batch has a share of n / (n + tau).
 #
 # A small network learns the package's 8x8 digits, three seeds. The learning rate of
-# each bar is the best of four on a held-out fifth of the training set; momentum is 0.99
-# for all.
+# each bar is the best of four on a held-out fifth of the training set.
 
 # %%
 import optax
+from jax import lax
 
 from jbn.training.data import load_dataset
 
@@ -427,6 +424,7 @@ held_out = jnp.asarray(images[cut:]), jnp.asarray(labels[cut:])
 test_set = jnp.asarray(data.test.image), jnp.asarray(data.test.label, jnp.int32)
 RATES, SEEDS = np.array([3e-4, 1e-3, 3e-3, 1e-2], np.float32), 3
 KINDS = {"2 rows": 2000, "16 rows of one class": 1000}  # and how many steps
+members = [np.flatnonzero(labels[:cut] == c) for c in range(10)]
 
 
 def draw(kind, seed):
@@ -434,7 +432,6 @@ def draw(kind, seed):
     rng = np.random.default_rng(seed)
     if kind == "2 rows":
         return rng.integers(cut, size=(KINDS[kind], 2))
-    members = [np.flatnonzero(labels[:cut] == c) for c in range(10)]
     classes = rng.integers(10, size=KINDS[kind])
     return np.stack([rng.choice(members[c], 16, replace=False) for c in classes])
 
@@ -461,41 +458,37 @@ def make_step(model, optimizer):
     """A training step `(carry, (images, labels)) -> carry`."""
 
     def step(carry, batch):
-        params, stats, opt_state = carry
+        variables, opt_state = carry
         x, y = batch
 
         def loss(params):
-            variables = {"params": params, "batch_stats": stats}
-            logits, new = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            logits, new = model.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
             each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-            return each.mean(), new["batch_stats"]
+            return each.mean(), new
 
-        grads, stats = jax.grad(loss, has_aux=True)(params)
+        grads, new = jax.grad(loss, has_aux=True)(variables["params"])
         updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(params, updates), stats, opt_state
+        new_params = optax.apply_updates(variables["params"], updates)
+        return {"params": new_params, **new}, opt_state
 
     return step
 
 
-def accuracy(model, params, stats, examples):
+def accuracy(model, variables, examples):
     x, y = examples
-    variables = {"params": params, "batch_stats": stats}
     return jnp.mean(model.apply(variables, x, train=False).argmax(-1) == y)
 
 
 def fit(model, order, variables, rate):
-    """Accuracy on the held out and on the test images after training."""
-    steps = optax.cosine_decay_schedule(rate, len(order))
-    optimizer = optax.sgd(steps, momentum=0.9)
+    """The variables after training on batches of these rows."""
+    schedule = optax.cosine_decay_schedule(rate, len(order))
+    optimizer = optax.sgd(schedule, momentum=0.9)
     step = make_step(model, optimizer)
-
-    def on_rows(carry, rows):
-        return step(carry, tuple(v[rows] for v in train_set)), None
-
-    params, stats = variables["params"], variables["batch_stats"]
-    carry = params, stats, optimizer.init(params)
-    (params, stats, _), _ = lax.scan(on_rows, carry, order)
-    return jnp.stack([accuracy(model, params, stats, e) for e in (held_out, test_set)])
+    on_rows = lambda carry, rows: (step(carry, [v[rows] for v in train_set]), None)
+    carry = variables, optimizer.init(variables["params"])
+    return lax.scan(on_rows, carry, order)[0][0]
 
 
 keys = jax.random.split(jax.random.key(0), SEEDS)
@@ -503,144 +496,228 @@ init = functools.partial(network(jbn.BatchNorm).init, train=False)
 start = jax.jit(jax.vmap(init, (0, None)))(keys, images[:2])
 
 
-def by_tau(order, variables, rate, tau):
-    return fit(network(jbn.BatchNorm, momentum=0.99, tau=tau), order, variables, rate)
+def search(model, orders):
+    """The best rate by the images held out, and its accuracies on the test images."""
+
+    def both(order, variables, rate):
+        trained = fit(model, order, variables, rate)
+        return jnp.stack([accuracy(model, trained, e) for e in (held_out, test_set)])
+
+    over_seeds = jax.vmap(both, (0, 0, None))
+    over_rates = jax.vmap(over_seeds, (None, None, 0))
+    found = np.asarray(jax.jit(over_rates)(orders, start, RATES))
+    best = found[..., 0].mean(-1).argmax()
+    return RATES[best], 100 * found[best, :, 1]
 
 
-def by_renorm(order, variables, rate, _):
-    return fit(network(jbn.BatchRenorm, momentum=0.99), order, variables, rate)
-
-
-def search(function, orders, taus):
-    """Accuracy at the best rate: (taus, seeds)."""
-    over_seeds = jax.vmap(function, (0, 0, None, None))
-    over_rates = jax.vmap(over_seeds, (None, None, 0, None))
-    over_taus = jax.vmap(over_rates, (None, None, None, 0))
-    found = np.asarray(jax.jit(over_taus)(orders, start, RATES, taus))
-    best = found[..., 0].mean(-1).argmax(-1)
-    return [(RATES[b], 100 * found[k, b, :, 1]) for k, b in enumerate(best)]
-
-
-results = {}
-for kind in KINDS:
+methods = {
+    "batch norm": network(jbn.BatchNorm),
+    "batch renorm": network(jbn.BatchRenorm),
+    "tau=32": network(jbn.BatchNorm, tau=32.0),
+}
+figure, panels = plt.subplots(1, 2, figsize=(8, 2.3), sharex=True, sharey=True)
+for ax, kind in zip(panels, KINDS, strict=True):
     orders = np.stack([draw(kind, seed) for seed in range(SEEDS)])
-    # tau=0 is batch norm.
-    plain, shrunk = search(by_tau, orders, np.array([0.0, 32.0], np.float32))
-    (renorm,) = search(by_renorm, orders, np.zeros(1, np.float32))
-    results[kind] = {"batch norm": plain, "batch renorm": renorm, "tau=32": shrunk}
-
-figure, panels = plt.subplots(1, 2, figsize=(8, 2.4), sharex=True, sharey=True)
-for ax, (kind, found) in zip(panels, results.items(), strict=True):
-    for place, (name, (rate, values)) in enumerate(found.items()):
+    means = []
+    for place, (name, model) in enumerate(methods.items()):
+        rate, values = search(model, orders)
+        means.append(values.mean())
         ax.barh(-place, values.mean(), color=[ORANGE, SKY, BLUE][place], alpha=0.6)
         ax.plot(values, [-place] * SEEDS, "o", color="black", markersize=4)
         ax.text(102, -place, f"{values.mean():.0f} %", va="center")
-        print(
-            f"{kind:22}{name:14}rate {rate:<7.0e}{values.mean():5.1f} %"
-            f" ({values.min():.1f} to {values.max():.1f})"
-        )
-    ax.set_title(f"batches of {kind}", fontsize=11)
-    ax.set_xlabel("test accuracy, %")
-    ax.set_xlim(0, 100)
-panels[0].set_yticks([0, -1, -2], list(found))
-plt.show()
-for found in results.values():
-    means = [found[name][1].mean() for name in ("batch norm", "batch renorm", "tau=32")]
+        print(f"{kind:22}{name:14}rate {rate:<7.0e}{values.mean():5.1f} %")
     assert means == sorted(means)
+    ax.set_title(f"batches of {kind}", fontsize=11)
+    ax.set(xlabel="test accuracy, %", xlim=(0, 100))
+panels[0].set_yticks([0, -1, -2], list(methods))
+plt.show()
 
 # %% [markdown]
-# Batch renormalization normalizes like inference, but its gradient still goes through
-# the mean of the batch: the part that all rows have in common, their class, gets no
-# gradient. With `tau=32` the mean of 16 rows has a weight of 16 / (16 + 32), so about
-# two thirds of the gradient remain. For longer training, five seeds, group norm and
-# `tau=inf`, see
-# [evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md).
+# `tau` appears in all that follows: it is the weight, in rows, of what was known before
+# the batch. It may be a number, one per feature, a schedule, or learned;
+# [a page](https://github.com/jbn-team/jbn/blob/main/docs/guides/tau.md) lists the rules
+# of seven papers for this one number.
 #
-# ## An outlier
+# ## 8. An outlier: `trim`
 #
 # The same network in batches of 64. In one image of one batch, one pixel is a million
 # times too bright, as from a broken sensor or a wrong unit. Gradients are clipped, so
 # the parameters survive, but the running statistics do not. `trim=5` excludes elements
-# from the statistics that are more than five running standard deviations from the mean.
+# that are more than five running standard deviations from the mean.
 
 # %%
 GOOD, AFTER = 100, 100
+rows = rng.integers(cut, size=(GOOD + 1 + AFTER, 64))
+spoiled = images[rows].astype(np.float32)
+spoiled[GOOD, 0, 4, 4] = 255e6
 
 
-def spoiled_batches(seed):
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(cut, size=(GOOD + 1 + AFTER, 64))
-    x = images[rows].astype(np.float32)
-    x[GOOD, 0, 4, 4] = 255e6
-    return x, labels[rows]
-
-
-def watch(model, batches, variables):
+def watch(trim):
     """Test accuracy after each step."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.sgd(0.05, momentum=0.9)
-    )
+    model = network(jbn.BatchNorm, momentum=0.9, trim=trim)
+    clip = optax.clip_by_global_norm(1.0)
+    optimizer = optax.chain(clip, optax.sgd(0.05, momentum=0.9))
     step = make_step(model, optimizer)
 
     def and_test(carry, batch):
         carry = step(carry, batch)
-        return carry, accuracy(model, carry[0], carry[1], test_set)
+        return carry, accuracy(model, carry[0], test_set)
 
-    params, stats = variables["params"], variables["batch_stats"]
-    return lax.scan(and_test, (params, stats, optimizer.init(params)), batches)[1]
-
-
-def watch_jbn(batches, variables, trim):
-    return watch(network(jbn.BatchNorm, momentum=0.9, trim=trim), batches, variables)
+    first = jax.tree.map(lambda v: v[0], start)
+    carry = first, optimizer.init(first["params"])
+    return lax.scan(and_test, carry, (spoiled, labels[rows]))[1]
 
 
-def watch_flax(batches, variables):
-    return watch(network(nn.BatchNorm, momentum=0.9), batches, variables)
-
-
-batches = [np.stack(v) for v in zip(*map(spoiled_batches, range(SEEDS)), strict=True)]
-batches = tuple(batches)
-over_trim = jax.vmap(jax.vmap(watch_jbn, (0, 0, None)), (None, None, 0))
 trims = np.array([np.inf, 5.0], np.float32)  # an infinite limit trims nothing
-untrimmed, trimmed = 100 * np.asarray(jax.jit(over_trim)(batches, start, trims))
-flax_curve = 100 * np.asarray(jax.jit(jax.vmap(watch_flax))(batches, start))
-
-figure, ax = plt.subplots(figsize=(7, 2.8))
-steps = np.arange(-GOOD, AFTER + 1)
-curves = {
-    "jbn, trim=5": (trimmed, BLUE, "-", 3),
-    "jbn": (untrimmed, SKY, "-", 5),
-    "flax.linen": (flax_curve, "black", ":", 2),
-}
-for name, (curve, color, line, width) in curves.items():
-    ax.plot(steps, curve.mean(0), line, color=color, linewidth=width, label=name)
-    before, at, end = curve.mean(0)[[GOOD - 1, GOOD, -1]]
-    print(
-        f"{name:12} before {before:.1f} %, just after {at:.1f} %,"
-        f" {AFTER} steps later {end:.1f} %"
-    )
+untrimmed, trimmed = 100 * np.asarray(jax.jit(jax.vmap(watch))(trims))
+figure, ax = plt.subplots(figsize=(7, 2.4))
+for name, curve, color in [("trim=5", trimmed, BLUE), ("no trim", untrimmed, ORANGE)]:
+    ax.plot(np.arange(-GOOD, AFTER + 1), curve, color=color, label=name)
+    print(f"{name:8} before {curve[GOOD - 1]:.1f} %, just after {curve[GOOD]:.1f} %")
 ax.axvline(0, color="#999999", linewidth=1, zorder=0)
 ax.set(xlabel="steps after the outlier", ylabel="test accuracy, %", ylim=(0, 102))
-ax.legend(loc=(0.2, 0.15))
+ax.legend(loc=(0.2, 0.3))
 plt.show()
-assert trimmed[:, GOOD].mean() > 93 > 30 > untrimmed[:, GOOD].mean()
-np.testing.assert_allclose(trimmed[:, GOOD - 1], untrimmed[:, GOOD - 1], atol=2)
+assert trimmed[GOOD] > 90 > 30 > untrimmed[GOOD]
 
 # %% [markdown]
-# Without trimming ours is no better than Flax's. The loss of accuracy depends on the
-# network and on the size of the outlier. In earlier trials, not shown here, a network
-# with the norm after the ReLU fell from 95.6 to 84.4 % after a pixel of 1e6, and
-# trimming cost a point before the outlier (94.5 %). This network, with a pixel of 1e6 /
-# 255, fell to 41.0 %, and recovered to 96.2 % after 100 steps.
+# Without trimming the network is right for a tenth of the digits, as a guess would be,
+# in other libraries as well as in ours.
 #
-# ## Sparse features
+# ## 9. A stream at test time: `tools.stream`
+#
+# A trained network meets brighter images, without labels. They come sorted by class, in
+# batches of 16, so the statistics of a batch are those of a class or two. `stream`
+# keeps running statistics of each class, moves those of the classes that an image is
+# predicted to be of, and normalizes by the mixture of all.
+
+# %%
+from jbn import tools
+
+
+model = network(jbn.BatchNorm, momentum=0.9)
+order = rng.integers(cut, size=(400, 64))
+first = jax.tree.map(lambda v: v[0], start)
+trained = jax.jit(functools.partial(fit, model))(order, first, 0.03)
+
+sorted_rows = np.argsort(data.test.label, kind="stable")[: 22 * 16]
+answers = data.test.label[sorted_rows]
+batches = data.test.image[sorted_rows].reshape(22, 16, 8, 8, 1).astype(np.float32)
+apply = lambda v, x: model.apply(v, x, train=False, mutable=["batch_stats"])
+adapter = tools.stream(apply, momentum=0.9, tau=30)
+
+
+by_running = lambda x: model.apply(trained, x, train=False)
+by_batch = lambda x: model.apply(trained, x, train=True, mutable=["batch_stats"])[0]
+methods = {
+    "running statistics": lambda batches: lax.map(by_running, batches),
+    "each batch": lambda batches: lax.map(by_batch, batches),
+    "stream": lambda batches: lax.scan(
+        adapter.step, adapter.init(trained, batches[0]), batches
+    )[1],
+}
+
+figure, panels = plt.subplots(1, 2, figsize=(8, 2.3), sharex=True, sharey=True)
+found = {}
+for ax, (name, shift) in zip(panels, [("clean", 0), ("brighter", 127)], strict=True):
+    for place, (method, predict) in enumerate(methods.items()):
+        logits = np.asarray(jax.jit(predict)(batches + shift)).reshape(-1, 10)
+        found[name, method] = value = 100 * (logits.argmax(-1) == answers).mean()
+        ax.barh(-place, value, color=[ORANGE, SKY, BLUE][place], alpha=0.6)
+        ax.text(102, -place, f"{value:.0f} %", va="center")
+    ax.set_title(f"{name}, sorted by class", fontsize=11)
+    ax.set(xlabel="accuracy on the stream, %", xlim=(0, 100))
+panels[0].set_yticks([0, -1, -2], list(methods))
+plt.show()
+assert found["brighter", "stream"] > found["brighter", "running statistics"] + 10
+assert found["clean", "stream"] > 90
+
+# %% [markdown]
+# On CIFAR-10 the gains are smaller, and clean images sorted by class lose
+# ([measured](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md)). Where the
+# source is mostly wrong, nothing of this helps. More:
+# [Adapt to shifted data](https://github.com/jbn-team/jbn/blob/main/docs/guides/shifted.md).
+#
+# ## 10. Clients with different data
+#
+# Ten clients train one network, and each has images of two digits. In each round a
+# client takes five steps, and the server averages the parameters. If a client
+# normalizes by its batch, it normalizes by two classes in training, and by ten at
+# inference. With `tau` it normalizes by its batch *and* the statistics of all clients,
+# which the server merges from the moments that the clients collect (`accumulate=True`).
+
+# %%
+ROUNDS, STEPS, BATCH = 40, 5, 32
+own = [np.concatenate([members[k], members[(k + 1) % 10]]) for k in range(10)]
+orders = np.stack(
+    [[rng.choice(rows, (STEPS, BATCH)) for rows in own] for _ in range(ROUNDS)]
+)
+
+
+def average(clients):
+    """Everything is averaged."""
+    return tools.average(clients)
+
+
+def commit(clients):
+    """The moments of all rows of the round update the statistics once."""
+    stats = tools.merge([c["batch_stats"] for c in clients])
+    return {
+        "params": tools.average([c["params"] for c in clients]),
+        "batch_stats": jbn.commit(stats, momentum=0.6, second_moment=True),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def train_clients(server, options, orders):
+    """The variables after rounds of rows (rounds, clients, steps, batch)."""
+    model = network(jbn.BatchNorm, momentum=0.9, **dict(options))
+    optimizer = optax.sgd(0.1)
+    step = make_step(model, optimizer)
+    on_rows = lambda carry, rows: (step(carry, [v[rows] for v in train_set]), None)
+
+    def one_round(variables, rows):
+        carry = variables, optimizer.init(variables["params"])
+        visit = lambda rows: lax.scan(on_rows, carry, rows)[0][0]
+        stacked = jax.vmap(visit)(rows)
+        pick = lambda k: jax.tree.map(lambda v: v[k], stacked)
+        return server([pick(k) for k in range(len(rows))]), None
+
+    variables = model.init(jax.random.key(0), images[:2], train=False)
+    return lax.scan(one_round, variables, orders)[0]
+
+
+together = orders.transpose(0, 2, 1, 3).reshape(ROUNDS, 1, STEPS, 10 * BATCH)
+shrunk = ("tau", 2.0 * BATCH), ("accumulate", True)
+rules = {
+    "all data in one place": (average, (), together),
+    "clients, by batch": (average, (), orders),
+    "clients, tau": (commit, shrunk, orders),
+}
+figure, ax = plt.subplots(figsize=(6, 2.1))
+found = {}
+for place, (name, (server, options, given)) in enumerate(rules.items()):
+    variables = train_clients(server, options, given)
+    # The collected moments are of no use at inference.
+    found[name] = value = 100 * accuracy(network(jbn.BatchNorm), variables, test_set)
+    ax.barh(-place, value, color=["#999999", ORANGE, BLUE][place], alpha=0.6)
+    ax.text(102, -place, f"{value:.0f} %", va="center")
+ax.set_yticks([0, -1, -2], list(rules))
+ax.set(xlabel="test accuracy on all ten digits, %", xlim=(0, 100))
+plt.show()
+assert found["clients, tau"] > found["clients, by batch"]
+
+# %% [markdown]
+# Other rules (FedBN, FixBN) and data:
+# [Train on clients](https://github.com/jbn-team/jbn/blob/main/docs/guides/clients.md).
+#
+# ## 11. Sparse features: `sparse_batch_norm`
 #
 # In word counts, clicks or one-hot codes, most entries are zero and not stored. Making
 # the array dense to normalize it defeats the purpose, and normalizing only the stored
 # entries is a different function. `sparse_batch_norm` computes the batch norm of the
-# dense array. A normalized array has few zeros, so the output has two parts: a sparse
-# array, and the value of a zero in each feature. A dense layer needs no dense array
-# either: `values @ w + background @ w`.
+# dense array. Its output has two parts: a sparse array, and the value of a zero in each
+# feature. A dense layer takes both: `values @ w + background @ w`.
 
 # %%
 from jax.experimental.sparse import BCOO
@@ -661,37 +738,25 @@ def sparse_layer(data, indices, shape, params, stats):
     return jbn.sparse_batch_norm(x, params, stats, use_running_average=False)
 
 
-@jax.jit
 def sparse_forward(data):
-    y, new = sparse_layer(data, indices, (ROWS, FEATURES), word_params, word_stats)
-    return y.values @ w + y.background @ w, new
+    y, _ = sparse_layer(data, indices, (ROWS, FEATURES), word_params, word_stats)
+    return y.values @ w + y.background @ w
 
 
-@jax.jit
 def dense_forward(data):
     x = jnp.zeros((ROWS, FEATURES)).at[indices[:, 0], indices[:, 1]].set(data)
-    y, new = in_training(x, word_params, word_stats)
-    return y @ w, new
+    return in_training(x, word_params, word_stats)[0] @ w
 
 
-def gradient(forward):
-    return jax.grad(lambda data: (forward(data)[0] ** 2).mean())(counts)
+a, b = sparse_forward(counts), dense_forward(counts)
+error = np.abs(a - b).max() / np.abs(b).max()
+print(f"sparse = dense, to {error:.0e} of the largest")
+assert error < 1e-4
 
-
-for what, a, b in [
-    ("output", sparse_forward(counts)[0], dense_forward(counts)[0]),
-    ("mean", sparse_forward(counts)[1].mean, dense_forward(counts)[1].mean),
-    ("variance", sparse_forward(counts)[1].var, dense_forward(counts)[1].var),
-    ("gradient", gradient(sparse_forward), gradient(dense_forward)),
-]:
-    error = np.abs(a - b).max() / np.abs(b).max()
-    print(f"{what:9} sparse = dense, to {error:.0e} of the largest")
-    assert error < 1e-4
 
 # %% [markdown]
-# This is the memory, as reported by XLA, of a forward pass on 16,384 rows of 50,000
-# features, with 100 stored per row. It is only compiled here: the dense one would not
-# fit on every machine.
+# Memory of a forward pass on 16,384 rows of 50,000 features, with 100 stored per row,
+# as reported by XLA (it is only compiled here):
 
 
 # %%
@@ -707,7 +772,7 @@ def gigabytes(f, *args):
 
 shape, stored = (16_384, 50_000), 16_384 * 100
 large_params, large_stats = jax.eval_shape(lambda: jbn.init(shape[1]))
-data = jax.ShapeDtypeStruct((stored,), jnp.float32)
+entries = jax.ShapeDtypeStruct((stored,), jnp.float32)
 where = jax.ShapeDtypeStruct((stored, 2), jnp.int32)
 
 
@@ -718,25 +783,31 @@ def large_sparse(data, where, params, stats):
 
 x_dense = jax.ShapeDtypeStruct(shape, jnp.float32)
 dense_memory = gigabytes(in_training, x_dense, large_params, large_stats)
-sparse_memory = gigabytes(large_sparse, data, where, large_params, large_stats)
+sparse_memory = gigabytes(large_sparse, entries, where, large_params, large_stats)
 print(f"dense  {dense_memory:.3f} GB")
 print(f"sparse {sparse_memory:.3f} GB")
 assert sparse_memory < dense_memory / 20
 
 # %% [markdown]
-# ## When to use which
+# ## 12. When to use which
 #
 # | data | use |
 # |---|---|
 # | padded sequences, images, point clouds | `mask` |
-# | packed rows, graphs | `mask=ids < n`, `ids` from `segment_ids` |
+# | packed rows | `mask=ids < n`, `ids` from `segment_ids` |
 # | long samples outweigh short ones | `weights=` `sample_weights`, `group_weights` |
+# | graphs, or samples each by itself | `graph_norm`; `moments(segment_ids=)` |
 # | shards of different sizes, empty shards | no option: results are exact |
 # | several sources in one batch | `domain_batch_norm` |
-# | domains of a few rows | `min_weight=1`, `tau=` |
+# | sources that are guessed | a floating `domain` |
+# | domains of a few rows | `min_weight=1`, or `tau=` with `second_moment=True` |
 # | batches of a few rows, or of one class | `tau=32`, or `batch_renorm` |
 # | outliers | `trim=5` |
+# | shifted data without labels | `tools.stream`; large mixed batches: `tools.adapt` |
+# | clients with different data | `tau=`, `accumulate=True`, `tools.merge`, `commit` |
 # | sparse features with implicit zeros | `sparse_batch_norm` |
 #
-# All of them take `axis_name`. Most can be combined; those that cannot (`batch_renorm`
-# with `tau`, `sparse_batch_norm` with `trim`) raise an error.
+# All methods take `axis_name`. Most options can be combined; those that cannot
+# (`batch_renorm` with `tau`, `sparse_batch_norm` with `trim`) raise an error. The
+# figures behind these recommendations are in
+# [evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md).
