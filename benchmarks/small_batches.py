@@ -1,16 +1,25 @@
 """What helps where batches are small, or each holds one class only?
 
-    python benchmarks/small_batches.py
+    python benchmarks/small_batches.py [--data=../shared/data/mnist] [--quick]
 
-Prints a Markdown table; writes docs/evidence/small_batches.{json,png}. An MLP on the
-embedded digits, by SGD with momentum and a cosine schedule. Learning rate, momentum of
-the running statistics and tau are chosen for each method and kind of batch on a fifth
-of the training set, never on the test set. The whole grid is in the JSON.
+Prints a Markdown table; adds the results to docs/evidence/small_batches.json and draws
+all that are there. Batches are of 2 images, of 16 images of one class, or large.
+Networks are trained by SGD with momentum and a cosine schedule. Learning rate, momentum
+of the running statistics and `tau` (in images) are chosen for each method and kind of
+batch on a part of the training set, with another seed. The whole grid is in the JSON.
+
+`--data` is a folder of MNIST's four files or an archive of JPEG images with
+`{train,test}_{jpeg,offsets,labels}`; by default the embedded digits. Gray images get a
+multilayer perceptron, others a small convolutional network.
 """
 
+import argparse
 import functools
 import itertools
 import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import evidence
 import flax.linen as nn
@@ -18,45 +27,81 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tables import small_batches_table
 
 from jbn.linen import BatchNorm, BatchRenorm, GhostBatchNorm
 from jbn.models import MLP
 
 
-SEEDS = range(5)
-EVALUATIONS = 20
-KINDS = {
-    "two": dict(title="2 rows", rows=2, steps=6000),
-    "class": dict(title="16 rows of one class", rows=16, steps=3000),
-    "large": dict(title="128 rows", rows=128, steps=1000),
+SEEDS, CHOOSING = range(5), 99
+MISSING = [np.nan] * len(SEEDS)
+
+
+class Kind(NamedTuple):
+    """A kind of batch; rates are tried."""
+
+    images: int
+    steps: int
+    rates: tuple
+    momenta: tuple
+
+
+GRAY = {
+    "two": Kind(2, 6000, (3e-4, 1e-3, 3e-3, 1e-2), (0.99, 0.999)),
+    "class": Kind(16, 3000, (3e-4, 1e-3, 3e-3, 1e-2), (0.99, 0.999)),
+    "large": Kind(128, 1000, (1e-2, 3e-2, 1e-1), (0.9, 0.99)),
 }
-# What is tried. A tau or momentum is tried only where a method has one.
-RATES = {
-    "two": [3e-4, 1e-3, 3e-3, 1e-2],
-    "class": [3e-4, 1e-3, 3e-3, 1e-2],
-    "large": [1e-2, 3e-2, 1e-1],
+COLOR = {
+    "two": Kind(2, 6000, (1e-3, 3e-3, 1e-2, 3e-2), (0.99,)),
+    "class": Kind(16, 1500, (1e-3, 3e-3, 1e-2, 3e-2), (0.99,)),
+    "large": Kind(64, 400, (3e-2, 1e-1, 3e-1), (0.9,)),
 }
-MOMENTA = {"two": [0.99, 0.999], "class": [0.99, 0.999], "large": [0.9, 0.99]}
-TAUS = [2, 32, 128]
 
 
-NOTES = [
-    "A wider grid was run once: rates 0.001 to 0.1, momenta 0.9 to 0.999, tau 2, 8 and"
-    " 32. Batch norm reached 72.7 % for 2 rows and 12.7 % for one class, renorm without"
-    " a schedule 72.6 % for one class, all others were within 1.5 points of this"
-    " grid's.",
-    "second_moment=True was tried there, with batch norm (75.3 % for 2 rows, 13.3 % for"
-    " one class) and with batch renorm (89.8 % and 77.4 %): no gain to speak of.",
-]
+class Task(NamedTuple):
+    """What differs between data sets; hashable, for `jit`."""
+
+    gray: bool
+    classes: int
+    quick: bool
+
+    def kind(self, name):
+        """How batches are drawn."""
+        kind = (GRAY if self.gray else COLOR)[name]
+        return kind._replace(steps=kind.steps // 50) if self.quick else kind
+
+    def network(self, method, kind, momentum, tau):
+        """The network with the norm of a method."""
+        make = METHODS[method].layer
+        norm = make(momentum=momentum, tau=tau, steps=self.kind(kind).steps)
+        network = MLP if self.gray else evidence.ConvNet
+        return network(num_classes=self.classes, norm=norm)
 
 
-class GroupNorm(nn.Module):
+# ---- Methods ------------------------------------------------------------------------
+
+
+class Groups(nn.Module):
     """`flax.linen.GroupNorm`, called as a batch norm."""
 
     @nn.compact
-    def __call__(self, x, *, use_running_average, mask):
-        """Normalizes groups of eight features of each row."""
+    def __call__(self, x, *, use_running_average, mask=None):
+        """Normalizes groups of eight features of each image."""
         return nn.GroupNorm(num_groups=8)(x)
+
+
+class ByImages(nn.Module):
+    """Batch norm with `tau` in images, since each pixel is a row."""
+
+    tau: Any
+    momentum: Any
+
+    @nn.compact
+    def __call__(self, x, *, use_running_average, mask=None):
+        """Normalizes `x`."""
+        rows = x[0, ..., 0].size
+        layer = BatchNorm(use_running_average, momentum=self.momentum)
+        return layer(x, tau=self.tau * rows)
 
 
 def renorm(momentum, steps, **_):
@@ -71,60 +116,70 @@ def renorm(momentum, steps, **_):
     )
 
 
+class Method(NamedTuple):
+    """Makes the layer; which of `tau` and whether momenta are tried."""
+
+    layer: Callable
+    taus: tuple = (0.0,)
+    statistics: bool = True
+    only: tuple = ("two", "class", "large")
+
+
 METHODS = {
-    "batch norm": lambda momentum, **_: functools.partial(BatchNorm, momentum=momentum),
-    "batch renorm": renorm,
-    "batch renorm, no schedule": lambda momentum, **_: functools.partial(
-        BatchRenorm, 3.0, 5.0, momentum=momentum
+    "batch norm": Method(
+        lambda momentum, **_: functools.partial(BatchNorm, momentum=momentum)
     ),
-    "batch norm, tau": lambda momentum, tau, **_: functools.partial(
-        BatchNorm, momentum=momentum, tau=tau
+    "batch renorm": Method(renorm),
+    "batch renorm, no schedule": Method(
+        lambda momentum, **_: functools.partial(
+            BatchRenorm, 3.0, 5.0, momentum=momentum
+        )
     ),
-    "batch norm, tau=inf": lambda momentum, **_: functools.partial(
-        BatchNorm, momentum=momentum, tau=float("inf")
+    "tau": Method(
+        lambda momentum, tau, **_: functools.partial(ByImages, tau, momentum),
+        (2.0, 32.0, 128.0),
     ),
-    "group norm": lambda **_: GroupNorm,
-    "ghost, 8 groups": lambda momentum, **_: functools.partial(
-        GhostBatchNorm, 8, momentum=momentum
+    "tau=inf": Method(
+        lambda momentum, **_: functools.partial(
+            BatchNorm, momentum=momentum, tau=float("inf")
+        )
+    ),
+    "group norm": Method(lambda **_: Groups, statistics=False),
+    # Groups of less than 16 images are no ghost of anything.
+    "ghost, 8 groups": Method(
+        lambda momentum, **_: functools.partial(GhostBatchNorm, 8, momentum=momentum),
+        only=("large",),
     ),
 }
-LOOKS = {
-    "batch norm": (evidence.BLACK, "-"),
-    "batch renorm": (evidence.RED, "-"),
-    "batch renorm, no schedule": (evidence.ORANGE, "--"),
-    "batch norm, tau": (evidence.BLUE, "-"),
-    "batch norm, tau=inf": (evidence.SKY, "--"),
-    "group norm": (evidence.GREEN, "-."),
-    "ghost, 8 groups": (evidence.PURPLE, "-"),
-}
+
+# ---- Training -----------------------------------------------------------------------
 
 
-def batches(kind, labels):
-    """Rows of each batch: (seeds, steps, rows)."""
-    rows, steps = KINDS[kind]["rows"], KINDS[kind]["steps"]
-    found = []
-    for seed in SEEDS:
-        rng = np.random.default_rng(seed)
-        if kind == "class":
-            by_class = [np.flatnonzero(labels == c) for c in range(10)]
-            order = np.concatenate(
-                [rng.permutation(10) for _ in range(-(-steps // 10))]
-            )[:steps]
-            found.append([rng.choice(by_class[c], rows, replace=False) for c in order])
-        else:
-            epochs = -(-steps * rows // len(labels))
-            order = np.concatenate(
-                [rng.permutation(len(labels)) for _ in range(epochs)]
-            )
-            found.append(order[: steps * rows].reshape(steps, rows))
-    return np.array(found)
+def batches(name, kind, labels, seed):
+    """Images of each batch: (steps, images)."""
+    rng = np.random.default_rng(seed)
+    if name == "class":
+        by_class = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
+        epochs = -(-kind.steps // len(by_class))
+        order = [rng.permutation(len(by_class)) for _ in range(epochs)]
+        order = np.concatenate(order)[: kind.steps]
+        return np.stack(
+            [rng.choice(by_class[c], kind.images, replace=False) for c in order]
+        )
+    epochs = -(-kind.steps * kind.images // len(labels))
+    order = np.concatenate([rng.permutation(len(labels)) for _ in range(epochs)])
+    return order[: kind.steps * kind.images].reshape(kind.steps, kind.images)
 
 
-def run(method, kind, chosen, splits, rate, momentum, tau, seed):
-    """Trains once; all but the strings and splits may be traced."""
-    steps = KINDS[kind]["steps"]
-    images, labels = splits["training set"]
-    model = MLP(norm=METHODS[method](momentum=momentum, tau=tau, steps=steps))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def run(task, method, kind, data, split, order, seed, rate, momentum, tau):
+    """Accuracy on a split after training once, and that of batches in the last tenth.
+
+    The latter is of the training mode.
+    """
+    steps = task.kind(kind).steps
+    images, labels = data
+    model = task.network(method, kind, momentum, tau)
     variables = model.init(jax.random.key(seed), images[:2], train=False)
     stats = variables.get("batch_stats", {})
     optimizer = optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
@@ -147,140 +202,114 @@ def run(method, kind, chosen, splits, rate, momentum, tau, seed):
         updates, opt = optimizer.update(grads, opt)
         return (optax.apply_updates(params, updates), stats, opt), accuracy
 
-    def stretch(carry, rows):
-        carry, accuracy = jax.lax.scan(step, carry, rows)
-        seen = {"training mode": accuracy.mean()}
-        for name, (x, y) in splits.items():
-            out = model.apply(
-                {"params": carry[0], "batch_stats": carry[1]}, x, train=False
-            )
-            seen[name] = (out.argmax(-1) == y).mean()
-        return carry, seen
-
     start = variables["params"], stats, optimizer.init(variables["params"])
-    chosen = chosen.reshape(EVALUATIONS, steps // EVALUATIONS, -1)
-    return jax.lax.scan(stretch, start, chosen)[1]
+    (params, stats, _), accuracy = jax.lax.scan(step, start, order)
+    variables = {"params": params, "batch_stats": stats}
+    predict = lambda x: model.apply(variables, x[None], train=False)[0].argmax(-1)
+    x, y = split
+    right = jax.lax.map(predict, x, batch_size=500) == y
+    return right.mean(), accuracy[-(steps // 10) :].mean()
 
 
-def search(method, kind, splits):
-    """The grid of a method, and accuracies by entry, seed and time."""
-    momenta = [0.9] if method == "group norm" else MOMENTA[kind]
-    taus = TAUS if method == "batch norm, tau" else [0]
-    grid = [
-        dict(zip(("rate", "momentum", "tau"), entry, strict=True))
-        for entry in itertools.product(RATES[kind], momenta, taus)
-    ]
-    columns = [jnp.array([float(entry[key]) for entry in grid]) for key in grid[0]]
-    function = functools.partial(run, method, kind)
-    over_seeds = jax.vmap(function, (0, None, None, None, None, 0))
-    over_grid = jax.vmap(over_seeds, (None, None, 0, 0, 0, None))
-    rows = batches(kind, np.asarray(splits["training set"][1]))
-    return grid, jax.device_get(
-        jax.jit(over_grid)(rows, splits, *columns, jnp.array(list(SEEDS)))
+def measure(task, train, held, test):
+    """Chooses the settings of each method and kind of batch, and tests them."""
+    data, held, test = jax.tree.map(jnp.asarray, (train, held, test))
+    results = []
+    for kind, (method, about) in itertools.product(GRAY, METHODS.items()):
+        if kind not in about.only:
+            continue
+        own = task.kind(kind)
+
+        def accuracy(split, seed, entry, kind=kind, method=method, own=own):
+            order = batches(kind, own, train[1], seed)
+            entry = map(np.float32, entry)
+            return jax.device_get(
+                run(task, method, kind, data, split, order, seed, *entry)
+            )
+
+        momenta = own.momenta if about.statistics else (0.9,)
+        grid = [*itertools.product(own.rates, momenta, about.taus)]
+        tried = [float(accuracy(held, CHOOSING, entry)[0]) for entry in grid]
+        best = grid[int(np.argmax(tried))]
+        found, mode = np.transpose([accuracy(test, seed, best) for seed in SEEDS])
+        results.append(
+            {
+                "kind": kind,
+                "method": method,
+                "chosen": dict(zip(("rate", "momentum", "tau"), best, strict=True)),
+                "test": found,
+                "training mode": mode,
+                "tried": [[*e, value] for e, value in zip(grid, tried, strict=True)],
+            }
+        )
+        log(
+            f"{kind}, {method}, {results[-1]['chosen']}: {found.mean():.3f};"
+            f" tried: {min(tried):.3f} to {max(tried):.3f}"
+        )
+    return results
+
+
+def log(text):
+    """With the processor time so far."""
+    print(f"{text} ({time.process_time():.0f} s of CPU)", file=sys.stderr, flush=True)
+
+
+# ---- Reports ------------------------------------------------------------------------
+
+
+def draw(results):
+    """A panel for each data set: accuracy on test images at inference."""
+    plt = evidence.style()
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(2 + 3 * len(results), 3.9), squeeze=False, sharey=True
     )
+    looks = {
+        "two": (evidence.BLUE, "D"),
+        "class": (evidence.ORANGE, "o"),
+        "large": (evidence.BLACK, "|"),
+    }
+    for panel, (name, found) in zip(panels[0], results.items(), strict=True):
+        value = {(r["method"], r["kind"]): r["test"] for r in found["methods"]}
+        values_of = lambda *key, value=value: value.get(key, MISSING)
+        evidence.draw_dots(panel, list(METHODS), values_of, looks)
+        panel.set(title=name, xlabel="test accuracy (%), range of seeds")
+        panel.set_ylim(-0.6, len(METHODS) - 0.4)
+    handles, _ = panels[0, 0].get_legend_handles_labels()
+    named = "batches of 2 images", "16 images of one class", "large batches"
+    figure.legend(handles, named, loc="outside lower center", ncols=3)
+    return figure
 
 
 def main():
-    """Searches, chooses, tests."""
-    (images, labels), test = evidence.digits()
-    cut = len(labels) * 4 // 5
-    splits = {
-        "training set": (images[:cut], labels[:cut]),
-        "validation": (images[cut:], labels[cut:]),
-        "test": test,
+    """Measures, and reports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="MNIST's folder, or an archive of JPEG images")
+    parser.add_argument(
+        "--quick", action="store_true", help="a fiftieth of the steps; writes nothing"
+    )
+    args = parser.parse_args()
+    name, (images, labels), test = evidence.load(args.data)
+    gray, held = images.shape[-1] == 1, min(len(test[1]), len(labels) // 3)
+    task = Task(gray, int(labels.max()) + 1, args.quick)
+    index = np.random.default_rng(0).permutation(len(labels))
+    cut = lambda i: (images[i], labels[i].astype(np.int32))
+    about = {
+        "command": " ".join(["python benchmarks/small_batches.py", *sys.argv[1:]]),
+        "kinds": {kind: task.kind(kind)._asdict() for kind in GRAY},
+        "methods": measure(task, cut(index[held:]), cut(index[:held]), test),
+        "cpu_seconds": round(time.process_time()),
     }
-    splits = jax.tree.map(jnp.asarray, splits)
-    results = {}
-    for kind in KINDS:
-        for method in METHODS:
-            # Groups of less than 16 rows are no ghost of anything.
-            if method == "ghost, 8 groups" and kind != "large":
-                continue
-            print(f"{kind}: {method}", file=sys.stderr, flush=True)
-            grid, found = search(method, kind, splits)
-            validation = found["validation"][..., -1].mean(-1)
-            best = int(validation.argmax())
-            final = {key: value[best, :, -1] for key, value in found.items()}
-            tried = [
-                entry | {"validation": float(value)}
-                for entry, value in zip(grid, validation, strict=True)
-            ]
-            results[f"{kind}: {method}"] = {
-                "kind": kind,
-                "method": method,
-                "chosen": grid[best],
-                "final": final,
-                "test by time": found["test"][best],
-                "tried": tried,
-            }
+    known = {} if args.quick else evidence.known("small_batches")
+    results = {**known, name: evidence.plain(about)}
     evidence.report(
         "small_batches",
         __doc__.splitlines()[0],
         SEEDS,
         results,
-        describe(results),
-        draw_figure(results),
-        NOTES,
+        small_batches_table(results),
+        draw(results),
+        folder=None if args.quick else evidence.EVIDENCE,
     )
-
-
-def describe(results):
-    """The table."""
-    header = ["batch", "method", "chosen", "test, inference", "training set, inference"]
-    rows = []
-    for found in results.values():
-        chosen = found["chosen"]
-        text = f"rate {chosen['rate']:g}"
-        if found["method"] != "group norm":
-            text += f", momentum {chosen['momentum']:g}"
-        if found["method"] == "batch norm, tau":
-            text += f", tau {chosen['tau']}"
-        final = found["final"]
-        rows.append(
-            [
-                KINDS[found["kind"]]["title"],
-                found["method"],
-                text,
-                evidence.percent(final["test"]),
-                f"{100 * final['training set'].mean():.1f}",
-                f"{100 * final['training mode'].mean():.1f}",
-            ]
-        )
-    return evidence.table([*header, "training batches, training mode"], rows)
-
-
-def draw_figure(results):
-    """Test accuracy by step, a panel for each kind of batch."""
-    plt = evidence.style()
-    figure, panels = plt.subplots(1, len(KINDS), figsize=(10, 5.2))
-    for axes, (kind, about) in zip(panels, KINDS.items(), strict=True):
-        steps = about["steps"] * np.arange(1, EVALUATIONS + 1) / EVALUATIONS
-        for method, (color, line) in LOOKS.items():
-            found = results.get(f"{kind}: {method}")
-            if found is None:
-                continue
-            values = 100 * found["test by time"]
-            axes.plot(steps, values.mean(0), line, color=color, label=method)
-            axes.fill_between(
-                steps,
-                values.min(0),
-                values.max(0),
-                color=color,
-                alpha=0.15,
-                linewidth=0,
-            )
-        low = 90 if kind == "large" else 0
-        axes.set(xlabel="training step", xlim=(0, about["steps"]), ylim=(low, 100))
-        zoomed = " (from 90 % up)" if kind == "large" else ""
-        axes.set_title(f"batches of {about['title']}{zoomed}")
-        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
-    panels[0].set_ylabel("test accuracy at inference, %\n(mean and range of 5 seeds)")
-    named = {}
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named, loc="outside lower center", ncols=4)
-    return figure
 
 
 if __name__ == "__main__":

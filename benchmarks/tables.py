@@ -480,6 +480,75 @@ def clients_table(results):
     return table([*header, "to centralized", "own classes, %"], rows)
 
 
+KINDS = {
+    "two": "2 images",
+    "class": "16 images of one class",
+    "large": "large",
+}
+
+
+def spread(values):
+    """The mean of accuracies with the smallest and largest, in percent."""
+    low, middle, high = (f"{100 * f(values):.1f}" for f in (min, mean, max))
+    return f"{middle} ({low} to {high})"
+
+
+def small_batches_table(results):
+    """Test accuracy by kind of batch, method and data set."""
+    found = {
+        (r["kind"], r["method"], name): r
+        for name, about in results.items()
+        for r in about["methods"]
+    }
+    pairs = list(dict.fromkeys(key[:2] for key in found))
+    rows = []
+    for kind, method in pairs:
+        cells = [found[kind, method, name] for name in results]
+        tests = [spread(r["test"]) for r in cells]
+        taus = ", ".join(f"{r['chosen']['tau']:g}" for r in cells)
+        rows.append([KINDS[kind], method, *tests, taus if method == "tau" else ""])
+    return table(["batch", "method", *results, "tau"], rows)
+
+
+def domains_table(results):
+    """Test accuracy by data set, shift, method and domain."""
+    rows = []
+    for name, about in results.items():
+        for shift, found in about["shifts"].items():
+            rows.append([f"**{name}, {shift}**", *[""] * 5])
+            for r in found:
+                rate, tau = (r["chosen"][key] for key in ("rate", "tau"))
+                *_, rare = r["variance ratio"] or [""]
+                rows.append(
+                    [
+                        r["method"],
+                        f"rate {rate:g}" + (f", tau {tau:g}" if tau else ""),
+                        *map(spread, r["accuracy"]),
+                        rare and f"{mean(rare):.2g}",
+                    ]
+                )
+    header = ["statistics", "chosen", "plain, 90 %", "faint, inverted or restyled, 9 %"]
+    header += ["bright and noisy, 1 %", "running / true variance, 1 %"]
+    return table(header, rows)
+
+
+def ragged_table(results):
+    """Accuracy on short and long digits, and the statistics at the end."""
+    rows = [
+        [
+            counted,
+            spread(found["short"]),
+            spread(found["long"]),
+            f"{mean(v[-1] for v in found['mean']):.2f}",
+            f"{mean(v[-1] for v in found['var']):.2f}",
+            f"{mean(found['unrest']):.3f}",
+        ]
+        for counted, found in results["digits"]["ragged"].items()
+    ]
+    header = "counts once, accuracy on short, on long, running mean, running variance"
+    return table([*header.split(", "), "unrest of the running mean"], rows)
+
+
 def learned(results):
     """Returns of two agents, and the interval of the difference."""
 
@@ -548,6 +617,11 @@ def reinforcement(name):
 
 TABLES = {
     "clients": lambda: clients_table(load("clients", EVIDENCE)["results"]),
+    "domains": lambda: domains_table(load("domains", EVIDENCE)["results"]),
+    "ragged": lambda: ragged_table(load("domains", EVIDENCE)["results"]),
+    "small-batches": lambda: small_batches_table(
+        load("small_batches", EVIDENCE)["results"]
+    ),
     "gains": gains,
     "gpu-short": gpu_short,
     "gpu-op": gpu_op,

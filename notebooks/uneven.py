@@ -348,9 +348,11 @@ for options in [
     assert (y[3, 0] == 0) == (not options)
 
 # %% [markdown]
-# Statistics by domain do not always help: a domain may be too rare, or look more like
-# the others if all are normalized alike. Both were measured on digits, MNIST and
-# CIFAR-10 ([evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md)).
+# Statistics by domain do not always help. A domain may be too rare, or its mean may be
+# what tells the network which domain a row is of; a separate scale and bias for each
+# domain (`own_affine=True` in a module) brings that back. All of this was measured on
+# digits, MNIST and CIFAR-10
+# ([evidence.md](https://github.com/jbn-team/jbn/blob/main/docs/evidence.md)).
 #
 # ## 6. Unknown domains: shares
 #

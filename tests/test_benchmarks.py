@@ -73,6 +73,26 @@ def test_one_command_for_all():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("clients", ["| digits | 1 | tau |"]),
+        ("domains", ["**digits, faint**", "| pooled tau |"]),
+        ("small_batches", ["| 16 images of one class | tau=inf |"]),
+    ],
+)
+def test_evidence_is_made_by_a_script_that_runs(name: str, texts: list[str]):
+    """Every part of it on the digits, with few steps; nothing is written."""
+    path = ROOT / "docs" / "evidence" / f"{name}.json"
+    before = path.read_bytes()
+    found = run(f"benchmarks/{name}.py", "--quick")
+    assert found.returncode == 0, found.stderr
+    for text in texts:
+        assert text in found.stdout
+    assert path.read_bytes() == before
+
+
+@pytest.mark.slow
 def test_crossq_learns_with_either_layer():
     """Every part of the script, with few steps; nothing is written."""
     pytest.importorskip("sbx")
