@@ -135,7 +135,9 @@ def _by_stats(call, rows, mean, var, scale, bias, shift):
         return _variance(soft.product(p, var + square(offset)), square(center))
 
     def term_by_term(p, center):
-        gaps = (p[:, k, None] * square(offset[k, None] - center) for k in range(len(var)))
+        gaps = (
+            p[:, k, None] * square(offset[k, None] - center) for k in range(len(var))
+        )
         return sum(gaps, soft.product(p, var))
 
     def mixture(p, v):

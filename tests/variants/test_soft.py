@@ -139,7 +139,9 @@ def test_domains_far_apart_are_as_exact(rng, distance):
     m = (w * mean).sum(1)
     v = (w * (var + (mean - m[:, None]) ** 2)).sum(1) + 1e-5
     # A distance of 1e3 leaves x itself so many digits.
-    np.testing.assert_allclose(y, (d[:, 0] - m) / np.sqrt(v), atol=1e-6 * (3 + distance))
+    np.testing.assert_allclose(
+        y, (d[:, 0] - m) / np.sqrt(v), atol=1e-6 * (3 + distance)
+    )
 
 
 @pytest.mark.usefixtures("x64")
