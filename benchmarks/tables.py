@@ -480,6 +480,46 @@ def clients_table(results):
     return table([*header, "to centralized", "own classes, %"], rows)
 
 
+def long_tail_table(results):
+    """Accuracies by data set, decision and method, and differences to batch norm."""
+
+    def points(difference):
+        middle, low, high = (f"{100 * v:+.1f}" for v in difference)
+        return f"{middle} ({low} to {high})" if any(difference) else ""
+
+    rows, shown = [], ("rare", "balanced", "rare at equal head")
+    for name, found in results.items():
+        for decision in ("logits", "adjusted logits", "adjusted loss"):
+            for r in found["methods"]:
+                if decision not in r["decisions"]:
+                    continue
+                about, chosen = r["decisions"][decision], r["chosen"]
+                setting = [f"rate {chosen['rate']:g}"]
+                setting += [f"K {chosen['domains']}"] * (chosen["domains"] > 1)
+                setting += [f"tau {chosen['tau']:g} n"] * (chosen["tau"] > 0)
+                gained = about["differences"]
+                rows.append(
+                    [
+                        name,
+                        decision,
+                        r["method"].removesuffix(", adjusted loss"),
+                        ", ".join(setting),
+                        *(f"{100 * mean(about[p]):.1f}" for p in ("head", "middle")),
+                        *(
+                            "{:.1f} ({:.1f} to {:.1f})".format(
+                                *(100 * f(about[part]) for f in (mean, min, max))
+                            )
+                            for part in ("rare", "balanced")
+                        ),
+                        *map(points, (gained[part] for part in shown)),
+                    ]
+                )
+    header = ["data", "decided by", "method", "chosen", "head, %", "middle, %"]
+    header += ["rare, %", "balanced, %", "rare, to batch norm"]
+    header += ["balanced, to batch norm", "rare at equal head, to batch norm"]
+    return table(header, rows)
+
+
 def learned(results):
     """Returns of two agents, and the interval of the difference."""
 
@@ -549,6 +589,7 @@ def reinforcement(name):
 TABLES = {
     "clients": lambda: clients_table(load("clients", EVIDENCE)["results"]),
     "gains": gains,
+    "long-tail": lambda: long_tail_table(load("long_tail", EVIDENCE)["results"]),
     "gpu-short": gpu_short,
     "gpu-op": gpu_op,
     "gpu-step": gpu_step,

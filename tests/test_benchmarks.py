@@ -84,6 +84,19 @@ def test_crossq_learns_with_either_layer():
 
 
 @pytest.mark.slow
+def test_every_norm_learns_from_a_long_tail():
+    """Every part of the script, with few steps; nothing is written."""
+    found = run("benchmarks/long_tail.py", "--quick")
+    assert found.returncode == 0, found.stderr
+    for text in (
+        "| digits | logits | recalibrated |",
+        "| digits | adjusted logits | soft domains, tau |",
+        "| digits | adjusted loss | batch norm |",
+    ):
+        assert text in found.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None
     or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
