@@ -301,6 +301,31 @@ def epoch():
     return f"{table(header, rows)}\n\n{images}. {about(content, 'jax', 'flax')}"
 
 
+def groups_rows(results):
+    """Header and rows: times and memory of statistics by group."""
+    rows = [
+        [
+            f"{kind}, {found['rows']:,} x {found['features']}",
+            what,
+            name,
+            f"{cell['milliseconds']:.0f} ms",
+            ratio(cell["ratio"]),
+            f"{cell['temporary']:.1f}",
+        ]
+        for kind, found in results.items()
+        for what, cells in found["cases"].items()
+        for name, cell in cells.items()
+    ]
+    header = ["array", "what", "statistics", "time", "/ of all rows"]
+    return [*header, "temporary memory, inputs"], rows
+
+
+def groups():
+    """Statistics by group, against those of all rows."""
+    content = load("groups")
+    return f"{table(*groups_rows(content['results']))}\n\n{about(content, 'jax')}"
+
+
 def gpu_op():
     """On a GPU: shares of the card's copy speed, and times of others."""
     content = load("gpu")
@@ -607,6 +632,7 @@ TABLES = {
     "first-step": first_step,
     "job": job,
     "epoch": epoch,
+    "groups": groups,
     **{
         f"reinforcement-{name}": functools.partial(reinforcement, name)
         for name in REINFORCEMENT
