@@ -99,9 +99,9 @@ def test_graphs_of_a_file_are_classified_with_each_norm(tmp_path: Path):
     cells = [line.strip("| ").split(" | ") for line in found.stdout.splitlines()]
     rows = [row[1:] for row in cells if row[0] == "shapes"]
     methods = "no mask", "masked", "by graph", "graph norm", "layer norm", "none"
-    accuracy, padding = dict.fromkeys(methods), dict.fromkeys(methods)
-    for (method, *first), (_, *second) in zip(rows[:6], rows[6:], strict=True):
-        accuracy[method], padding[method] = float(first[0]), float(second[-1])
+    accuracy = {method: float(test) for method, test, *_ in rows[:6]}
+    padding = {method: float(change) for method, *_, change in rows[6:]}
+    assert tuple(accuracy) == tuple(padding) == methods
     assert accuracy["masked"] > 75
     assert padding.pop("no mask") > 1e-3
     assert max(padding.values()) < 1e-4
