@@ -16,6 +16,7 @@ timing.prepare()
 
 import argparse
 import functools
+from typing import Any
 
 import evidence
 import jax
@@ -30,7 +31,7 @@ import jbn
 DOMAINS = dict(rows=65_536, features=256, groups=16)
 SEGMENTS = dict(rows=1_000_000, features=64, groups=10_000)
 QUICK = 32  # Fewer rows, and fewer segments, by so much.
-TRAIN = {"use_running_average": False}
+TRAIN: Any = {"use_running_average": False}
 PLAIN = "batch norm"
 
 
@@ -84,8 +85,8 @@ def segment_cases(rng, rows, features, groups):
         "forward": {PLAIN: (plain, (x, params))},
         "gradient": {PLAIN: (gradient(plain, 2), (ct, x, params))},
     }
-    ids = rng.integers(0, groups, rows).astype(np.int32)
-    for order, ids in (("random order", ids), ("sorted", np.sort(ids))):
+    drawn = rng.integers(0, groups, rows).astype(np.int32)
+    for order, ids in (("random order", drawn), ("sorted", np.sort(drawn))):
         found["moments"][f"segments, {order}"] = moments, (x, ids)
         args = x, params, share, ids
         found["forward"][f"graph norm, {order}"] = graph, args

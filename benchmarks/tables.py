@@ -261,9 +261,9 @@ def first_step_rows(results):
     ]
 
 
-def first_step():
+def first_step(name="first_step"):
     """The first step, calls without jit, and sizes of programs."""
-    content = load("first_step")
+    content = load(name)
     text = about(content, "jax", "flax")
     rows = first_step_rows(content["results"])
     notes = "; ".join(content["notes"][:2])
@@ -630,6 +630,7 @@ TABLES = {
     "scale-devices": scale_devices,
     "variance": variance,
     "first-step": first_step,
+    "first-step-newest": lambda: first_step("first_step-newest"),
     "job": job,
     "epoch": epoch,
     "groups": groups,

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +204,7 @@ def _plain(rows: Rows, x, shares, weights, shift) -> tuple[Moments, jax.Array]:
     return Moments(weight, mean, var), squares
 
 
-def _near(mean, var, shift, some=True) -> jax.Array:
+def _near(mean, var, shift, some: Any = True) -> jax.Array:
     """Whether all means are so near the shift that squares can be multiplied out."""
     off = numeric.abs_square(mean - shift[None])
     return jnp.all((off <= _FAR**2 * var) | jnp.logical_not(some))
