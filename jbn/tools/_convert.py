@@ -69,17 +69,23 @@ def convert(
                     "momentum": lambda layer: 1 - layer.momentum,
                 }}
 
-            (The layers of a converted NNX model have our names.)
+            (The layers of a converted NNX model have our names.) Their call arguments
+            may mean `mask` or `weights` to ours, by name, or by a function of the dict
+            of these arguments: `{"mask": lambda call: call["paddings"] == 0}`. Then
+            their other arguments have no meaning for ours; otherwise, unknown ones
+            are refused. `None` for nothing.
         **options: Arguments of `to` that override the layer's.
 
     Returns:
         For Linen, a module that wraps the model and has the same variables. For NNX, a
-        copy of the model.
+        copy of the model. The model's code calls the new layers as it called the old
+        ones, and takes them for the same class by `isinstance`.
 
     Raises:
         TypeError: If `model` is not a Flax model, or `to` not a class for it.
         ValueError: If no layer of the model matches, or one has no field `epsilon` or
-            `momentum`. (Linen layers are only found when the model runs.)
+            `momentum`, or is called with arguments that our layers do not have. (Linen
+            layers are only found when the model runs.)
 
     Warns:
         UserWarning: If layers with statistics are not recognized.
@@ -125,15 +131,19 @@ class Converted(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model on the variables of this module."""
-        model: Any = self.model().clone(parent=self.scope)
-        with swapping(
-            "convert", self.to, self.where, self.norms, self.options
-        ) as paths:
-            y = model(*args, **kwargs)
+        y, paths = self.run(args, kwargs)
         # (A call may skip all norms.)
         if not paths and not self.variables.get("batch_stats"):
             raise ValueError(nothing_found("convert", self.where, {}))
         return y
+
+    def run(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, list[str]]:
+        """What the call returns, and the paths of the layers that were replaced."""
+        model: Any = self.model().clone(parent=self.scope)
+        with swapping(
+            "convert", self.to, self.where, self.norms, self.options
+        ) as paths:
+            return model(*args, **kwargs), paths
 
 
 @contextlib.contextmanager

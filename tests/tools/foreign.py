@@ -257,7 +257,7 @@ class PaddedNet(nn.Module):
     @nn.compact
     def __call__(self, x, paddings, train):
         x = Padded(not train, name="norm")(nn.Dense(3)(x), paddings)
-        return nn.Dense(2)(x) * (1 - paddings[..., None])
+        return nn.Dense(2)(x)
 
 
 class Turned(nn.BatchNorm):
