@@ -48,9 +48,8 @@ def freeze(variables: Any, where: Where) -> Any:
         paths: list[str] = []
         _label(variables, paths.append)
         raise ValueError(
-            f"`freeze` found no parameter whose path matches; {where=}, and the"
-            f" parameters are {few(paths)}. Pass such paths, or patterns such as"
-            ' "backbone/*".'
+            f"`freeze` found no parameter whose path matches {where!r}; the parameters"
+            f' are {few(paths)}. Pass such paths, or patterns such as "backbone/*".'
         )
     return labels
 
