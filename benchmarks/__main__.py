@@ -1,6 +1,7 @@
 """Runs the measurements of speed and memory, and writes their tables.
 
-    python -m benchmarks [op memory network first_step scale variance gpu job epoch]
+    python -m benchmarks [op memory network first_step scale variance groups gpu job
+        epoch]
     python -m benchmarks tables
 
 Each question is a script of its own, run in a process of its own; the results are in
@@ -22,6 +23,7 @@ QUESTIONS = (
     "first_step",
     "scale",
     "variance",
+    "groups",
     "gpu",
     "job",
     "epoch",

@@ -1,6 +1,6 @@
 """What does the first step cost, against Flax's? Tracing, lowering and compilation.
 
-    python benchmarks/first_step.py [--quick] [--out FILE]
+    python benchmarks/first_step.py [--quick] [--name=first_step-newest]
 
 Each measured run starts with cold caches, and its processor time is taken. Ours and
 Flax's take turns in one process, in an order that turns around with each round. Beside
@@ -8,7 +8,7 @@ the times stand the sizes of the programs, in equations and StableHLO operations
 do not depend on the machine, and the time of calls without `jit`. `shard_map` runs in a
 process of its own, as it needs several virtual devices; all else runs with one device.
 "Reach" is the ratio that we aim at. `--quick` runs fewer rounds, and does not compile
-ResNet-50; it writes no file without `--out`.
+ResNet-50; it writes no file.
 """
 
 import timing
@@ -21,13 +21,10 @@ import functools
 import gc
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import evidence
@@ -483,7 +480,7 @@ def main() -> None:
     """Measures, prints a table, writes JSON and a figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--out", type=Path, help="JSON; by default the documents' own")
+    parser.add_argument("--name", default="first_step", help="of the files it writes")
     parser.add_argument("--sharded", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
@@ -495,9 +492,8 @@ def main() -> None:
     found = {part: part(args.quick) for part in parts}
     order = of_resnet, of_mlp, of_layer, of_shards_apart, of_eager, of_inference
     results = [row for part in order for row in found[part]]
-    report = functools.partial(
-        evidence.report,
-        "first_step",
+    evidence.report(
+        args.name,
         __doc__.splitlines()[0],
         [0],
         results,
@@ -508,15 +504,8 @@ def main() -> None:
             f"MLP: batch {ROWS[0]}, width {WIDTH}",
             jax.devices()[0].device_kind,
         ],
+        folder=None if args.quick else evidence.BENCHMARKS,
     )
-    if args.out is None:
-        report(folder=None if args.quick else evidence.BENCHMARKS)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        report(folder=Path(folder))
-        for suffix in (".json", ".png"):
-            made = Path(folder, "first_step").with_suffix(suffix)
-            shutil.copy(made, args.out.with_suffix(suffix))
 
 
 if __name__ == "__main__":

@@ -261,9 +261,9 @@ def first_step_rows(results):
     ]
 
 
-def first_step():
+def first_step(name="first_step"):
     """The first step, calls without jit, and sizes of programs."""
-    content = load("first_step")
+    content = load(name)
     text = about(content, "jax", "flax")
     rows = first_step_rows(content["results"])
     notes = "; ".join(content["notes"][:2])
@@ -299,6 +299,31 @@ def epoch():
     header = ["train.py", "bare loop", "median of ratios"]
     images = f"{content['results']['images']:,} training images"
     return f"{table(header, rows)}\n\n{images}. {about(content, 'jax', 'flax')}"
+
+
+def groups_rows(results):
+    """Header and rows: times and memory of statistics by group."""
+    rows = [
+        [
+            f"{kind}, {found['rows']:,} x {found['features']}",
+            what,
+            name,
+            f"{cell['milliseconds']:.0f} ms",
+            ratio(cell["ratio"]),
+            f"{cell['temporary']:.1f}",
+        ]
+        for kind, found in results.items()
+        for what, cells in found["cases"].items()
+        for name, cell in cells.items()
+    ]
+    header = ["array", "what", "statistics", "time", "/ of all rows"]
+    return [*header, "temporary memory, inputs"], rows
+
+
+def groups():
+    """Statistics by group, against those of all rows."""
+    content = load("groups")
+    return f"{table(*groups_rows(content['results']))}\n\n{about(content, 'jax')}"
 
 
 def gpu_op():
@@ -563,8 +588,10 @@ TABLES = {
     "scale-devices": scale_devices,
     "variance": variance,
     "first-step": first_step,
+    "first-step-newest": lambda: first_step("first_step-newest"),
     "job": job,
     "epoch": epoch,
+    "groups": groups,
     **{
         f"reinforcement-{name}": functools.partial(reinforcement, name)
         for name in REINFORCEMENT

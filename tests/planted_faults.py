@@ -965,6 +965,23 @@ FAULTS = [
         + of("test_functional", "test_weights_have_any_shape_that_broadcasts"),
     ),
     Fault(
+        "a mixture of domains far apart is multiplied out",
+        "variants/soft.py",
+        "    return jnp.all((off <= _FAR**2 * var) | jnp.logical_not(some))",
+        "    return jnp.array(True) | jnp.all(off <= var)",
+        of("variants/test_soft", "test_domains_far_apart_are_as_exact"),
+    ),
+    Fault(
+        "a mixture's variance is not that of the means",
+        "variants/soft.py",
+        "soft.product(p, var + square(offset)), square(center))",
+        "soft.product(p, var), square(0 * center))",
+        of(
+            "variants/test_soft",
+            "test_values_statistics_and_gradients_are_those_of_the_formula",
+        ),
+    ),
+    Fault(
         "a hoisted value is off by one",
         "lowering/cpu.py",
         "lax.pad(stat[None], stat.dtype.type(0),",

@@ -64,6 +64,7 @@ def test_one_command_for_all():
         "first_step",
         "scale",
         "variance",
+        "groups",
         "gpu",
         "job",
         "epoch",

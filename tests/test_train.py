@@ -465,6 +465,30 @@ def killed_again_and_again(
     return step
 
 
+def test_checkpoints_that_cannot_be_written(
+    readme: Any, data_dir: Path, tmp_path: Path
+):
+    """One line, and no traceback of any thread. A limit stands for a full disk."""
+    command = [sys.executable, str(SCRIPT), f"--data-dir={data_dir}"]
+    command += ["--workdir=run", "--epochs=2"]
+    found = subprocess.run(
+        ["bash", "-c", 'ulimit -f 40 && exec "$@"', "bash", *command],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert found.returncode == 1
+    (error,) = found.stderr.splitlines()
+    assert error == (
+        "error: A checkpoint cannot be written to run/checkpoints (File too large); "
+        "there is none yet. Mend this, and start with --resume."
+    )
+    run("--resume", "--workdir=run", "--epochs=2", data_dir=data_dir, cwd=tmp_path)
+    assert steps_kept(tmp_path / "run") == {str(2 * STEPS)}
+
+
 @pytest.mark.parametrize(
     "kills", [3, pytest.param(12, marks=pytest.mark.slow)], ids=["few", "many"]
 )

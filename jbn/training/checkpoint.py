@@ -4,7 +4,10 @@ Each checkpoint has a CRC-32 of every array, which is verified on every read: by
 default, Orbax does not detect a changed byte.
 """
 
+import contextlib
 import json
+import os
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,8 +67,10 @@ class Checkpoints:
         try:
             if not isinstance(error, StorageError):
                 self.flush()
+                self.wait()
         finally:
-            self._store.close()
+            with contextlib.suppress(Exception):  # Of a save that was reported.
+                self._store.close()
 
     @property
     def steps(self) -> list[int]:
@@ -171,7 +176,7 @@ class Checkpoints:
         left = f"the last one is {self._folder / str(steps[-1])}" if steps else ""
         return StorageError(
             f"A checkpoint cannot be written to {self._folder} ({_brief(error)}); "
-            f"{left or 'there is none yet'}."
+            f"{left or 'there is none yet'}. Mend this, and start with --resume."
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
@@ -337,5 +342,11 @@ def _compare(found: Mapping[str, Any], saved: Any) -> None:
 
 
 def _brief(error: Exception) -> str:
+    # TensorStore names the error of the system at the end of a long text.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     line = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {line}"

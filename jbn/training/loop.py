@@ -41,7 +41,7 @@ NOT_FINISHED = 75
 
 _NOT_WRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOENT, errno.ENOTDIR),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EFBIG),
 )
 
 # An evaluation saves a checkpoint if the last one is older than this, in seconds.
@@ -81,13 +81,13 @@ def train(config: Config) -> int:
             require_dataset(Path(folder), config)
         setup = prepare(config)
         workdir = Path(hosts.from_first(folder))
-        if first:
-            description = setup.dataset.describe()
-            if config.resume:
-                require_same_data(workdir, description)
-            claim_workdir(dataclasses.replace(config, workdir=workdir))
-            description.save(workdir / "dataset.json")
         try:
+            if first:
+                description = setup.dataset.describe()
+                if config.resume:
+                    require_same_data(workdir, description)
+                claim_workdir(dataclasses.replace(config, workdir=workdir))
+                description.save(workdir / "dataset.json")
             return _train(setup, workdir)
         except OSError as error:
             if error.errno not in _NOT_WRITABLE:

@@ -20,7 +20,7 @@ from tensorflow_datasets.core.download.download_manager import (
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from jbn.training import idx
-from jbn.training.errors import UsageError
+from jbn.training.errors import UsageError, one_line
 
 
 FILE_FORMAT = "array_record"  # The file format that is read without TensorFlow.
@@ -70,6 +70,7 @@ def prepare(builder: Any, manual_dir: Path | None) -> None:
     except (
         ImportError,
         OSError,
+        RuntimeError,  # ArrayRecord's, if it cannot write.
         ValueError,
         tfds.download.DownloadError,
         NonMatchingChecksumError,
@@ -78,7 +79,8 @@ def prepare(builder: Any, manual_dir: Path | None) -> None:
             builder.info.read_from_directory(builder.data_dir)
             return
         raise UsageError(
-            f"Preparing `{builder.name}` in {builder.data_dir} failed: {error}"
+            f"Preparing `{builder.name}` in {builder.data_dir} failed: "
+            f"{one_line(error)}"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """The output of a run besides metrics: pictures, events, a trace."""
 
+import functools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -68,33 +69,41 @@ class Events:
         """Adds a line of metrics."""
         if self._folder is None:
             return
+        tensorboard = _tensorboard()
+        summary = tensorboard.summary
         if self._writer is None:
-            # Only here, as it creates a file.
-            self._writer = _summary_writer(self._folder)
-        step = line["step"]
+            # Not a `SummaryWriter`: its thread ends if it cannot write, and then the
+            # queue of events fills up and the run hangs.
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = str(self._folder / "events")
+            self._writer = tensorboard.event_file_writer.EventsWriter(path)
+        step, now = line["step"], time.time()
+        event = tensorboard.proto.event_pb2.Event(step=step, wall_time=now)
         for name, value in line.items():
             if name not in ("epoch", "step"):
                 split, _, rest = name.partition("_")
                 is_split = split in ("train", "test")
                 tag = f"{rest}/{split}" if is_split else f"run/{name}"
-                self._writer.add_scalar(tag, value, step)
+                event.summary.MergeFrom(summary.scalar(tag, value))
         for name, figure in figures.items():
             pixels = pictures.render(figure)
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+            event.summary.MergeFrom(summary.image(name, pixels, dataformats="HWC"))
+        self._writer.write_event(event)
         self._writer.flush()
 
 
-def _summary_writer(folder: Path) -> Any:
-    """A `SummaryWriter`, without importing PyTorch, which takes seconds."""
+@functools.cache
+def _tensorboard() -> Any:
+    """The package `tensorboardX`, without PyTorch, which takes seconds to import."""
     missing = "torch" not in sys.modules
     if missing:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        from tensorboardX import SummaryWriter
+        import tensorboardX
     finally:
         if missing:
             del sys.modules["torch"]
-    return SummaryWriter(str(folder))
+    return tensorboardX
 
 
 class Profile:

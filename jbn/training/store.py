@@ -42,8 +42,9 @@ class Store:
         *,
         read_only: bool = False,
     ):
-        # Silence Orbax' reports of each save; errors are still shown.
-        absl.logging.set_verbosity(absl.logging.ERROR)
+        # Orbax logs each save, and each error with its traceback in every thread. It
+        # also raises the errors.
+        absl.logging.set_verbosity(absl.logging.FATAL)
         context = _orbax.Context()
         registry = _orbax.handlers.local_registry()
         for name in documents:  # By default a dict of numbers is saved as arrays.

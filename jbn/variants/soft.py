@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,16 +41,12 @@ def mixed(call: Call, domain: AtRank, *, mix: str):
         batch = jax.tree.map(table.stat, moments)
         if not call.use_running_average:
             stats = call.settled(batch, table.stat(effective))
-    gain = gain_of(stats.var, call.epsilon, call.scale)
-    flat = table.flat
-    bias = None if call.bias is None else flat(call.bias)
-    operands = flat(stats.mean), flat(stats.var), flat(gain), bias, shift
-    if mix == "stats":
-        scale = None if call.scale is None else flat(call.scale)
-        operands = *operands[:2], scale, bias, shift
-    normalize = functools.partial(_FORMULAS[mix], call)
-    y = soft.each_block(lambda *rows: normalize(*rows, *operands), x, shares, weights)
-    y = table.back(y)
+    scale, bias = (
+        None if v is None else table.flat(v) for v in (call.scale, call.bias)
+    )
+    mean, var = table.each(stats.mean), table.each(stats.var)
+    rows = x, shares, weights
+    y = table.back(_FORMULAS[mix](call, rows, mean, var, scale, bias, shift))
     if call.residual is not None:
         residual = numeric.wide(call.residual).astype(y.dtype)
         ignored = numeric.no_part(call.residual, call.weights)
@@ -94,54 +91,78 @@ class _Table:
         return self.lay.expand(v.reshape(-1, *self.lay.features))
 
     def flat(self, v: jax.Array) -> jax.Array:
-        """The inverse of `stat`."""
-        v = jnp.broadcast_to(v, (self.num, *v.shape[1:]))
-        return v.reshape(self.num, -1)
+        """The inverse of `stat`; one row if all domains share the value."""
+        return v.reshape(v.shape[0], -1)
+
+    def each(self, v: jax.Array) -> jax.Array:
+        """The same, with a row for each domain."""
+        return self.flat(jnp.broadcast_to(v, (self.num, *v.shape[1:])))
 
 
-def _by_output(call, x, shares, weights, mean, var, gain, bias, shift):
+def _by_output(call, rows, mean, var, scale, bias, shift):
     """The sum over domains of the domain's output times the share.
 
     sum_k w_k * (gain_k * (x - mean_k) + bias_k)
     """
-    d = numeric.center(x, shift[None], weights)
+    gain = gain_of(var, call.epsilon.reshape(()), scale)
     moved = -gain * (mean - shift[None])
+    plain = jnp.zeros_like(moved)
     if bias is not None:
-        moved = moved + bias.astype(moved.dtype)
-    y = d * soft.product(shares, gain.astype(d.dtype))
-    y = y + soft.product(shares, moved.astype(d.dtype))
-    ignored = numeric.no_part(x, weights)
-    assert ignored is not None
-    if call.weights is None:  # Ignored elements have no shares.
-        return jnp.where(ignored, 0, y)
-    plain = jnp.zeros_like(moved) if bias is None else bias.astype(moved.dtype)
-    return jnp.where(ignored, soft.product(shares, plain), y)
+        plain = plain + bias.astype(moved.dtype)
+        moved = moved + plain
+
+    def block(x, shares, weights):
+        d = numeric.center(x, shift[None], weights)
+        y = d * soft.product(shares, gain.astype(d.dtype))
+        y = y + soft.product(shares, moved.astype(d.dtype))
+        ignored = numeric.no_part(x, weights)
+        assert ignored is not None
+        if call.weights is None:  # Ignored elements have no shares.
+            return jnp.where(ignored, 0, y)
+        return jnp.where(ignored, soft.product(shares, plain), y)
+
+    return soft.each_block(block, *rows)
 
 
-def _by_stats(call, x, shares, weights, mean, var, scale, bias, shift):
+def _by_stats(call, rows, mean, var, scale, bias, shift):
     """The output normalized by the mean and variance of the mixture of domains.
 
     mean = sum_k p_k * mean_k,   var = sum_k p_k * (var_k + abs(mean_k - mean)**2)
     """
-    num = shares.shape[1]
-    total = shares.sum(1, keepdims=True)
-    some = total > 0
-    p = jnp.where(some, shares / jnp.where(some, total, 1), 1 / num)
-    # Means relative to a shift near them, and to the mixture's mean: nothing cancels.
-    center = soft.product(p, mean - shift[None])
-    var = soft.product(p, var)
-    for k in range(num):
-        gap = numeric.abs_square((mean[k] - shift)[None] - center)
-        var = var + p[:, k, None] * gap
-    gain = gain_of(var, call.epsilon.reshape(()), None)
-    d = numeric.center(x, shift[None], weights)
-    d = d - center
-    ignored = numeric.no_part(x, weights)
-    d = d if ignored is None else jnp.where(ignored, 0, d)
-    y = d * gain.astype(d.dtype)
-    if scale is not None:
-        y = y * soft.product(p, scale.astype(y.dtype))
-    return y if bias is None else y + soft.product(p, bias.astype(y.dtype))
+    offset = mean - shift[None]
+    square = lambda v: numeric.abs_square(v).astype(var.dtype)
+
+    def multiplied_out(p, center):
+        return _variance(soft.product(p, var + square(offset)), square(center))
+
+    def term_by_term(p, center):
+        gaps = (
+            p[:, k, None] * square(offset[k, None] - center) for k in range(len(var))
+        )
+        return sum(gaps, soft.product(p, var))
+
+    def mixture(p, v):
+        return v.astype(mean.dtype) if len(v) == 1 else soft.product(p, v)
+
+    def block(variance, x, shares, weights):
+        total = shares.sum(1, keepdims=True)
+        some = total > 0
+        p = jnp.where(some, shares / jnp.where(some, total, 1), 1 / len(var))
+        center = soft.product(p, offset)
+        gain = gain_of(variance(p, center), call.epsilon.reshape(()), None)
+        d = numeric.center(x, shift[None], weights) - center
+        ignored = numeric.no_part(x, weights)
+        d = d if ignored is None else jnp.where(ignored, 0, d)
+        y = d * gain.astype(d.dtype)
+        y = y if scale is None else y * mixture(p, scale)
+        return y if bias is None else y + mixture(p, bias)
+
+    each = lambda variance: soft.each_block(functools.partial(block, variance), *rows)
+    return lax.cond(
+        _near(mean, var, shift),
+        lambda: each(multiplied_out),
+        lambda: each(term_by_term),
+    )
 
 
 _FORMULAS = {"output": _by_output, "stats": _by_stats}
@@ -183,6 +204,12 @@ def _plain(rows: Rows, x, shares, weights, shift) -> tuple[Moments, jax.Array]:
     return Moments(weight, mean, var), squares
 
 
+def _near(mean, var, shift, some: Any = True) -> jax.Array:
+    """Whether all means are so near the shift that squares can be multiplied out."""
+    off = numeric.abs_square(mean - shift[None])
+    return jnp.all((off <= _FAR**2 * var) | jnp.logical_not(some))
+
+
 @jax.custom_jvp
 def _variance(square: jax.Array, of_mean: jax.Array) -> jax.Array:
     """`square - of_mean`, not negative.
@@ -203,9 +230,7 @@ def _variance_jvp(primals, tangents):
 def _accurate(rows: Rows, tiny: bool, x, shares, weights, shift):
     """The same, accurate even if the means are many standard deviations apart."""
     moments, squares = _plain(rows, x, shares, weights, shift)
-    some = moments.weight > 0
-    off = numeric.abs_square(moments.mean - shift[None])
-    near = jnp.all((off <= _FAR**2 * moments.var) | ~some)
+    near = _near(moments.mean, moments.var, shift, moments.weight > 0)
 
     def one_by_one() -> tuple[jax.Array, jax.Array]:
         def one(share):

@@ -3,7 +3,9 @@
 import importlib
 import io
 import json
+import resource
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +351,22 @@ def test_events(tmp_path: Path):
     )
     assert [(tag, step) for tag, step, _ in images] == [("confusion", 10)]
     assert images[0][2] > 100
+
+
+def test_an_event_that_cannot_be_written_is_an_error_at_once(tmp_path: Path):
+    """In the run itself, and no thread is left that nobody waits for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = threading.active_count()
+    with Events(tmp_path) as events:
+        events.write(make(1), {})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                events.write(make(2), {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        events.write(make(3), {})
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(("dispatches", "expected"), [(0, ""), (1, "+-"), (5, "+-")])

@@ -120,23 +120,28 @@ def test_one_hot_shares_are_ids(rng, mix, options):
         np.testing.assert_allclose(g, v, rtol=1e-9, atol=1e-9)
 
 
-def test_domains_far_apart_are_as_exact(rng):
-    # A thousand standard deviations, and each row of one of them but for a little.
+@pytest.mark.parametrize("distance", [1.0, 1e3])
+def test_domains_far_apart_are_as_exact(rng, distance):
+    # Up to a thousand standard deviations, and each row of one domain but for a little.
     rows, num = 4000, 3
     ids = rng.integers(0, num, rows)
-    x = (rng.normal(size=(rows, 2)) + 1e3 * ids[:, None]).astype("f")
+    x = (rng.normal(size=(rows, 2)) + distance * ids[:, None]).astype("f")
     shares = np.where(ids[:, None] == np.arange(num), 1, 0).astype("f")
     shares[::7] = [[0.2, 0.0, 0.8]]
     _, stats = jbn.init((num, 2))
-    _, new = jbn.domain_batch_norm(
-        x, None, stats, use_running_average=False, domain=shares, momentum=0.0
+    train: Any = {"use_running_average": False, "domain": shares, "momentum": 0.0}
+    y, new = jbn.domain_batch_norm(x, None, stats, mix="stats", **train)
+    d, w = x.astype(float)[:, None], shares.astype(float)[..., None]
+    mean = (w * d).sum(0) / w.sum(0)
+    var = (w * (d - mean) ** 2).sum(0) / w.sum(0)
+    np.testing.assert_allclose(new.mean, mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(new.var, var, rtol=1e-5)
+    m = (w * mean).sum(1)
+    v = (w * (var + (mean - m[:, None]) ** 2)).sum(1) + 1e-5
+    # A distance of 1e3 leaves x itself so many digits.
+    np.testing.assert_allclose(
+        y, (d[:, 0] - m) / np.sqrt(v), atol=1e-6 * (3 + distance)
     )
-    for k in range(num):
-        w, d = shares[:, k, None].astype(float), x.astype(float)
-        mean = (w * d).sum(0) / w.sum()
-        np.testing.assert_allclose(new.mean[k], mean, rtol=1e-6)
-        want = (w * (d - mean) ** 2).sum(0) / w.sum()
-        np.testing.assert_allclose(new.var[k], want, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
