@@ -13,13 +13,13 @@ from flax.core.scope import Scope
 
 import jbn.linen
 import jbn.nnx
+from jbn.tools.in_place import in_place_of
 from jbn.tools.layers import Where, chosen, is_linen, what_matches
 from jbn.tools.norms import (
     OWN_STATISTICS,
     Also,
     Norm,
     Norms,
-    in_place_of,
     ours,
     unrecognized,
     warn_of_unknown,

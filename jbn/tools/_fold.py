@@ -32,6 +32,7 @@ from jbn.tools.fold_into import (
     spread,
     wide_array,
 )
+from jbn.tools.in_place import in_place_of
 from jbn.tools.layers import Where, chosen, is_linen, what_matches
 from jbn.tools.norms import (
     FLAX_NORMS,
@@ -41,7 +42,6 @@ from jbn.tools.norms import (
     Also,
     Norm,
     Norms,
-    in_place_of,
     is_flax,
     plain,
     unrecognized,

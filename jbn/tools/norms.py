@@ -1,6 +1,5 @@
 """Which layers are batch norms, and the names of their fields and variables."""
 
-import copyreg
 import dataclasses
 import difflib
 import functools
@@ -262,7 +261,7 @@ _KNOWN = Norm()
 
 
 @functools.cache
-def _known(cls: type) -> Norm:
+def known_names(cls: type) -> Norm:
     """The names of ours, of Flax's, or of a subclass with other call arguments."""
     of = lambda c: inspect.signature(c.__call__).parameters
     for base in FLAX_NORMS:
@@ -316,7 +315,7 @@ class Norms:
                 lack = [n for n in lack if n not in _statistics(layer)]
                 return f"no {_listed(lack)} in them" if lack else norm
         if isinstance(layer, (*LINEN_NORMS, *NNX_NORMS)):
-            return _known(type(layer))
+            return known_names(type(layer))
         if isinstance(layer, _CONTAINERS):  # such as our pending moments
             return None
         why = _why_not(layer)
@@ -328,7 +327,7 @@ class Norms:
             if isinstance(layer, cls):
                 return Norm(names, True)
         known = isinstance(layer, (*LINEN_NORMS, *NNX_NORMS))
-        return _known(type(layer)) if known else None
+        return known_names(type(layer)) if known else None
 
     def in_nnx(self, model: nnx.Module) -> dict[str, tuple[Any, Norm]]:
         """The batch norms of an NNX model by path; a shared one only once."""
@@ -454,74 +453,6 @@ def ours(layer: Any) -> type:
     if isinstance(layer, jbn.linen.BatchNorm | jbn.nnx.BatchNorm):
         return plain(type(layer))
     return jbn.linen.BatchNorm if isinstance(layer, nn.Module) else jbn.nnx.BatchNorm
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """What a class made by `in_place_of` stands for.
-
-    Attributes:
-        cls: Its base class, of ours.
-        theirs: The class of the layer that was replaced.
-        names: From our names of call arguments to theirs.
-        norm: What the tools take it for.
-    """
-
-    cls: type
-    theirs: type
-    names: tuple[tuple[str, Any], ...]
-    norm: Norm | None
-
-
-class _InPlace(type(nnx.Module)):
-    """The metaclass, by which pickle finds such classes."""
-
-    jbn_place: Place
-
-
-def _again(cls: _InPlace) -> tuple[Any, ...]:
-    return _in_place_of, (cls.jbn_place.cls, cls.jbn_place.theirs, cls.jbn_place.names)
-
-
-copyreg.pickle(_InPlace, _again)  # pyright: ignore[reportArgumentType]
-
-
-def in_place_of(layer: Any, norm: Norm, cls: type) -> type:
-    """A subclass of `cls` that takes the place of an NNX layer in a model's code.
-
-    The code may ask for the class of the layer by `isinstance`, and passes the
-    arguments of this class.
-    """
-    place = getattr(type(layer), "jbn_place", None)
-    if place is not None:
-        return _in_place_of(cls, place.theirs, place.names)
-    theirs = nnx.BatchNorm if isinstance(layer, jbn.nnx.BatchNorm) else type(layer)
-    if issubclass(cls, theirs):
-        return cls
-    names = {n: v for n, v in norm.names.items() if n in options_of(CallOptions)}
-    mode = norm.names.get("use_running_average")
-    if isinstance(mode, str):
-        names["use_running_average"] = mode
-    return _in_place_of(cls, theirs, tuple(names.items()))
-
-
-@functools.cache
-def _in_place_of(cls: Any, theirs: Any, names: tuple[tuple[str, Any], ...]) -> type:
-    norm = None
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    if issubclass(cls, jbn.nnx.BatchNorm):
-        flax = issubclass(theirs, nnx.BatchNorm)
-        norm = Norm(dict(names), False, not flax or _known(theirs).is_translated)
-        if norm.is_translated:
-
-            @functools.wraps(theirs.__call__)
-            def call(self, *args, **kwargs):
-                x, mode, rest = norm.call(self, args, kwargs, theirs)
-                return cls.__call__(self, x, mode, **rest)
-
-            body["__call__"] = call
-    body["jbn_place"] = Place(cls, theirs, names, norm)
-    return _InPlace(cls.__name__, (cls, theirs), body)
 
 
 def plain(cls: Any) -> Any:
