@@ -545,6 +545,46 @@ def long_tail_table(results):
     return table(header, rows)
 
 
+def graphs_table(results):
+    """Accuracies of methods by data set, and differences to masked batch norm."""
+    rows = []
+    for name, found in results.items():
+        for r in found["methods"]:
+            folds = [mean(values) for values in r["test"]]
+            apart = "{:+.1f} ({:+.1f} to {:+.1f})"
+            rows.append(
+                [
+                    name,
+                    r["method"],
+                    f"{100 * mean(folds):.1f}",
+                    f"{100 * statistics.stdev(folds):.1f}",
+                    apart.format(*(100 * v for v in r["to masked"]))
+                    if "to masked" in r
+                    else "",
+                    f"{100 * r['best on test']:.1f}",
+                ]
+            )
+    header = ["data", "method", "test, %", "deviation of folds", "to masked (95 %)"]
+    return table([*header, "steps chosen on test folds, %"], rows)
+
+
+def graphs_padding_table(results):
+    """Accuracies, and predictions that change, with more padding."""
+    rows = []
+    for name, found in results.items():
+        for r in found["methods"]:
+            padding, row = r["padding"], [name, r["method"]]
+            for i in range(2):
+                row += [f"{100 * v:.1f}" for v in padding["test"][i]]
+                row += [f"{100 * padding['changed'][i]:.1f}"]
+            rows.append([*row, f"{padding['apart'][1]:.0e}"])
+    by = "running statistics: test, %", "batch statistics: test, %"
+    header = ["data", "method"]
+    for what in by:
+        header += [what, "4 times the rows", "predictions changed, %"]
+    return table([*header, "largest change of logits"], rows)
+
+
 def learned(results):
     """Returns of two agents, and the interval of the difference."""
 
@@ -613,6 +653,8 @@ def reinforcement(name):
 
 TABLES = {
     "clients": lambda: clients_table(load("clients", EVIDENCE)["results"]),
+    "graphs": lambda: graphs_table(load("graphs", EVIDENCE)["results"]),
+    "graphs-padding": lambda: graphs_padding_table(load("graphs", EVIDENCE)["results"]),
     "gains": gains,
     "long-tail": lambda: long_tail_table(load("long_tail", EVIDENCE)["results"]),
     "gpu-short": gpu_short,
