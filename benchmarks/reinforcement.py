@@ -39,7 +39,6 @@ import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from sbx import CrossQ
 from sbx.common.jax_layers import BatchRenorm
 from sbx.crossq import policies
@@ -391,7 +390,7 @@ def differences(curves):
             "gain": score(theirs).mean() - start,
             "difference": paired.mean(),
             "bootstrap": bootstrap(paired),
-            "t": student(paired),
+            "t": evidence.student(paired),
         }
     return found
 
@@ -401,12 +400,6 @@ def bootstrap(values, times=10_000):
     rng = np.random.default_rng(0)
     means = rng.choice(values, (times, len(values))).mean(1)
     return np.quantile(means, (0.025, 0.975))
-
-
-def student(values):
-    """Student's interval of the mean: with few seeds the bootstrap's is too narrow."""
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return np.mean(values) + np.array([-half, half])
 
 
 # ---- Reports ------------------------------------------------------------------------

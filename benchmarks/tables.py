@@ -574,6 +574,86 @@ def ragged_table(results):
     return table([*header.split(", "), "unrest of the running mean"], rows)
 
 
+def long_tail_table(results):
+    """Accuracies by data set, decision and method, and differences to batch norm."""
+
+    def points(difference):
+        middle, low, high = (f"{100 * v:+.1f}" for v in difference)
+        return f"{middle} ({low} to {high})" if any(difference) else ""
+
+    rows, shown = [], ("rare", "balanced", "rare at equal head")
+    for name, found in results.items():
+        for decision in ("logits", "adjusted logits", "adjusted loss"):
+            for r in found["methods"]:
+                if decision not in r["decisions"]:
+                    continue
+                about, chosen = r["decisions"][decision], r["chosen"]
+                setting = [f"rate {chosen['rate']:g}"]
+                setting += [f"K {chosen['domains']}"] * (chosen["domains"] > 1)
+                setting += [f"tau {chosen['tau']:g} n"] * (chosen["tau"] > 0)
+                gained = about["differences"]
+                rows.append(
+                    [
+                        name,
+                        decision,
+                        r["method"].removesuffix(", adjusted loss"),
+                        ", ".join(setting),
+                        *(f"{100 * mean(about[p]):.1f}" for p in ("head", "middle")),
+                        *(
+                            "{:.1f} ({:.1f} to {:.1f})".format(
+                                *(100 * f(about[part]) for f in (mean, min, max))
+                            )
+                            for part in ("rare", "balanced")
+                        ),
+                        *map(points, (gained[part] for part in shown)),
+                    ]
+                )
+    header = ["data", "decided by", "method", "chosen", "head, %", "middle, %"]
+    header += ["rare, %", "balanced, %", "rare, to batch norm"]
+    header += ["balanced, to batch norm", "rare at equal head, to batch norm"]
+    return table(header, rows)
+
+
+def graphs_table(results):
+    """Accuracies of methods by data set, and differences to masked batch norm."""
+    rows = []
+    for name, found in results.items():
+        for r in found["methods"]:
+            folds = [mean(values) for values in r["test"]]
+            apart = "{:+.1f} ({:+.1f} to {:+.1f})"
+            rows.append(
+                [
+                    name,
+                    r["method"],
+                    f"{100 * mean(folds):.1f}",
+                    f"{100 * statistics.stdev(folds):.1f}",
+                    apart.format(*(100 * v for v in r["to masked"]))
+                    if "to masked" in r
+                    else "",
+                    f"{100 * r['best on test']:.1f}",
+                ]
+            )
+    header = ["data", "method", "test, %", "deviation of folds", "to masked (95 %)"]
+    return table([*header, "steps chosen on test folds, %"], rows)
+
+
+def graphs_padding_table(results):
+    """Accuracies, and predictions that change, with more padding."""
+    rows = []
+    for name, found in results.items():
+        for r in found["methods"]:
+            padding, row = r["padding"], [name, r["method"]]
+            for i in range(2):
+                row += [f"{100 * v:.1f}" for v in padding["test"][i]]
+                row += [f"{100 * padding['changed'][i]:.1f}"]
+            rows.append([*row, f"{padding['apart'][1]:.0e}"])
+    by = "running statistics: test, %", "batch statistics: test, %"
+    header = ["data", "method"]
+    for what in by:
+        header += [what, "4 times the rows", "predictions changed, %"]
+    return table([*header, "largest change of logits"], rows)
+
+
 def learned(results):
     """Returns of two agents, and the interval of the difference."""
 
@@ -647,7 +727,10 @@ TABLES = {
     "small-batches": lambda: small_batches_table(
         load("small_batches", EVIDENCE)["results"]
     ),
+    "graphs": lambda: graphs_table(load("graphs", EVIDENCE)["results"]),
+    "graphs-padding": lambda: graphs_padding_table(load("graphs", EVIDENCE)["results"]),
     "gains": gains,
+    "long-tail": lambda: long_tail_table(load("long_tail", EVIDENCE)["results"]),
     "gpu-short": gpu_short,
     "gpu-op": gpu_op,
     "gpu-step": gpu_step,

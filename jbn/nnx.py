@@ -76,12 +76,13 @@ class _NNXOptions(LayerOptions, total=False):
 
 
 @described(_NNXOptions)
-class BatchNorm(nnx.Module):
+class BatchNorm(nnx.BatchNorm):
     """Normalizes each feature by the batch: `jbn.batch_norm` as an NNX module.
 
     Replaces `flax.nnx.BatchNorm`: it has the same keyword arguments, the same variables
     (`scale` and `bias` are `nnx.Param`, `mean` and `var` are `nnx.BatchStat`), and the
-    same modes (`train()`, `eval()`, `nnx.view`). The differences: the output has the
+    same modes (`train()`, `eval()`, `nnx.view`). It is a subclass only for code that
+    asks `isinstance(layer, nnx.BatchNorm)`. The differences: the output has the
     dtype of `x` unless `dtype` is given (float32 for integers), only the output is
     rounded to 16 bits, statistics are float32 or wider after an update, devices are
     weighted by the number of elements that count on each, and a mask never causes a

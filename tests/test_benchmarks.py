@@ -105,6 +105,43 @@ def test_crossq_learns_with_either_layer():
 
 
 @pytest.mark.slow
+def test_every_norm_learns_from_a_long_tail():
+    """Every part of the script, with few steps; nothing is written."""
+    found = run("benchmarks/long_tail.py", "--quick")
+    assert found.returncode == 0, found.stderr
+    for text in (
+        "| digits | logits | recalibrated |",
+        "| digits | adjusted logits | soft domains, tau |",
+        "| digits | adjusted loss | batch norm |",
+    ):
+        assert text in found.stdout
+
+
+@pytest.mark.slow
+def test_graphs_of_a_file_are_classified_with_each_norm(tmp_path: Path):
+    """Every part of the script, with few steps, on rings and chains without tags."""
+    lines = ["40"]
+    for i in range(40):
+        size, ring = 3 + i % 7, i % 2
+        lines.append(f"{size} {ring}")
+        for k in range(size):
+            near = [j for j in (k - 1, k + 1) if ring or 0 <= j < size]
+            lines.append(" ".join(map(str, [0, len(near), *(j % size for j in near)])))
+    (tmp_path / "shapes.txt").write_text("\n".join(lines))
+    found = run("benchmarks/graphs.py", "--quick", f"--data={tmp_path}")
+    assert found.returncode == 0, found.stderr
+    cells = [line.strip("| ").split(" | ") for line in found.stdout.splitlines()]
+    rows = [row[1:] for row in cells if row[0] == "shapes"]
+    methods = "no mask", "masked", "by graph", "graph norm", "layer norm", "none"
+    accuracy = {method: float(test) for method, test, *_ in rows[:6]}
+    padding = {method: float(change) for method, *_, change in rows[6:]}
+    assert tuple(accuracy) == tuple(padding) == methods
+    assert accuracy["masked"] > 75
+    assert padding.pop("no mask") > 1e-3
+    assert max(padding.values()) < 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None
     or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,

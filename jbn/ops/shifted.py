@@ -93,8 +93,9 @@ def summarize(
         of, operands = (x, center, lift), (weights, per_weight)
         offset, square = power_sums(target, _deviation, of, _share, operands, axes)
     else:
-        d = _deviation(x, center, lift, segments)
-        offset, square = mean(d, weights), mean(numeric.abs_square(d), weights)
+        offset, square = _means_by_segment(
+            _deviation(x, center, lift, segments), weights, per_weight, axes, segments
+        )
     var = numeric.difference(square, numeric.abs_square(offset))
     if lift is not None:
         lift = lift if segments is None else lift[None]
@@ -116,6 +117,22 @@ def _deviation(
 def _share(v: jax.Array, weights: jax.Array | None, per_weight: Any) -> jax.Array:
     """Each element's part of the mean: divided first, so that no sum overflows."""
     return numeric.weigh(v, weights) * per_weight.astype(v.dtype)
+
+
+def _means_by_segment(
+    d: jax.Array,
+    weights: jax.Array | None,
+    per_weight: Any,
+    axes: tuple[int, ...],
+    segments: Segments,
+) -> tuple[jax.Array, jax.Array]:
+    """The means of `d` and of `abs(d)**2`, by one sum over the ids."""
+    both = jnp.stack([d, numeric.abs_square(d).astype(d.dtype)])
+    front = lambda v: None if v is None else v[None]
+    terms = _share(both, front(weights), front(per_weight))
+    segments = Segments(segments.ids[None], segments.num)
+    means = total(terms, tuple(a + 1 for a in axes), segments)
+    return means[:, 0], means[:, 1].real
 
 
 def _sample(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -13,7 +13,8 @@ from flax.core.scope import Scope
 
 import jbn.linen
 import jbn.nnx
-from jbn.tools.layers import Where, chosen, is_linen
+from jbn.tools.in_place import in_place_of
+from jbn.tools.layers import Where, chosen, is_linen, what_matches
 from jbn.tools.norms import (
     OWN_STATISTICS,
     Also,
@@ -68,17 +69,23 @@ def convert(
                     "momentum": lambda layer: 1 - layer.momentum,
                 }}
 
-            (The layers of a converted NNX model have our names.)
+            (The layers of a converted NNX model have our names.) Their call arguments
+            may mean `mask` or `weights` to ours, by name, or by a function of the dict
+            of these arguments: `{"mask": lambda call: call["paddings"] == 0}`. Then
+            their other arguments have no meaning for ours; otherwise, unknown ones
+            are refused. `None` for nothing.
         **options: Arguments of `to` that override the layer's.
 
     Returns:
         For Linen, a module that wraps the model and has the same variables. For NNX, a
-        copy of the model.
+        copy of the model. The model's code calls the new layers as it called the old
+        ones, and takes them for the same class by `isinstance`.
 
     Raises:
         TypeError: If `model` is not a Flax model, or `to` not a class for it.
         ValueError: If no layer of the model matches, or one has no field `epsilon` or
-            `momentum`. (Linen layers are only found when the model runs.)
+            `momentum`, or is called with arguments that our layers do not have. (Linen
+            layers are only found when the model runs.)
 
     Warns:
         UserWarning: If layers with statistics are not recognized.
@@ -124,9 +131,19 @@ class Converted(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model on the variables of this module."""
+        y, paths = self.run(args, kwargs)
+        # (A call may skip all norms.)
+        if not paths and not self.variables.get("batch_stats"):
+            raise ValueError(nothing_found("convert", self.where, {}))
+        return y
+
+    def run(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, list[str]]:
+        """What the call returns, and the paths of the layers that were replaced."""
         model: Any = self.model().clone(parent=self.scope)
-        with swapping("convert", self.to, self.where, self.norms, self.options):
-            return model(*args, **kwargs)
+        with swapping(
+            "convert", self.to, self.where, self.norms, self.options
+        ) as paths:
+            return model(*args, **kwargs), paths
 
 
 @contextlib.contextmanager
@@ -219,13 +236,16 @@ def swapping(
                     layer, norm, cls, options, must, next_call, args, kwargs
                 )
             new = cls(**{**norm.arguments(layer, cls), **options}, parent=scope)
+            if norm.is_translated:
+                x, mode, call = norm.call(layer, args, kwargs)
+                return new(x, mode, **call)
             return new(*args, **kwargs)
         finally:
             busy.pop()
 
     with nn.intercept_methods(swap):
         yield paths
-    # (A call may skip all norms, and a folded model has none.)
+    # (A call may skip all norms.)
     if not paths and (others or fresh):
         raise ValueError(nothing_found(caller, where, others))
     warn_of_unknown(caller, {k: v for k, v in others.items() if k not in paths}, where)
@@ -273,7 +293,7 @@ def nothing_found(caller: str, where: Where, others: Mapping[str, str]) -> str:
         f"`{caller}` found no batch norm layer that matches; {where=}, and the model"
         f" has {known or 'none'}."
     )
-    return " ".join([text, *unknown])
+    return " ".join([text, *(unknown or [what_matches(known)])])
 
 
 def _check_class(to: type | None, base: type) -> None:
@@ -320,7 +340,8 @@ def _swapped(
     frozen = issubclass(cls, jbn.nnx.FrozenBatchNorm)
     must = ({"epsilon"} if frozen else set(needed)) - set(options)
     given = {**norm.arguments(layer, cls, must), **options}
-    new = cls(**given, rngs=nnx.Rngs(0))
+    new = in_place_of(layer, norm, cls)(**given, rngs=nnx.Rngs(0))
+    norm.copy_mode(layer, new)
     variables = norm.variables(layer)
     shape, wanted = variables["mean"].shape, new.mean.shape
     if shape[len(shape) - len(wanted) :] != wanted:

@@ -20,6 +20,7 @@ from jbn import axes
 from jbn.nnx import _assign
 from jbn.ops import numeric
 from jbn.tools import dataflow
+from jbn.tools._convert import Converted
 from jbn.tools.fold_into import (
     Linear,
     affine,
@@ -31,7 +32,8 @@ from jbn.tools.fold_into import (
     spread,
     wide_array,
 )
-from jbn.tools.layers import Where, chosen, is_linen
+from jbn.tools.in_place import in_place_of
+from jbn.tools.layers import Where, chosen, is_linen, what_matches
 from jbn.tools.norms import (
     FLAX_NORMS,
     LINEN_NORMS,
@@ -40,6 +42,8 @@ from jbn.tools.norms import (
     Also,
     Norm,
     Norms,
+    is_flax,
+    plain,
     unrecognized,
 )
 from jbn.typing import Activation, ArrayLike
@@ -89,6 +93,8 @@ class Folded:
         layer: Any = context.module
         if context.method_name != "__call__":
             return next_call(*args, **kwargs)
+        if isinstance(layer, Converted):  # It may have no norm left to replace.
+            return layer.run(args, kwargs)[0]
         scope = layer.scope
         path = "/".join(scope.path)
         skip: Any = self.skips.get(path)
@@ -116,7 +122,7 @@ class FoldedNorm(nnx.Module):
     """Stands for a folded batch norm in an NNX model: returns its input.
 
     It has the constructor arguments of the batch norm, but no variables, and refuses to
-    normalize by the batch.
+    normalize by the batch. Code that asks by `isinstance` takes it for the batch norm.
     """
 
     use_running_average: bool | None
@@ -316,7 +322,7 @@ def _names(layer: Any, norm: Norm | None) -> dict[str, tuple[str, str]] | None:
 
 def _why_unknown(layer: Any) -> str | None:
     """Why a layer may not compute what its class usually does."""
-    cls = type(layer)
+    cls = plain(type(layer))
     known = [c for c in (*LINEAR, *_NORMS) if issubclass(cls, c)]
     if not any(cls.__call__ is c.__call__ for c in known):
         return f"is of a class that `fold` does not know, `{cls.__name__}`"
@@ -346,9 +352,14 @@ def _norm_call(
     norm: Norm, layer: Any, args: Sequence[Any], kwargs: Mapping, cls: Any = None
 ) -> _NormCall:
     """Reads the call of a batch norm; `args` do not include the input."""
-    if norm.is_foreign:
-        _, mode, rest = norm.call(layer, (None, *args), kwargs, cls)
-        return _NormCall(norm, mode, mode is False, rest)
+    if norm.is_translated and is_flax(layer):
+        # A subclass with its own code is kept, whatever its arguments mean.
+        return _NormCall(norm, None, False, {})
+    if norm.is_foreign or norm.is_translated:
+        _, mode, kwargs = norm.call(layer, (None, *args), kwargs, cls)
+        if norm.is_foreign:
+            return _NormCall(norm, mode, mode is False, kwargs)
+        args = (mode,)
     mode = args[0] if args else kwargs.get("use_running_average")
     if mode is None:
         mode = layer.use_running_average
@@ -434,7 +445,7 @@ def _skip(call: dataflow.Call, norm: Norm, classes: Iterable[str]) -> _Skip:
     layer, promoting = call.layer, []
     if isinstance(layer, nn.BatchNorm):
         promoting = [layer.param_dtype] * (layer.use_scale or layer.use_bias)
-    elif isinstance(layer, nnx.BatchNorm):
+    elif is_flax(layer):
         found = (layer.mean, layer.var, layer.scale, layer.bias)
         promoting = [v.dtype for v in found if v is not None]
     return _Skip(
@@ -444,7 +455,7 @@ def _skip(call: dataflow.Call, norm: Norm, classes: Iterable[str]) -> _Skip:
         frozenset(classes),
         call.y_dtype if norm.is_foreign else layer.dtype,
         tuple(promoting),
-        isinstance(layer, FLAX_NORMS),
+        is_flax(layer),
         getattr(layer, "freeze_mode", False),
         None if norm.is_foreign else getattr(layer, "activation", None),
     )
@@ -529,10 +540,15 @@ def plan_of(
 
     def check(path: str, layer: Any, args: Sequence[Any], kwargs: Mapping) -> None:
         norm = None if isinstance(layer, LINEAR) else norms.of(layer)
-        if isinstance(norm, Norm):
+        if not isinstance(norm, Norm):
+            return
+        try:
             known[path] = _norm_call(norm, layer, args, kwargs)
-            if chosen(path, where):
-                _check_mode(path, known[path])
+        except ValueError as error:  # arguments that our layers do not have
+            unknown[path] = str(error)
+            return
+        if chosen(path, where):
+            _check_mode(path, known[path])
 
     flow = dataflow.trace(model, inputs, kwargs, dataflow.Layers(names, check))
     report = {
@@ -549,6 +565,7 @@ def plan_of(
         raise ValueError(
             f"`{caller}` found no batch norm that the model calls and that matches;"
             f" {where=}, and the model has {list(known) or 'none'}."
+            f" {what_matches(list(known))}"
         )
     return plan
 
@@ -650,7 +667,7 @@ class _Plan:
         why = self.flow.obstacle(index)
         if norm_call is None or not norm_call.norm.is_foreign:
             why = why or _why_unknown(call.layer)
-        if norm_call and norm_call.is_masked and not isinstance(call.layer, FLAX_NORMS):
+        if norm_call and norm_call.is_masked and not is_flax(call.layer):
             return why or "is called with a mask or weights"
         return why
 
@@ -691,7 +708,7 @@ class _Plan:
             return "it has no field `epsilon` (see `also`)"
         epsilon = float(epsilon)
         total = var + epsilon
-        flax = isinstance(call.layer, FLAX_NORMS)
+        flax = is_flax(call.layer)
         if not np.all(total > 0 if flax else total >= 0):
             return "its variance is not positive"
         gain, shift = affine(scale, bias, mean, var, epsilon)
@@ -837,5 +854,6 @@ def _fold_nnx(model: Any, plan: _Plan) -> Any:
             if hasattr(layer, name):
                 delattr(layer, name)
         # Change the class of the layer in place: its containers may be immutable.
-        object.__setattr__(layer, "__class__", FoldedNorm)
+        cls = in_place_of(layer, plan.known[path].norm, FoldedNorm)
+        object.__setattr__(layer, "__class__", cls)
     return model

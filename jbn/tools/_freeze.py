@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn.tools.layers import Where, chosen, key_name
+from jbn.tools.layers import Where, check_variables, chosen, few, key_name
 from jbn.tools.norms import Also, Norms, warn_of_unknown
 
 
@@ -33,6 +33,7 @@ def freeze(variables: Any, where: Where) -> Any:
         labels instead of variables, as `nnx.Optimizer` needs it).
 
     Raises:
+        TypeError: If `variables` is neither.
         ValueError: If no parameter matches.
 
     Example:
@@ -44,7 +45,12 @@ def freeze(variables: Any, where: Where) -> Any:
         variables, lambda path: "frozen" if chosen(path, where) else "trainable"
     )
     if "frozen" not in jax.tree.leaves(labels):
-        raise ValueError(f"`freeze` found no parameter whose path matches {where!r}.")
+        paths: list[str] = []
+        _label(variables, paths.append)
+        raise ValueError(
+            f"`freeze` found no parameter whose path matches {where!r}; the parameters"
+            f' are {few(paths)}. Pass such paths, or patterns such as "backbone/*".'
+        )
     return labels
 
 
@@ -63,6 +69,9 @@ def kinds(variables: Any, *, also: Also = None) -> Any:
 
     Returns:
         A tree like the parameters, for `optax.multi_transform`.
+
+    Raises:
+        TypeError: If `variables` is neither.
 
     Warns:
         UserWarning: If there are means and variances under other names.
@@ -94,6 +103,9 @@ def decays(variables: Any, *, also: Also = None) -> Any:
     Returns:
         A tree of booleans, like the parameters.
 
+    Raises:
+        TypeError: As `kinds` does.
+
     Warns:
         UserWarning: As `kinds` does.
     """
@@ -102,6 +114,7 @@ def decays(variables: Any, *, also: Also = None) -> Any:
 
 
 def _kinds(caller: str, variables: Any, known: Norms) -> Any:
+    check_variables(variables)
     if isinstance(variables, nnx.Module):
         norms = set(known.in_nnx(variables))
         unknown = known.unknown_in_nnx(variables)
@@ -122,6 +135,7 @@ def _kinds(caller: str, variables: Any, known: Norms) -> Any:
 
 def _label(variables: Any, label: Callable[[str], Any]) -> Any:
     """A tree like the parameters, with a label for each path."""
+    check_variables(variables)
     if isinstance(variables, nnx.Module):
         tree = nnx.state(variables, nnx.Param)
         is_leaf = lambda v: isinstance(v, nnx.Variable)

@@ -11,8 +11,8 @@ import numpy as np
 import jbn
 from jbn import axes
 from jbn.ops import numeric
-from jbn.tools.layers import Where, chosen, key_name
-from jbn.tools.norms import Also, Norms, warn_of_unknown
+from jbn.tools.layers import Where, chosen, few, key_name, what_matches
+from jbn.tools.norms import Also, Norms, check_statistics, warn_of_unknown
 from jbn.typing import ArrayLike, Moments
 
 
@@ -86,6 +86,12 @@ def merge(
             "`batch_stats` must be a list of collections, or one with stacked arrays;"
             f" got {type(batch_stats).__name__}."
         )
+    for part in parts:
+        if not isinstance(part, Mapping):
+            raise TypeError(
+                "`merge` takes `batch_stats`, or `nnx.state(model, nnx.BatchStat)` of"
+                f" NNX models; got {type(part).__name__}."
+            )
     if not parts:
         raise ValueError("`merge` takes at least one `batch_stats`; got none.")
     if len({jax.tree.structure(part) for part in parts}) > 1:
@@ -97,9 +103,14 @@ def merge(
     nodes = [norms.nodes(part) for part in parts]
     unknown = norms.unknown(parts[0])
     if not nodes[0]:
-        raise ValueError(
-            " ".join(["`merge` found no batch norm layer.", *unknown.values()])
+        leaves = jax.tree.leaves_with_path(dict(parts[0]))
+        paths = ["/".join(map(key_name, path)) for path, _ in leaves]
+        text = (
+            "`merge` found no batch norm layer, which has `mean` and `var`; the"
+            f" statistics are {few(paths)}."
         )
+        fix = ['Pass `variables["batch_stats"]` of each part.']
+        raise ValueError(" ".join([text, *(unknown.values() or fix)]))
     warn_of_unknown("merge", unknown)
     merged = {}
     for path, first in nodes[0].items():
@@ -184,6 +195,7 @@ def fed_bn(
         Variables of the same structure.
 
     Raises:
+        TypeError: If one of the two is no dict.
         ValueError: If no batch norm layer matches.
 
     Warns:
@@ -194,6 +206,14 @@ def fed_bn(
         Normalization", 2021. https://arxiv.org/abs/2102.07623
     """
     norms = Norms(also)
+    for variables in (merged, own):
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                "`fed_bn` takes dicts with `params` and `batch_stats`; got"
+                f" {type(variables).__name__}. Of an NNX model pass `nnx.state(model,"
+                " nnx.Param)` and `nnx.state(model, nnx.BatchStat)` as these."
+            )
+        check_statistics("fed_bn", variables)
     found = norms.nodes(own["batch_stats"])
     unknown = norms.unknown(own["batch_stats"])
     paths = {path for path in found if chosen("/".join(path), where)}
@@ -201,7 +221,7 @@ def fed_bn(
         has = ["/".join(path) for path in found]
         text = f"`fed_bn` found no batch norm layer that matches; {where=}, and the"
         text += f" variables have {has or 'none'}."
-        raise ValueError(" ".join([text, *unknown.values()]))
+        raise ValueError(" ".join([text, *(unknown.values() or [what_matches(has)])]))
     warn_of_unknown("fed_bn", unknown, where)
 
     def pick(key_path, shared, local):

@@ -12,8 +12,8 @@ from flax import nnx
 from jbn.nnx import _assign
 from jbn.running import widened
 from jbn.tools._convert import convert_nnx, swapping
-from jbn.tools.layers import Where, chosen
-from jbn.tools.norms import Also, Norms
+from jbn.tools.layers import Where, check_variables, chosen
+from jbn.tools.norms import Also, Norms, check_statistics
 from jbn.typing import Moments
 
 
@@ -242,15 +242,12 @@ def _gatherer(
     It traces `apply` once per batch shape, however often it is called.
     """
     apply = unjitted(apply)
+    check_variables(variables)
     if isinstance(variables, nnx.Module):
         gather = _nnx_gatherer(caller, apply, where, norms, options)
-    elif isinstance(variables, Mapping):
-        gather = _linen_gatherer(caller, apply, where, norms, options)
     else:
-        raise TypeError(
-            "`variables` must be Linen's variables, a dict with `params` and"
-            f" `batch_stats`, or an NNX model; got {type(variables).__name__}."
-        )
+        check_statistics(caller, variables)
+        gather = _linen_gatherer(caller, apply, where, norms, options)
 
     def gather_some(variables, batches):
         found = gather(variables, batches)

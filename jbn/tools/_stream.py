@@ -15,8 +15,8 @@ from jbn.running import make_rule, update
 from jbn.tools._adapt import running
 from jbn.tools._convert import convert_nnx, swapping
 from jbn.tools._recalibrate import batch_stats_of, unjitted, with_moments
-from jbn.tools.layers import Where, chosen
-from jbn.tools.norms import Also, Norms
+from jbn.tools.layers import Where, check_variables, chosen
+from jbn.tools.norms import Also, Norms, check_statistics
 from jbn.typing import ArrayLike, BatchStats, Moments
 
 
@@ -161,11 +161,9 @@ def stream(
         return jax.tree.map(lambda v: v[:, 0], outputs), found
 
     def init(variables, batch):
-        if not isinstance(variables, nnx.Module | Mapping):
-            raise TypeError(
-                "`variables` must be Linen's variables, a dict with `params` and"
-                f" `batch_stats`, or an NNX model; got {type(variables).__name__}."
-            )
+        check_variables(variables)
+        if isinstance(variables, Mapping):
+            check_statistics("stream", variables)
         source, graph = running(variables, norms), None
         if isinstance(variables, nnx.Module):
             graph, variables = nnx.split(variables)

@@ -421,6 +421,7 @@ class _Mark:
 def _marking(cls: Any) -> type:
     """A subclass of an NNX layer class whose calls go through the recorder."""
 
+    @functools.wraps(cls.__call__)
     def call(self, *args, **kwargs):
         mark, function = self._dataflow_mark, super(marking, self).__call__
         names = mark.recorder.layers.names(self) or {}

@@ -1,7 +1,7 @@
 """Layers of a model by path, and their selection by `where`."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,22 @@ def chosen(path: str, where: Where) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
+def what_matches(paths: Sequence[str]) -> str:
+    """What a tool takes, for the error that no batch norm among `paths` matches."""
+    if paths:
+        return 'Pass `where=` these paths, or patterns of them such as "*norm*".'
+    return (
+        "Batch norms are layers of ours, of Flax's `BatchNorm`, and of classes in"
+        " `also=`; layers without running statistics are none."
+    )
+
+
+def few(paths: Sequence[str]) -> str:
+    """The first of many paths, for a message."""
+    text = ", ".join(map(repr, paths[:4]))
+    return (f"{text}, ... ({len(paths)})" if len(paths) > 4 else text) or "none"
+
+
 def is_linen(model: Any) -> bool:
     """Whether `model` is a Linen module, not an NNX module."""
     if isinstance(model, nn.Module):
@@ -32,6 +48,15 @@ def is_linen(model: Any) -> bool:
         "A model must be a `flax.linen.Module` or a `flax.nnx.Module`; got"
         f" {type(model).__name__}."
     )
+
+
+def check_variables(variables: Any) -> None:
+    """Refuses what are neither Linen's variables nor an NNX model."""
+    if not isinstance(variables, Mapping | nnx.Module):
+        raise TypeError(
+            "`variables` must be Linen's variables, a dict with `params` and"
+            f" `batch_stats`, or an NNX model; got {type(variables).__name__}."
+        )
 
 
 def key_name(key: Any) -> str:

@@ -16,7 +16,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from jbn.tools._recalibrate import moments_by_layer, reduce_batches, unjitted
-from jbn.tools.layers import Where, chosen
+from jbn.tools.layers import Where, check_variables, chosen
 from jbn.tools.norms import Norm, Norms
 from jbn.typing import Moments
 
@@ -145,6 +145,7 @@ def measure(
     Returns the layers in the order in which they run (NNX: are defined), with those
     that did not run at the end; and the number of batches.
     """
+    check_variables(variables)
     iterator = iter(batches)
     some = list(itertools.islice(iterator, 1))
     if not some:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ FLAX_NORMS = (nn.BatchNorm, nnx.BatchNorm)
 
 # Foreign classes of batch norms; or a dict from a class to its names for our `mean`,
 # `var`, `scale`, `bias`, `epsilon`, `momentum`, ... For a field, the entry may also be
-# its value, or a function of the layer.
+# its value, or a function of the layer; for an argument of the call such as `mask`, a
+# function of the arguments of their call.
 Also = type | Sequence[type] | Mapping[type, Mapping[str, Any]] | None
 
 VARIABLES = ("mean", "var", "scale", "bias")
@@ -54,10 +56,12 @@ class Norm:
     Attributes:
         names: From our names to theirs, where they differ; see `Also`.
         is_foreign: Whether the class is neither ours nor Flax's.
+        is_translated: Whether calls have the arguments of a foreign class.
     """
 
     names: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_foreign: bool = False
+    is_translated: bool = False
 
     def name(self, ours: str) -> str:
         """The layer's name of one of our variables."""
@@ -138,7 +142,7 @@ class Norm:
             found["num_features"] = getattr(
                 layer, "num_features", shape[0] if len(shape) == 1 else shape
             )
-            found |= {"use_running_average": self.mode(layer, {})}
+            found |= {"use_running_average": bool(self.mode(layer, {}))}
         else:
             found.pop("use_running_average", None)
         return {name: value for name, value in found.items() if name in names}
@@ -158,7 +162,7 @@ class Norm:
         if own is not None and not isinstance(own, str):
             return bool(own(layer) if callable(own) else own)
         flags = _MODES if own is None else {own: _MODES.get(own, True)}
-        for read in (given.get, lambda name: getattr(layer, name, None)):
+        for read in (given.get, self._mode_fields(layer).get):
             for name, at_inference in flags.items():
                 value = read(name)
                 if value is not None:
@@ -166,6 +170,26 @@ class Norm:
         if isinstance(layer, nn.Module):
             return not layer.is_mutable_collection("batch_stats")
         return None
+
+    def _mode_fields(self, layer: Any) -> dict[str, Any]:
+        """The fields that set the mode of a layer."""
+        own = self.names.get("use_running_average")
+        names = [own] if isinstance(own, str) else _MODES
+        found = {n: getattr(layer, n) for n in names if hasattr(layer, n)}
+        # (`train` is a method of every NNX module.)
+        return {name: v for name, v in found.items() if not callable(v)}
+
+    def copy_mode(self, layer: Any, new: Any) -> None:
+        """Gives an NNX layer `new` the fields that set the mode of a foreign layer."""
+        own = self.names.get("use_running_average")
+        foreign = self.is_foreign or self.is_translated
+        if not foreign or not (own is None or isinstance(own, str)):
+            return
+        fields = self._mode_fields(layer)
+        for name, value in fields.items():
+            setattr(new, name, value)
+        if fields and "use_running_average" not in fields:
+            new.use_running_average = None
 
     def call(
         self,
@@ -188,13 +212,22 @@ class Norm:
         Raises:
             ValueError: If there are arguments that ours does not have.
         """
-        signature = inspect.signature((cls or type(layer)).__call__)
+        cls = cls or type(layer)
+        signature = inspect.signature(cls.__call__)
         bound = signature.bind(layer, *args, **kwargs)
         bound.apply_defaults()
-        (_, *given) = bound.arguments.items()
-        ((_, x), *given) = given
+        ((_, x), *others) = list(bound.arguments.items())[1:]
+        given: dict[str, Any] = {}
+        for name, value in others:
+            kind = signature.parameters[name].kind
+            given |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        mode = self.mode(layer, given)
+        own = {n: self.names[n] for n in options_of(CallOptions) if n in self.names}
+        if own:
+            read = lambda how: how(given) if callable(how) else given.get(how)
+            return x, mode, {n: how and read(how) for n, how in own.items()}
         rest = {}
-        for name, value in given:
+        for name, value in given.items():
             absent = value is None or value is False
             empty = isinstance(value, tuple | dict) and not value
             if name in _MODES or name == self.names.get("use_running_average"):
@@ -202,11 +235,14 @@ class Norm:
             if name in options_of(CallOptions):
                 rest[name] = value
             elif not (absent or empty):
+                theirs = cls.__name__
                 raise ValueError(
-                    f"`{(cls or type(layer)).__name__}` is called with `{name}`, which"
-                    " our layers do not have. Leave the layer out with `where=`."
+                    f"`{theirs}` is called with `{name}`, which our layers do not have."
+                    f' Pass `also={{{theirs}: {{"mask": lambda call: ...}}}}` with what'
+                    " the arguments of its call mean (`None`: nothing), or leave the"
+                    " layer out with `where=`."
                 )
-        return x, self.mode(layer, dict(given)), rest
+        return x, mode, rest
 
     def equivalent(self, layer: Any) -> Any:
         """Our layer with the fields of a foreign `layer`; any other unchanged."""
@@ -222,6 +258,24 @@ class Norm:
 # Container modules. Flax before 0.12 has none.
 _CONTAINERS = tuple(getattr(nnx, n) for n in ("Dict", "List") if hasattr(nnx, n))
 _KNOWN = Norm()
+
+
+@functools.cache
+def known_names(cls: type) -> Norm:
+    """The names of ours, of Flax's, or of a subclass with other call arguments."""
+    of = lambda c: inspect.signature(c.__call__).parameters
+    for base in FLAX_NORMS:
+        if issubclass(cls, base) and not issubclass(cls, jbn.nnx.BatchNorm):
+            own = of(cls)
+            passing = any(p.kind is p.VAR_POSITIONAL for p in own.values())
+            return Norm({}, False, list(own) != list(of(base)) and not passing)
+    return _KNOWN
+
+
+def is_flax(layer: Any) -> bool:
+    """Whether a layer is Flax's; ours are subclasses, or take its place."""
+    own = isinstance(layer, jbn.nnx.BatchNorm) or hasattr(type(layer), "jbn_place")
+    return isinstance(layer, FLAX_NORMS) and not own
 
 
 class Norms:
@@ -251,6 +305,9 @@ class Norms:
             The names; or the reason why a layer with running statistics is not
             recognized; or `None`.
         """
+        place = getattr(type(layer), "jbn_place", None)
+        if place is not None:
+            return place.norm
         for cls, names in self._also.items():
             if isinstance(layer, cls):
                 norm = Norm(names, True)
@@ -258,7 +315,7 @@ class Norms:
                 lack = [n for n in lack if n not in _statistics(layer)]
                 return f"no {_listed(lack)} in them" if lack else norm
         if isinstance(layer, (*LINEN_NORMS, *NNX_NORMS)):
-            return _KNOWN
+            return known_names(type(layer))
         if isinstance(layer, _CONTAINERS):  # such as our pending moments
             return None
         why = _why_not(layer)
@@ -269,7 +326,8 @@ class Norms:
         for cls, names in self._also.items():
             if isinstance(layer, cls):
                 return Norm(names, True)
-        return _KNOWN if isinstance(layer, (*LINEN_NORMS, *NNX_NORMS)) else None
+        known = isinstance(layer, (*LINEN_NORMS, *NNX_NORMS))
+        return known_names(type(layer)) if known else None
 
     def in_nnx(self, model: nnx.Module) -> dict[str, tuple[Any, Norm]]:
         """The batch norms of an NNX model by path; a shared one only once."""
@@ -357,6 +415,16 @@ class Norms:
         return pairs
 
 
+def check_statistics(caller: str, variables: Mapping) -> None:
+    """Refuses variables of Linen without running statistics."""
+    if not variables.get("batch_stats"):
+        raise ValueError(
+            f"`{caller}` needs variables with `batch_stats`, the running statistics of"
+            f" batch norms; got {sorted(variables)}. Pass all variables of a model that"
+            " has batch norms."
+        )
+
+
 def unrecognized(layer: Any, why: str) -> str:
     """The message why a layer is not recognized, and what to do about it."""
     if isinstance(layer, nn.Module):
@@ -383,8 +451,13 @@ def warn_of_unknown(
 def ours(layer: Any) -> type:
     """Our class of a layer, or the one that replaces its class."""
     if isinstance(layer, jbn.linen.BatchNorm | jbn.nnx.BatchNorm):
-        return type(layer)
+        return plain(type(layer))
     return jbn.linen.BatchNorm if isinstance(layer, nn.Module) else jbn.nnx.BatchNorm
+
+
+def plain(cls: Any) -> Any:
+    """A class without the one whose place it takes."""
+    return cls.jbn_place.cls if hasattr(cls, "jbn_place") else cls
 
 
 def _arguments_of(cls: type) -> set[str]:
@@ -460,7 +533,9 @@ def _check_also(cls: Any, names: Any) -> None:
             f"`also` must map `{cls.__name__}` to a dict of names, such as"
             f' {{"mean": "running_mean"}}; got {names!r}.'
         )
-    known = {*VARIABLES, "use_running_average", *options_of(LayerOptions)}
+    calls = options_of(CallOptions)
+    known = {*VARIABLES, "use_running_average", *options_of(LayerOptions), *calls}
+    arguments = inspect.signature(cls.__call__).parameters.values()
     for name, theirs in names.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
@@ -473,6 +548,15 @@ def _check_also(cls: Any, names: Any) -> None:
             raise TypeError(
                 f"`also` must map {name!r} to the name of a variable of"
                 f" `{cls.__name__}`; got {theirs!r}."
+            )
+        if name not in calls or theirs is None or callable(theirs):
+            continue
+        passing = any(p.kind is p.VAR_KEYWORD for p in arguments)
+        if not passing and theirs not in {p.name for p in arguments}:
+            raise ValueError(
+                f"`also` must map {name!r} to an argument of the call of"
+                f" `{cls.__name__}`, a function of the dict of these arguments, or"
+                f" `None`; got {theirs!r}."
             )
 
 

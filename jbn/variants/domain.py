@@ -72,7 +72,8 @@ def domain_batch_norm(
         mix: How shares mix domains: `"output"` or `"stats"`.
         shrink_to: Where `tau` shrinks a domain's statistics to: its own running ones,
             or those of all domains of the batch together, for domains too rare to have
-            good running statistics.
+            good running statistics. In training only: in inference a domain has its
+            own running statistics, which average over its batches.
         **options: As for `jbn.batch_norm`; `trim` only with ids. If a domain may have a
             single row in a batch, set `min_weight=1`, or the output of that row is
             `bias`. For domains of few rows, `tau` and `second_moment=True` help.

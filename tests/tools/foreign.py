@@ -186,3 +186,88 @@ def nnx_started(cls):
 def nnx_set(model, inference):
     model.norm.use_running_average = inference
     return model
+
+
+class NnxOwnCall(nnx.Module):
+    """As in jraphx: arguments that Flax's has not, and a mask of rows."""
+
+    def __init__(self, size, *, rngs):
+        self.running_mean = nnx.BatchStat(jnp.zeros(size))
+        self.running_var = nnx.BatchStat(jnp.ones(size))
+        self.weight = nnx.Param(jnp.ones(size))
+        self.bias = nnx.Param(jnp.zeros(size))
+        self.eps, self.momentum = 1e-2, 0.3
+
+    def __call__(self, x, graph=None, *, training=False, rows=None):
+        m, v = self.running_mean[...], self.running_var[...]
+        if training:
+            rows = jnp.ones(len(x)) if rows is None else rows
+            m = jnp.average(x, 0, rows)
+            v = jnp.average((x - m) ** 2, 0, rows)
+            for old, new in ((self.running_mean, m), (self.running_var, v)):
+                old[...] += self.momentum * (new - old[...])
+        y = (x - m) / jnp.sqrt(v + self.eps)
+        return y * self.weight[...] + self.bias[...]
+
+
+class NnxByClass(nnx.Module):
+    """Calls its norms by their class, as jraphx and many with Flax's do."""
+
+    def __init__(self, norm, rngs):
+        norms = norm(4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
+        dense = [nnx.Linear(4, 4, rngs=rngs) for _ in norms]
+        self.layers = nnx.List([dense[0], norms[0], dense[1], norms[1]])
+
+    def __call__(self, x, train=False, graph=None, rows=None):
+        for layer in self.layers:
+            if isinstance(layer, NnxOwnCall):
+                x = layer(x, graph, training=train, rows=rows)
+            elif isinstance(layer, nnx.BatchNorm):
+                x = layer(x, use_running_average=not train)
+            else:
+                x = layer(x)
+        return x
+
+
+class Padded(nn.Module):
+    """As in bobbin: a field and an argument for padding, which becomes zero."""
+
+    use_running_average: bool | None = None
+    padded_axis: int = -2
+    momentum: float = 0.7
+    epsilon: float = 1e-2
+
+    @nn.compact
+    def __call__(self, x, paddings):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+        var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+        m, v, real = mean.value, var.value, 1 - paddings[..., None]
+        if not self.use_running_average:
+            axes = tuple(range(x.ndim - 1))
+            m = (x * real).sum(axes) / real.sum()
+            v = ((x - m) ** 2 * real).sum(axes) / real.sum()
+            if not self.is_initializing():
+                mean.value = self.momentum * mean.value + (1 - self.momentum) * m
+                var.value = self.momentum * var.value + (1 - self.momentum) * v
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return (x - m) / jnp.sqrt(v + self.epsilon) * scale * real
+
+
+class PaddedNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, paddings, train):
+        x = Padded(not train, name="norm")(nn.Dense(3)(x), paddings)
+        return nn.Dense(2)(x)
+
+
+class Turned(nn.BatchNorm):
+    """A subclass of Flax's with the opposite flag, in the same place."""
+
+    @nn.compact
+    def __call__(self, x, train):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().__call__(x, use_running_average=not train)
+
+
+class NnxTurned(nnx.BatchNorm):
+    def __call__(self, x, train):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().__call__(x, use_running_average=not train)
