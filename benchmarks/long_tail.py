@@ -32,11 +32,9 @@ default the embedded digits.
 import argparse
 import functools
 import itertools
-import json
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -70,14 +68,6 @@ class Split(NamedTuple):
 
     images: Any
     labels: Any
-
-
-def load(path):
-    """The name of a data set; its images, from 0 to 1, and labels."""
-    if path is None:
-        return "digits", *(Split(x[..., None], y) for x, y in evidence.digits())
-    read = functools.partial(evidence.load_images, path)
-    return Path(path).stem.split("_")[0], Split(*read("train")), Split(*read("test"))
 
 
 def cut(train, test, seed):
@@ -511,7 +501,8 @@ def main():
         help="a tenth of the steps, two seeds; writes nothing",
     )
     args = parser.parse_args()
-    name, *sets = load(args.data)
+    name, *sets = evidence.load(args.data)
+    sets = [Split(*split) for split in sets]
     steps, seeds = (STEPS // 10, SEEDS[:2]) if args.quick else (STEPS, SEEDS)
     counts, methods = measure(sets, steps, seeds)
     about = {
@@ -522,9 +513,8 @@ def main():
         "methods": methods,
         "cpu_seconds": round(time.process_time()),
     }
-    path = evidence.EVIDENCE / "long_tail.json"
-    known = json.loads(path.read_text())["results"] if path.is_file() else {}
-    results = {name: about} if args.quick else {**known, name: about}
+    known = {} if args.quick else evidence.known("long_tail")
+    results = {**known, name: about}
     evidence.report(
         "long_tail",
         __doc__.splitlines()[0],
