@@ -95,6 +95,9 @@ class BatchNorm(nnx.BatchNorm):
     """
 
     if TYPE_CHECKING:
+        # Flax's may be `None`, which would have to be ruled out at each use.
+        scale: Any
+        bias: Any
 
         def __getattr__(self, name: str) -> Any: ...
 
