@@ -26,7 +26,6 @@ images get a multilayer perceptron, others a small convolutional network.
 import argparse
 import functools
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -273,13 +272,8 @@ def measure(task, splits):
                 "tried": [[*s.values(), value] for value, s in tried],
             }
         )
-        log(f"{local} steps, {method}, {chosen}: {np.mean(values, 0)}")
+        evidence.log(f"{local} steps, {method}, {chosen}: {np.mean(values, 0)}")
     return results
-
-
-def log(text):
-    """With the processor time so far."""
-    print(f"{text} ({time.process_time():.0f} s of CPU)", file=sys.stderr, flush=True)
 
 
 # ---- Reports ------------------------------------------------------------------------
@@ -320,11 +314,10 @@ def main():
     if args.quick:
         steps //= 10
     task = Task(gray, int(labels.max()) + 1, steps, batch)
-    index = np.random.default_rng(0).permutation(len(labels))
-    cut = lambda i: (images[i], labels[i].astype(np.int32))
-    splits = cut(index[count:]), cut(index[:count]), test
+    rest, held_out = evidence.held_out(images, labels, count)
+    splits = rest, held_out, test
     about = {
-        "command": " ".join(["python benchmarks/clients.py", *sys.argv[1:]]),
+        "command": evidence.command(),
         "steps": steps,
         "rows of a client in a step": batch,
         "methods": measure(task, splits),

@@ -260,13 +260,8 @@ def measure(task, shift, train, held, test):
             }
         )
         means = np.mean(accuracy, 0).round(3)
-        log(f"{shift}: {method}, {results[-1]['chosen']}: {means}")
+        evidence.log(f"{shift}: {method}, {results[-1]['chosen']}: {means}")
     return results
-
-
-def log(text):
-    """With the processor time so far."""
-    print(f"{text} ({time.process_time():.0f} s of CPU)", file=sys.stderr, flush=True)
 
 
 # ---- Ragged sequences --------------------------------------------------------------
@@ -431,11 +426,10 @@ def main():
     rates = (0.01, 0.03, 0.1) if gray else (0.03, 0.1)
     taus = (0.5, 2.0, 8.0) if args.data is None else (0.5, 2.0)
     task = Task(gray, int(labels.max()) + 1, steps, rates, taus)
-    index = np.random.default_rng(0).permutation(len(labels))
-    cut = lambda i: (images[i], labels[i].astype(np.int32))
-    splits = cut(index[held:]), cut(index[:held]), test
+    rest, held_out = evidence.held_out(images, labels, held)
+    splits = rest, held_out, test
     about = {
-        "command": " ".join(["python benchmarks/domains.py", *sys.argv[1:]]),
+        "command": evidence.command(),
         "steps": steps,
         "shifts": {
             shift: measure(task, shift, *splits)

@@ -104,6 +104,13 @@ def load(path):
     return Path(path).stem.split("_")[0], *splits
 
 
+def held_out(images, labels, number):
+    """Images and labels of a training set without so many of them, and these."""
+    index = np.random.default_rng(0).permutation(len(labels))
+    cut = lambda i: (images[i], labels[i].astype(np.int32))
+    return cut(index[number:]), cut(index[:number])
+
+
 def points(images):
     """The inked pixels of each image, as rows of (row, column, ink)."""
     found = []
@@ -428,6 +435,16 @@ def style():
     return plt
 
 
+def log(text):
+    """Prints the progress to stderr, with the processor time so far."""
+    print(f"{text} ({time.process_time():.0f} s of CPU)", file=sys.stderr, flush=True)
+
+
+def command():
+    """How this script was called."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
 def known(name):
     """The results that a script has written so far, by data set."""
     path = EVIDENCE / f"{name}.json"
@@ -458,9 +475,7 @@ def report(
             versions[package] = "not installed"
     about = {
         "question": question,
-        "command": " ".join(
-            ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-        ),
+        "command": command(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores,"
         f" {jax.default_backend()}",

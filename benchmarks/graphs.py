@@ -28,7 +28,6 @@ import functools
 import gzip
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -399,7 +398,7 @@ def measure(name, setup, tests, seeds):
                 "padding": padding,
             }
         )
-        log(f"{name}, {method}: {np.mean(folds):.3f}")
+        evidence.log(f"{name}, {method}: {np.mean(folds):.3f}")
     (base,) = (r["test"].mean(1) for r in results if r["method"] == "masked")
     for r in results:
         if r["method"] != "masked":
@@ -416,11 +415,6 @@ def interval(differences):
     variance = differences.var(ddof=1) * (1 / n + 1 / (FOLDS - 2))
     half = stats.t.ppf(0.975, n - 1) * variance**0.5
     return [mean, mean - half, mean + half]
-
-
-def log(text):
-    """With the processor time so far."""
-    print(f"{text} ({time.process_time():.0f} s of CPU)", file=sys.stderr, flush=True)
 
 
 # ---- Reports ------------------------------------------------------------------------
@@ -490,7 +484,7 @@ def main():
         setup = prepare(data, tests, seeds, steps)
         real = data.nodes.mean() * BATCH / setup.shape.nodes
         results[name] = {
-            "command": " ".join(["python benchmarks/graphs.py", *sys.argv[1:]]),
+            "command": evidence.command(),
             "graphs": len(data.labels),
             "nodes": len(data.tags),
             "seeds": len(seeds),

@@ -32,7 +32,6 @@ default the embedded digits.
 import argparse
 import functools
 import itertools
-import sys
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -371,7 +370,7 @@ def measure(sets, steps, seeds):
             variables = trained(about, setting, CHOOSING)
             found = parts(scored(about, setting, variables, splits[CHOOSING][1])[ZERO])
             tried.append({**setting, **found})
-            log(f"{name}, {setting}: {shown(found)}")
+            evidence.log(f"{name}, {setting}: {shown(found)}")
         best = max(tried, key=lambda entry: entry["balanced"])
         return {key: best[key] for key in PLAIN}, tried
 
@@ -395,7 +394,7 @@ def measure(sets, steps, seeds):
         if name == "batch norm":
             variables = again(variables, [splits[seed][0]])
             curves["recalibrated"].append(run(variables))
-        log(f"seed {seed}, {name}: {shown(parts(curves[name][-1][ZERO]))}")
+        evidence.log(f"seed {seed}, {name}: {shown(parts(curves[name][-1][ZERO]))}")
     results["recalibrated"] = {"chosen": chosen["batch norm"], "tried": []}
     curves = {name: parts(np.array(values)) for name, values in curves.items()}
     return counts, [
@@ -447,11 +446,6 @@ def difference(ours, theirs):
 def shown(found):
     """Accuracies in percent."""
     return ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
-
-
-def log(text):
-    """With the processor time so far."""
-    print(f"{text} ({time.process_time():.0f} s of CPU)", file=sys.stderr, flush=True)
 
 
 # ---- Reports ------------------------------------------------------------------------
@@ -506,7 +500,7 @@ def main():
     steps, seeds = (STEPS // 10, SEEDS[:2]) if args.quick else (STEPS, SEEDS)
     counts, methods = measure(sets, steps, seeds)
     about = {
-        "command": " ".join(["python benchmarks/long_tail.py", *sys.argv[1:]]),
+        "command": evidence.command(),
         "images of each class": counts,
         "steps": steps,
         "strengths of the curves": STRENGTHS,

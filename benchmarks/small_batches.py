@@ -16,7 +16,6 @@ multilayer perceptron, others a small convolutional network.
 import argparse
 import functools
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -242,16 +241,11 @@ def measure(task, train, held, test):
                 "tried": [[*e, value] for e, value in zip(grid, tried, strict=True)],
             }
         )
-        log(
+        evidence.log(
             f"{kind}, {method}, {results[-1]['chosen']}: {found.mean():.3f};"
             f" tried: {min(tried):.3f} to {max(tried):.3f}"
         )
     return results
-
-
-def log(text):
-    """With the processor time so far."""
-    print(f"{text} ({time.process_time():.0f} s of CPU)", file=sys.stderr, flush=True)
 
 
 # ---- Reports ------------------------------------------------------------------------
@@ -291,12 +285,11 @@ def main():
     name, (images, labels), test = evidence.load(args.data)
     gray, held = images.shape[-1] == 1, min(len(test[1]), len(labels) // 3)
     task = Task(gray, int(labels.max()) + 1, args.quick)
-    index = np.random.default_rng(0).permutation(len(labels))
-    cut = lambda i: (images[i], labels[i].astype(np.int32))
+    rest, held_out = evidence.held_out(images, labels, held)
     about = {
-        "command": " ".join(["python benchmarks/small_batches.py", *sys.argv[1:]]),
+        "command": evidence.command(),
         "kinds": {kind: task.kind(kind)._asdict() for kind in GRAY},
-        "methods": measure(task, cut(index[held:]), cut(index[:held]), test),
+        "methods": measure(task, rest, held_out, test),
         "cpu_seconds": round(time.process_time()),
     }
     known = {} if args.quick else evidence.known("small_batches")

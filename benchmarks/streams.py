@@ -21,8 +21,6 @@ import argparse
 import functools
 import io
 import itertools
-import sys
-import time
 
 import evidence
 import jax
@@ -275,10 +273,10 @@ def measure(name, model, splits, seeds, epochs, flip, reported):
     (images, labels), (held, held_labels), (test, answers) = splits
     for seed in seeds:
         variables = train(model, images, labels, seed, epochs, flip)
-        log(f"{name}, seed {seed}: trained")
+        evidence.log(f"{name}, seed {seed}: trained")
         if not settings:
             settings.append(choose(model, variables, held, held_labels))
-            log(f"chosen: {settings[0]}")
+            evidence.log(f"chosen: {settings[0]}")
         index = np.random.default_rng(seed).permutation(len(test))
         for case, order in itertools.product(cases, ORDERS):
             x = corrupted(test[index], *case, seed=100 + seed)
@@ -288,13 +286,8 @@ def measure(name, model, splits, seeds, epochs, flip, reported):
                 found.setdefault((order, *case), {}).setdefault(method, []).append(
                     value
                 )
-        log(f"{name}, seed {seed}: measured")
+        evidence.log(f"{name}, seed {seed}: measured")
     return found, settings[0]
-
-
-def log(text):
-    """With the processor time so far."""
-    print(f"{text} ({time.process_time():.0f} s of CPU)", file=sys.stderr, flush=True)
 
 
 # ---- Reports ------------------------------------------------------------------------

@@ -136,23 +136,36 @@ class NnxCopied(nnx.Module):
         return y * self.scale[...] + self.bias[...]
 
 
-class NnxTorchlike(nnx.Module):
+class _NnxTorch(nnx.Module):
+    """PyTorch's names, epsilon and momentum of its own; its calls are up to others."""
+
     def __init__(self, size, *, rngs):
         self.running_mean = nnx.BatchStat(jnp.zeros(size))
         self.running_var = nnx.BatchStat(jnp.ones(size))
         self.weight = nnx.Param(jnp.ones(size))
         self.bias = nnx.Param(jnp.zeros(size))
         self.eps, self.momentum = 1e-2, 0.3
+
+    def _normalized(self, x, mean, var):
+        y = (x - mean) / jnp.sqrt(var + self.eps)
+        return y * self.weight[...] + self.bias[...]
+
+    def _update(self, mean, var):
+        for old, new in ((self.running_mean, mean), (self.running_var, var)):
+            old[...] += self.momentum * (new - old[...])
+
+
+class NnxTorchlike(_NnxTorch):
+    def __init__(self, size, *, rngs):
+        super().__init__(size, rngs=rngs)
         self.use_running_average = False
 
     def __call__(self, x):
         m, v = self.running_mean[...], self.running_var[...]
         if not self.use_running_average:
             m, v = x.mean(0), x.var(0)
-            for old, new in ((self.running_mean, m), (self.running_var, v)):
-                old[...] += self.momentum * (new - old[...])
-        y = (x - m) / jnp.sqrt(v + self.eps)
-        return y * self.weight[...] + self.bias[...]
+            self._update(m, v)
+        return self._normalized(x, m, v)
 
 
 class NnxNet(nnx.Module):
@@ -175,8 +188,8 @@ NNX = {
 }
 
 
-def nnx_started(cls):
-    model = NnxNet(cls, nnx.Rngs(0))
+def nnx_started(cls, net=NnxNet):
+    model = net(cls, nnx.Rngs(0))
     rng = np.random.default_rng(1)
     draw = lambda v: jnp.asarray(rng.uniform(0.5, 2.0, v.shape), v.dtype)
     nnx.update(model, jax.tree.map(draw, nnx.state(model)))
@@ -188,15 +201,8 @@ def nnx_set(model, inference):
     return model
 
 
-class NnxOwnCall(nnx.Module):
+class NnxOwnCall(_NnxTorch):
     """As in jraphx: arguments that Flax's has not, and a mask of rows."""
-
-    def __init__(self, size, *, rngs):
-        self.running_mean = nnx.BatchStat(jnp.zeros(size))
-        self.running_var = nnx.BatchStat(jnp.ones(size))
-        self.weight = nnx.Param(jnp.ones(size))
-        self.bias = nnx.Param(jnp.zeros(size))
-        self.eps, self.momentum = 1e-2, 0.3
 
     def __call__(self, x, graph=None, *, training=False, rows=None):
         m, v = self.running_mean[...], self.running_var[...]
@@ -204,10 +210,8 @@ class NnxOwnCall(nnx.Module):
             rows = jnp.ones(len(x)) if rows is None else rows
             m = jnp.average(x, 0, rows)
             v = jnp.average((x - m) ** 2, 0, rows)
-            for old, new in ((self.running_mean, m), (self.running_var, v)):
-                old[...] += self.momentum * (new - old[...])
-        y = (x - m) / jnp.sqrt(v + self.eps)
-        return y * self.weight[...] + self.bias[...]
+            self._update(m, v)
+        return self._normalized(x, m, v)
 
 
 class NnxByClass(nnx.Module):

@@ -46,12 +46,7 @@ def x(rng):
     return jnp.asarray(rng.normal(size=(8, 4)) * 2 + 1, jnp.float32)
 
 
-def by_its_class(cls):
-    model = NnxByClass(cls, nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    draw = lambda v: jnp.asarray(rng.uniform(0.5, 2.0, v.shape), v.dtype)
-    nnx.update(model, jax.tree.map(draw, nnx.state(model)))
-    return model
+by_its_class = functools.partial(nnx_started, net=NnxByClass)
 
 
 def statistics(model):
