@@ -214,7 +214,7 @@ def run(task, method, images, labels, domain, tests, order, seed, rate, tau):
         ).argmax(-1)[0]
         accuracies.append((jax.lax.map(predict, x[k], batch_size=500) == y).mean())
         if METHODS[method].by_domain:
-            # With momentum 0 the new statistics are those of the images.
+            # Momentum 0 replaces the running statistics by batch statistics.
             model = network(jnp.int32(k), tau, momentum=0.0)
             _, new = model.apply(
                 variables, x[k, :1000], train=True, mutable=["batch_stats"]

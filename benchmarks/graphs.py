@@ -57,7 +57,7 @@ WIDER = 4  # How much more padding there is in another evaluation.
 
 
 class Graphs(NamedTuple):
-    """A data set. Nodes, and edges, are those of all graphs, one after the other."""
+    """A data set, with the nodes and the edges of all graphs concatenated."""
 
     labels: np.ndarray  # of graphs
     nodes: np.ndarray  # number, by graph
@@ -284,7 +284,7 @@ def fit(model, tables, labels, batches, held, seed, rate, dropout):
 
 @functools.partial(jax.jit, static_argnums=0)
 def predict(model, variables, tables, batches):
-    """Logits of graphs in each batch, by running statistics and by those of the batch.
+    """Logits of each batch of graphs, by running statistics and by batch statistics.
 
     The latter are what a network sees in training, and what `recalibrate` merges.
     """

@@ -1,12 +1,12 @@
-"""What do statistics by group cost, against those of all rows?
+"""How much more does it cost to normalize by group than by batch?
 
     python benchmarks/groups.py [--quick]
 
 Domains are measured on (65,536, 256) in 16 domains, by ids and by shares; packed rows
 on a million rows of 64 features in 10,000 segments, in random order and sorted. Each is
-compared with `jbn.batch_norm` on the same array, in training. "Gradient" is that of the
-input, of scale and bias, and, in the lines that say so, of the shares. Temporary memory
-is that of the compiled program, in inputs.
+compared with `jbn.batch_norm` on the same array, in training. "Gradient" is taken
+with respect to the input, scale and bias and, in the rows that say so, the shares.
+Temporary memory of the compiled program is given as a multiple of the input's size.
 """
 
 import timing
@@ -42,7 +42,7 @@ def gradient(f, of):
 
 
 def domain_cases(rng, rows, features, groups):
-    """Functions and arguments, by what is measured and by whose statistics."""
+    """Functions with their arguments, by measurement and kind of statistics."""
     x, ct = (rng.normal(size=(rows, features)).astype(np.float32) for _ in range(2))
     shares = rng.dirichlet(np.full(groups, 0.3), rows).astype(np.float32)
     ids = shares.argmax(1).astype(np.int32)
@@ -115,7 +115,7 @@ def measure(cases, rounds):
 
 
 def draw(results):
-    """Times in those of all rows, one panel for domains and one for packed rows."""
+    """Times relative to batch norm: one panel for domains, one for packed rows."""
     plt = evidence.style()
     figure, panels = plt.subplots(1, len(results), figsize=(11, 4.2))
     colors = {"moments": SKY, "forward": BLUE, "gradient": ORANGE}
@@ -129,7 +129,7 @@ def draw(results):
         panel.barh(range(len(bars)), ratios, 0.7, color=of)
         panel.set_yticks(range(len(bars)), names, fontsize=8)
         panel.set_title(f"{kind}: {found['rows']:,} x {found['features']}")
-        panel.set_xlabel("time / that of the statistics of all rows")
+        panel.set_xlabel("time / time without groups")
         panel.grid(axis="y", visible=False)
     return figure
 

@@ -14,7 +14,7 @@ own order of the classes, and its own images. Methods:
 - class-weighted: in each batch, all classes that it has count the same,
 - class-weighted, tau: these, shrunk towards the running statistics,
 - soft domains: each layer has a gate, learned, that shares an image among domains,
-- soft domains, tau: the statistics of each domain are shrunk towards those of all,
+- soft domains, tau: each domain's statistics are shrunk towards the pool of all,
 - group norm: no statistics of a batch,
 - adjusted loss: the logarithm of the shares of the classes is added to the logits in
   the loss (Menon et al., 2021), with batch norm and with the best of the norms.
@@ -112,7 +112,7 @@ class SoftDomains(nn.Module):
     """Statistics of several domains, among which a learned gate shares each image.
 
     `tau` is a multiple of the rows of the batch. At inference the running statistics
-    are shrunk as those of a batch are in training.
+    are shrunk in the same way.
     """
 
     domains: int
