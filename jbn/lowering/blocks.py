@@ -1,10 +1,10 @@
-"""The number of blocks of rows, so that sums are short and stay on one device."""
+"""The number of blocks of rows: for short sums, for sums on one device, for a cache."""
 
 import math
 
 from jbn.axes import is_static
 from jbn.lowering.cpu import fuses_sums
-from jbn.lowering.late import SHAPES, Target
+from jbn.lowering.late import ENABLED, SHAPES, Target, expected_platform
 
 
 # Longest plain sum. XLA on CPU adds sequentially, and the rounding error of n additions
@@ -15,6 +15,10 @@ _SPLIT_BLOCK_ROWS = 8 * _BLOCK_ROWS
 # Rows of an image that is one block on a TPU. There, a sum over several images, or part
 # of an image, takes a separate pass, but a sum over each image does not.
 _LEAST_IMAGE_ROWS, _MOST_IMAGE_ROWS = 128, 1 << 16
+# A loop over blocks of rows. On a CPU several blocks fit into a core's cache, and sums
+# within a matrix product, which XLA may add sequentially, are short. Elsewhere a block
+# is spread over the device, and a few of them keep temporary arrays small.
+_LOOP_ELEMENTS, _LOOP_ROWS, _LOOP_COUNT = 1 << 15, 1024, 8
 
 
 def num_shards(target: Target, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
@@ -80,3 +84,18 @@ def segment_block_counts(
             counts[a] = max(1, min(wanted, shape[a], most))
             wanted, most = -(-wanted // counts[a]), most // counts[a]
     return counts
+
+
+def loop_rows(rows: int, features: int, least: int) -> int:
+    """The number of rows of each block, but the last, of a loop over rows.
+
+    `least` limits the number of blocks. A loop is traced for one platform: the one that
+    is expected.
+    """
+    if not ENABLED:
+        return rows
+    if expected_platform() == "cpu":
+        block = min(_LOOP_ELEMENTS // max(1, features), _LOOP_ROWS)
+    else:
+        block = -(-rows // _LOOP_COUNT)
+    return min(rows, max(block, least))

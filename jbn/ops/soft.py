@@ -4,7 +4,6 @@ Rows are a matrix `(rows, features)`, and shares a matrix `(rows, domains)`. To 
 copy of the rows for each domain, they are processed in blocks that fit into the cache.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,14 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from jbn.axes import is_static
+from jbn.lowering.blocks import loop_rows
 from jbn.lowering.passes import rematerialized
 from jbn.ops import numeric
 
 
-# Most elements of a block of rows.
-_BLOCK_ELEMENTS = 1 << 18
+# A block has at least so many rows for each domain: then the sums of all blocks are
+# small beside the rows.
+_ROWS_PER_DOMAIN = 8
 
 
 def power_sums(
@@ -47,18 +48,20 @@ def power_sums(
         sums.append(product(jnp.square(shares).T, jnp.square(terms[0])))
         return sums
 
-    # Few enough blocks for their sums to be small arrays, which are added at the end.
-    blocks = _in_blocks((x, shares, weights), x.shape)
-    totals = lax.map(rematerialized(block), blocks)
+    totals = lax.map(rematerialized(block), _in_blocks(x, shares, weights))
     return tuple(v.sum(0) for v in totals)
 
 
 def each_block(
-    f: Callable[..., jax.Array], x: Inexact[Array, "rows features"], *arrays: Any
+    f: Callable[..., jax.Array],
+    x: Inexact[Array, "rows features"],
+    shares: Float[Array, "rows domains"],
+    *arrays: Any,
 ) -> Inexact[Array, "rows features"]:
-    """`f(x, *arrays)` in blocks of rows; each array has one entry per row."""
-    blocks = _in_blocks((x, *arrays), x.shape)
-    return lax.map(rematerialized(lambda args: f(*args)), blocks).reshape(x.shape)
+    """`f(x, shares, *arrays)` in blocks of rows; each array has one entry per row."""
+    blocks = _in_blocks(x, shares, *arrays)
+    y = lax.map(rematerialized(lambda args: f(*args)), blocks)
+    return y.reshape(-1, x.shape[1])[: x.shape[0]]
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -66,13 +69,20 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a.astype(b.dtype), b, precision=lax.Precision.HIGHEST)
 
 
-def _in_blocks(arrays: Any, shape: tuple[int, ...]) -> Any:
-    """The arrays with an axis of blocks in front."""
-    rows, count = shape[0], 1
-    if is_static(shape) and math.prod(shape) > _BLOCK_ELEMENTS:
-        wanted = math.prod(shape) / _BLOCK_ELEMENTS
-        divisors = (n for n in range(math.ceil(wanted), rows + 1) if rows % n == 0)
-        count = next(divisors, 1)
-        # A number of rows without suitable divisors is not split.
-        count = count if count <= 4 * wanted + 1 else 1
-    return jax.tree.map(lambda v: v.reshape(count, rows // count, *v.shape[1:]), arrays)
+def _in_blocks(x: jax.Array, shares: jax.Array, *arrays: Any) -> Any:
+    """The arrays with an axis of blocks in front; rows without shares are added."""
+    (rows, features), domains = x.shape, shares.shape[1]
+    count, added = 1, 0
+    if is_static(x.shape) and rows:
+        block = loop_rows(rows, features, _ROWS_PER_DOMAIN * domains)
+        count = -(-rows // block)
+        # An equal split needs no copy of the rows.
+        splits = (n for n in range(count, 2 * count) if rows % n == 0)
+        count = next(splits, count)
+        added = -rows % count
+
+    def split(v: jax.Array) -> jax.Array:
+        v = jnp.pad(v, ((0, added), (0, 0))) if added else v
+        return v.reshape(count, (rows + added) // count, *v.shape[1:])
+
+    return jax.tree.map(split, (x, shares, *arrays))

@@ -185,7 +185,8 @@ def _shift(call: Call, x, shares, weights) -> jax.Array:
 def _moments(call: Call, x, shares, weights, shift) -> tuple[Moments, jax.Array]:
     """The moments of each domain, and its effective number of rows."""
     rows = Rows((0,), call.rows.axis_name, call.rows.axis_index_groups)
-    moments, squares = _accurate(rows, call.tiny, x, shares, weights, shift)
+    moments, squares = _plain(rows, x, shares, weights, shift)
+    moments = _refined(rows, call.tiny, moments, x, shares, weights, shift)
     weight = moments.weight
     effective = weight * weight * numeric.reciprocal(squares)
     return moments, effective
@@ -227,9 +228,12 @@ def _variance_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _accurate(rows: Rows, tiny: bool, x, shares, weights, shift):
-    """The same, accurate even if the means are many standard deviations apart."""
-    moments, squares = _plain(rows, x, shares, weights, shift)
+def _refined(rows: Rows, tiny: bool, moments: Moments, *arrays) -> Moments:
+    """The moments, taken again where the means are many standard deviations apart.
+
+    The derivative is that of the given ones, which are the same up to rounding.
+    """
+    x, shares, weights, shift = arrays
     near = _near(moments.mean, moments.var, shift, moments.weight > 0)
 
     def one_by_one() -> tuple[jax.Array, jax.Array]:
@@ -242,11 +246,9 @@ def _accurate(rows: Rows, tiny: bool, x, shares, weights, shift):
         return each.mean[:, 0], each.var[:, 0]
 
     mean, var = lax.cond(near, lambda: (moments.mean, moments.var), one_by_one)
-    return moments._replace(mean=mean, var=var), squares
+    return moments._replace(mean=mean, var=var)
 
 
-@_accurate.defjvp
-def _accurate_jvp(rows, tiny, primals, tangents):
-    # The derivative of `_plain`, which is the same function up to rounding.
-    _, tangent = jax.jvp(functools.partial(_plain, rows), primals, tangents)
-    return _accurate(rows, tiny, *primals), tangent
+@_refined.defjvp
+def _refined_jvp(rows, tiny, primals, tangents):
+    return _refined(rows, tiny, *primals), tangents[0]

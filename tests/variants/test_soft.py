@@ -14,6 +14,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from jbn import BatchStats, Params
+from jbn.lowering import blocks
 from jbn.ops import soft
 
 
@@ -150,7 +151,8 @@ def test_blocks_channels_first_and_inference(rng, mix, monkeypatch):
     x, shares, params, stats = problem(rng)
     of_args = lambda x, s: formula(x, s, params, mix)[0]
     want = np.asarray(once(of_args, x, shares))
-    monkeypatch.setattr(soft, "_BLOCK_ELEMENTS", 9)
+    monkeypatch.setattr(blocks, "_LOOP_ELEMENTS", 9)
+    monkeypatch.setattr(soft, "_ROWS_PER_DOMAIN", 0)
     run = jax.jit(ours, static_argnames=("mix", "axis", "use_running_average"))
     got, _ = run(x.transpose(2, 0, 1), shares, params, mix, axis=0)
     np.testing.assert_allclose(got.transpose(1, 2, 0), want, rtol=1e-10, atol=1e-10)
@@ -163,6 +165,24 @@ def test_blocks_channels_first_and_inference(rng, mix, monkeypatch):
     for given in (images, images[:, 0]):  # one vector an image
         got, _ = run(x, given, params, mix)
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mix", ["output", "stats"])
+def test_rows_that_no_number_of_blocks_divides(rng, mix, monkeypatch):
+    monkeypatch.setattr(blocks, "_LOOP_ELEMENTS", 9)
+    monkeypatch.setattr(soft, "_ROWS_PER_DOMAIN", 0)
+    x, shares, params, _ = problem(rng)
+    x, shares = x[:11, :1], shares[:11, :1]  # 4 to 7 blocks of at most 3 rows
+    ct = rng.normal(size=x.shape)
+
+    def gradient(norm):
+        loss = lambda *args: (ct * norm(*args, mix)[0]).sum()
+        return once(jax.grad(loss, (0, 1, 2)), x, shares, params)
+
+    got, want = gradient(ours), gradient(formula)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.devices
