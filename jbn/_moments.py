@@ -224,9 +224,9 @@ def _row_summary_jvp(rows, tiny, primals, tangents):
     dx, dweights = map(nonzero, tangents[:2])
     # Only `x` and the weights are large among the saved arguments.
     run = rematerialized(tangent)
-    dmean, dvar, dweight = run(*primals[:3], moments, dx, dweights)
+    dmean, half_dvar, dweight = run(*primals[:3], moments, dx, dweights)
     dweight = jnp.zeros_like(parts.weight) if dweight is None else dweight
-    return parts, Summary(dweight, jnp.zeros_like(dmean), dmean, dvar)
+    return parts, Summary(dweight, jnp.zeros_like(dmean), dmean, 2 * half_dvar)
 
 
 def row_moments_tangent(
@@ -238,45 +238,51 @@ def row_moments_tangent(
     dx: jax.Array | None,
     dweights: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Derivatives of mean, variance and weight, linear in `dx` and `dweights`.
+    """Derivatives of mean, half the variance, and weight: linear in `dx`, `dweights`.
 
     With d = x - mean, and <.> the weighted mean over the rows,
 
         dmean = <dx> + sum(dw * d) / W
-        dvar = 2 * <re(conj(d) * dx)> + sum(dw * (abs(d)**2 - var)) / W
+        dvar / 2 = <re(conj(d) * dx)> + sum(dw / 2 * (abs(d)**2 - var)) / W
 
     with one all-reduce. `parts` are the moments of `x`. A tangent of `None` is zero.
     """
     d = numeric.center(x, parts.mean, weights, segments)
-    ignored = numeric.no_part(x, weights)
+    part = numeric.takes_part(x, weights)
     weights, down = numeric.scaled_down(weights)
 
     def weighed(v: jax.Array) -> jax.Array:
-        if weights is None or ignored is None or weights.dtype == bool:
+        if weights is None or part is None or weights.dtype == bool:
             return numeric.weigh(v, weights)
         # Second derivatives need this to depend on the weight, even at weight zero.
         v = weights.astype(v.dtype) * v
-        return where(ignored, 0, v)
+        return where(part, v, 0)
 
     sums = [jnp.zeros_like(parts.mean), jnp.zeros_like(parts.var)]
     if dx is not None:
         dx = numeric.wide(dx)
-        for i, v in enumerate((dx, 2 * numeric.real_product(d, dx))):
+        for i, v in enumerate((dx, numeric.real_product(d, dx))):
             sums[i] += total(weighed(v), rows.axes, segments)
     if dweights is not None:
         sums.append(numeric.total_weight(x, dweights, rows.axes, segments))
         dw = jnp.broadcast_to(numeric.wide(dweights), x.shape) * down
-        if ignored is not None:
-            dw = where(ignored, 0, dw)
+        if part is not None:
+            dw = where(part, dw, 0)
         excess = numeric.abs_square(d) - spread(parts.var, segments)
-        for i, v in enumerate((dw.astype(d.dtype) * d, dw * excess)):
+        for i, v in enumerate((dw.astype(d.dtype) * d, dw / 2 * excess)):
             sums[i] += total(v, rows.axes, segments)
     if rows.axis_name is not None:
         sums = summary.psum(sums, rows)
-    per_weight = numeric.reciprocal(parts.weight * down)
+    number = None
+    if weights is None and segments is None:
+        number = summary.number_of_rows(x.shape, rows)
+    if number is None:
+        weight = parts.weight if down == 1 else parts.weight * down
+        per_weight = numeric.reciprocal(weight)
+    else:
+        per_weight = np.asarray(1 / max(number, 1), parts.var.dtype)
     dmean = sums[0] * per_weight.astype(sums[0].dtype)
-    dvar = sums[1] * per_weight
-    return dmean, dvar, sums[2] if dweights is not None else None
+    return dmean, sums[1] * per_weight, sums[2] if dweights is not None else None
 
 
 def nonzero(tangent):

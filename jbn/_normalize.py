@@ -367,8 +367,14 @@ def _tangent(
         primals._replace(x=x, stats=stats._replace(mean=mean), residual=last)
         for x, mean, last in separate(large, views=3)
     )
-    shift, gain = _row_terms(form, of_element, of_gain, tangents)
-    element, skipped = _element_terms(form, of_element, tangents, by_output)
+    factor = rstd_of(stats.var, primals.epsilon, form.guarded).astype(stats.mean.dtype)
+    slope = rstd = hoist(factor, x.shape)
+    if primals.scale is not None:
+        slope = hoist(factor * primals.scale.astype(factor.dtype), x.shape)
+    shift, gain = _row_terms(form, of_element, of_gain, tangents, rstd, slope)
+    element, skipped = _element_terms(
+        of_element, tangents, slope, by_output, form.dtype
+    )
     dbias = None if tangents.bias is None else _each_row(tangents.bias, primals)
     finish = functools.partial(_finish, form, by_output)
     dy = [
@@ -384,16 +390,21 @@ def _tangent(
 
 
 def _row_terms(
-    form: Form, of_element: Operands, of_gain: Operands, tangents: Operands
+    form: Form,
+    of_element: Operands,
+    of_gain: Operands,
+    tangents: Operands,
+    rstd: jax.Array,
+    slope: jax.Array,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The per-feature terms of the derivative, broadcast to the rows.
 
     shift = dbias - slope * dmean
     gain = d * rstd * (dscale - slope * rstd * dvar / 2)
     """
-    x, weights, segments, stats, scale, bias, epsilon, _ = of_element
+    _, weights, segments, stats, scale, bias, *_ = of_element
     wide = stats.mean.dtype
-    dmean, dvar = _stats_tangent(form.rows, of_element, tangents)
+    dmean, half_dvar = _stats_tangent(form.rows, of_element, tangents)
     # Multiply per-feature values before they are broadcast to the rows, unless scale
     # and bias already vary by row.
     by_row = segments is None and any(
@@ -401,11 +412,6 @@ def _row_terms(
     )
     each_row = functools.partial(_each_row, operands=of_element)
     early, late = (each_row, lambda v: v) if by_row else (lambda v: v, each_row)
-    rstd = hoist(rstd_of(stats.var, epsilon, form.guarded), x.shape).astype(wide)
-    slope = rstd
-    if scale is not None:
-        slope = gain_of(stats.var, epsilon, scale, form.guarded)
-        slope = hoist(slope, x.shape).astype(wide)
     dshift = dgain = None
     if tangents.bias is not None:
         dshift = early(tangents.bias.astype(wide))
@@ -414,8 +420,8 @@ def _row_terms(
         dshift = -moved if dshift is None else dshift - moved
     if tangents.scale is not None:
         dgain = early(tangents.scale.astype(wide))
-    if dvar is not None:
-        stretched = slope * early(rstd * (dvar / 2).astype(wide))
+    if half_dvar is not None:
+        stretched = slope * early(rstd * half_dvar.astype(wide))
         dgain = -stretched if dgain is None else dgain - stretched
     if dshift is not None:
         dshift = late(dshift)
@@ -428,40 +434,43 @@ def _row_terms(
 def _stats_tangent(
     rows: Rows | None, operands: Operands, tangents: Operands
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The derivatives of the mean, and of the variance with epsilon."""
+    """The derivative of the mean, and half that of the variance with epsilon."""
     x, weights, segments, stats, *_ = operands
-    dmean = dvar = None
+    dmean = half_dvar = None
     if rows is None:
         dmean, dvar = tangents.stats.mean, tangents.stats.var
+        half_dvar = None if dvar is None else dvar / 2
     elif tangents.x is not None or tangents.weights is not None:
         dx, dweights = tangents.x, tangents.weights
-        dmean, dvar, _ = row_moments_tangent(
+        dmean, half_dvar, _ = row_moments_tangent(
             rows, x, weights, segments, stats, dx, dweights
         )
     depsilon = tangents.epsilon
     if depsilon is not None:
-        depsilon = jnp.broadcast_to(depsilon.astype(stats.var.dtype), stats.var.shape)
-        dvar = depsilon if dvar is None else dvar + depsilon
-    return dmean, dvar
+        half = jnp.broadcast_to(depsilon.astype(stats.var.dtype) / 2, stats.var.shape)
+        half_dvar = half if half_dvar is None else half_dvar + half
+    return dmean, half_dvar
 
 
 def _element_terms(
-    form: Form, operands: Operands, tangents: Operands, by_output: bool
+    operands: Operands,
+    tangents: Operands,
+    slope: jax.Array,
+    by_output: bool,
+    dtype: DType,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The elementwise terms, `slope * dx + dresidual`, and `dresidual`."""
-    x, weights, segments, stats, scale, *_ = operands
+    _, weights, segments, stats, *_ = operands
     scaled = skipped = None
     wide = stats.mean.dtype
     if tangents.x is not None:
-        slope = gain_of(stats.var, operands.epsilon, scale, form.guarded)
-        slope = hoist(slope, x.shape)
-        scaled = spread(slope.astype(wide), segments) * tangents.x
+        scaled = spread(slope, segments) * tangents.x
     if tangents.residual is not None:
         residual = None if weights is None else operands.residual
         skipped = _skipped(tangents.residual, residual, weights, wide)
         if by_output and scaled is not None:
             # Its cotangent is that of the residual, which is materialized anyway.
-            scaled = materialize(scaled, form.dtype)
+            scaled = materialize(scaled, dtype)
     if scaled is None or skipped is None:
         return scaled if skipped is None else skipped, skipped
     return scaled + skipped, skipped
@@ -477,11 +486,11 @@ def _finish(
     """The tangent of the output, given that of the activation's argument."""
     x, wide = operands.x, operands.stats.mean.dtype
     tangent = broadcast_to(tangent, x.shape)
-    ignored = numeric.no_part(x, operands.weights)
-    if ignored is not None:
+    part = numeric.takes_part(x, operands.weights)
+    if part is not None:
         zero = jnp.zeros((), tangent.dtype)
         other = zero if where_ignored is None else where_ignored
-        tangent = where(ignored, other, tangent)
+        tangent = where(part, tangent, other)
     if form.activation is None:
         return tangent
     if by_output:
@@ -539,8 +548,8 @@ def _before(
 def _skipped(v, residual, weights, dtype):
     """`v`, but zero where the residual has no weight and is not finite."""
     v = numeric.wide(v).astype(dtype)
-    ignored = None if weights is None else numeric.no_part(residual, weights)
-    return v if ignored is None else where(ignored, 0, v)
+    part = None if weights is None else numeric.takes_part(residual, weights)
+    return v if part is None else where(part, v, 0)
 
 
 def rstd_of(

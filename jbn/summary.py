@@ -41,6 +41,15 @@ class Summary(NamedTuple):
     var: Float[Array, "..."]
 
 
+class _Parts(NamedTuple):
+    """A summary, or several of them; no weight if all parts weigh alike."""
+
+    weight: Float[Array, "..."] | None
+    shift: Inexact[Array, "..."]
+    offset: Inexact[Array, "..."]
+    var: Float[Array, "..."]
+
+
 class Guess(NamedTuple):
     """An estimate of the mean made before the batch is read, such as a running mean.
 
@@ -73,8 +82,31 @@ def summarize(
         tiny: Whether a variance below 1e-30 has to be accurate.
     """
     operands = x, weights, segments, guess
-    summary = Summary(*late(_summarize, *operands, axes=rows.axes, tiny=tiny))
-    return summary if rows.axis_name is None else all_reduce(summary, rows)
+    found = late(_summarize, *operands, axes=rows.axes, tiny=tiny)
+    if weights is not None or segments is not None:
+        return all_reduce(Summary(*found), rows)
+    weight = numeric.total_weight(x, None, rows.axes)
+    number = number_of_rows(x.shape, rows)
+    if number is None:
+        return all_reduce(Summary(weight, *found), rows)
+    weight = lax.full(weight.shape, number, weight.dtype)
+    return Summary(weight, *_all_reduce(_Parts(None, *found), rows)[1:])
+
+
+def number_of_rows(shape: tuple[Any, ...], rows: Rows) -> int | None:
+    """The number of rows of arrays of this local shape, on all devices.
+
+    `None` if it is symbolic, or if groups of devices differ in size.
+    """
+    number = math.prod(shape[a] for a in rows.axes)
+    if not isinstance(number, int):
+        return None
+    if rows.axis_name is None:
+        return number
+    if rows.axis_index_groups is None:
+        return number * int(lax.axis_size(rows.axis_name))
+    sizes = {len(group) for group in rows.axis_index_groups}
+    return number * sizes.pop() if len(sizes) == 1 else None
 
 
 def _summarize(
@@ -87,12 +119,17 @@ def _summarize(
     axes: tuple[int, ...],
     tiny: bool,
 ) -> list[jax.Array]:
-    """The summary of the local rows; mapped axes are not reduced."""
+    """The summary of the local rows; mapped axes are not reduced.
+
+    It has no weight if `x` has neither weights nor segments.
+    """
     whole = functools.partial(
         _summarize_all, target, x, weights, segments, axes=axes, tiny=tiny
     )
-    if guess is None or segments is not None or target.platform != "tpu":
-        return [*whole()]
+    listed = lambda parts: [v for v in parts if v is not None]
+    empty = 0 in x.shape
+    if guess is None or segments is not None or empty or target.platform != "tpu":
+        return listed(whole())
     # One pass about a guess, and a second one if that was far off in any feature. Under
     # `shard_map` and `pmap` each device decides for itself.
     summary = whole(near=guess.mean)
@@ -100,14 +137,17 @@ def _summarize(
     least_var = guess.least_var.astype(summary.var.dtype)
     # Infinity and NaN count as far off.
     near = (off <= _FAR * (summary.var + least_var)) & jnp.isfinite(summary.var)
-    some = summary.weight > 0
-    # The mean of no rows is 0, not the guess.
-    summary = summary._replace(shift=inline.where(some, summary.shift, 0))
+    shift = inline.broadcast_to(summary.shift, summary.var.shape)
+    if summary.weight is not None:
+        some = summary.weight > 0
+        near = near | ~some
+        shift = inline.where(some, shift, 0)  # The mean of no rows, not the guess.
+    summary = summary._replace(shift=shift)
     again = functools.partial(_again, summary, whole)
-    return [*lax.cond(jnp.all(near | ~some), lambda: summary, again)]
+    return listed(lax.cond(jnp.all(near), lambda: summary, again))
 
 
-def _again(first: Summary, whole: Callable[[], Summary]) -> Summary:
+def _again(first: _Parts, whole: Callable[[], _Parts]) -> _Parts:
     """The summary, repeated without the guess."""
     return whole()._replace(weight=first.weight)
 
@@ -121,7 +161,7 @@ def _summarize_all(
     *,
     axes: tuple[int, ...],
     tiny: bool,
-) -> Summary:
+) -> _Parts:
     """Summarizes rows in blocks, and merges the blocks.
 
     Blocks keep sums short, and therefore accurate. If the compiler shards `x`, each
@@ -130,16 +170,24 @@ def _summarize_all(
     """
     shards = num_shards(target, x.shape, axes)
     if segments is None:
-        summary = _summarize_blocks(target, x, weights, near, axes, shards, tiny)
+        merged = Merged.of(target, axes, x, weights)
+        x, weights, near = map(merged.view, (x, weights, near))
+        counts = block_counts(target, x.shape, merged.axes, shards)
+        if all(count == 1 for count in counts.values()):
+            parts = shifted.summarize(
+                target, x, weights, merged.axes, near=near, tiny=tiny
+            )
+            return jax.tree.map(merged.stat, _Parts(*parts))
+        summary = _summarize_blocks(target, x, weights, near, merged, counts, tiny)
     else:
         summary = _summarize_segments(target, x, weights, segments, axes, shards, tiny)
     if shards == 1:
-        return merge(summary)
+        return _merge(summary)
     per_shard = summary.var.shape[0] // shards
     summary = jax.tree.map(
         lambda v: v.reshape(shards, per_shard, *v.shape[1:]), summary
     )
-    summary = merge(Summary(*(jnp.swapaxes(v, 0, 1) for v in summary)))
+    summary = _merge(jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), summary))
     if 1 < shards <= _MOST_SLOTS:
         # The compiler turns this sum over shards into one all-reduce, and keeps the
         # merge local.
@@ -147,7 +195,7 @@ def _summarize_all(
         summary = jax.tree.map(
             lambda v: _place(v[None], index[:, None], index[None]).sum(1), summary
         )
-    return merge(summary)
+    return _merge(summary)
 
 
 def merge(parts: Summary) -> Summary:
@@ -156,60 +204,88 @@ def merge(parts: Summary) -> Summary:
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
     sample variances", 1979.
     """
-    if parts.weight.shape[0] > 1:
-        parts = _merge(
-            parts, lambda tree: jax.tree.map(lambda v: inline.total(v, (0,)), tree)
-        )
-    return Summary(*(v[0] for v in parts))
+    weight, *others = _merge(_Parts(*parts))
+    assert weight is not None
+    return Summary(weight, *others)
+
+
+def _merge(parts: _Parts) -> _Parts:
+    number = parts.var.shape[0]
+    if number > 1:
+        total = lambda tree: jax.tree.map(lambda v: inline.total(v, (0,)), tree)
+        parts = _merge_over(total, number, parts)
+    return jax.tree.map(lambda v: v[0], parts)
 
 
 def psum(tree: Any, rows: Rows) -> Any:
     """Sums a tree of arrays over the mapped axes of `rows`, in one all-reduce."""
+    flat, unpack = _packed(tree)
+    return unpack(_psum(flat, rows))
+
+
+def _psum(v: jax.Array, rows: Rows) -> jax.Array:
+    return lax.psum(v, rows.axis_name, axis_index_groups=rows.axis_index_groups)
+
+
+def _packed(tree: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
+    """A tree of arrays as one vector, and the inverse, which keeps leading axes."""
     leaves, treedef = jax.tree.flatten(tree)
-    flat = [
+    parts = [
         part.ravel()
         for leaf in leaves
         for part in ((leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,))
     ]
-    total = lax.psum(
-        jnp.concatenate(flat), rows.axis_name, axis_index_groups=rows.axis_index_groups
-    )
-    pieces = iter(jnp.split(total, np.cumsum([part.size for part in flat])[:-1]))
-    summed = [
-        (
-            lax.complex(next(pieces), next(pieces))
-            if jnp.iscomplexobj(leaf)
-            else next(pieces)
-        ).reshape(leaf.shape)
-        for leaf in leaves
-    ]
-    return jax.tree.unflatten(treedef, summed)
+    ends = np.cumsum([part.size for part in parts])[:-1]
+
+    def unpack(vector: jax.Array) -> Any:
+        pieces = iter(jnp.split(vector, ends, -1))
+        found = [
+            (
+                lax.complex(next(pieces), next(pieces))
+                if jnp.iscomplexobj(leaf)
+                else next(pieces)
+            ).reshape(*vector.shape[:-1], *leaf.shape)
+            for leaf in leaves
+        ]
+        return jax.tree.unflatten(treedef, found)
+
+    return jnp.concatenate(parts), unpack
 
 
-def _merge(parts: Summary, total: Callable[[Any], Any]) -> Summary:
-    """Merges the summaries over which `total` sums."""
-    # Means near the largest float would overflow when multiplied by their weight.
-    small = 2.0**-32
-    weights = parts.weight * numeric.DOWN
-    weight, moment = total((weights, numeric.weigh(parts.shift * small, weights)))
-    per_weight = numeric.reciprocal(weight)
-    shift = moment * per_weight.astype(moment.dtype) / small
+def _merge_over(total: Callable[[Any], Any], number: int, parts: _Parts) -> _Parts:
+    """Merges so many summaries, over which `total` sums."""
+    weight, share = None, np.asarray(1 / number, parts.var.dtype)
+    if parts.weight is None:
+        weigh = lambda v: v * share.astype(v.dtype)
+        shift = total(weigh(parts.shift))
+    else:
+        # Means near the largest float would overflow when multiplied by their weight.
+        small = 2.0**-32
+        weights = parts.weight * numeric.DOWN
+        weight, moment = total((weights, numeric.weigh(parts.shift * small, weights)))
+        per_weight = numeric.reciprocal(weight)
+        weigh = functools.partial(numeric.weigh, weights=weights * per_weight)
+        shift = moment * per_weight.astype(moment.dtype) / small
+        weight = numeric.scaled_up(weight)
     # The common shift may be any value near the mean, so it needs no gradient.
     shift = numeric.coarse(lax.stop_gradient(shift))
     offset = (parts.shift - shift) + parts.offset
-    share = weights * per_weight
-    offset, square = total(
-        (
-            numeric.weigh(offset, share),
-            numeric.weigh(parts.var + numeric.abs_square(offset), share),
-        )
-    )
+    square = parts.var + numeric.abs_square(offset)
+    offset, square = total((weigh(offset), weigh(square)))
     var = numeric.difference(square, numeric.abs_square(offset))
-    return Summary(numeric.scaled_up(weight), shift, offset, var)
+    return _Parts(weight, shift, offset, var)
 
 
 def all_reduce(summary: Summary, rows: Rows) -> Summary:
     """Merges the summaries of all devices (or of all in the same group)."""
+    weight, *others = _all_reduce(_Parts(*summary), rows)
+    assert weight is not None
+    return Summary(weight, *others)
+
+
+def _all_reduce(parts: _Parts, rows: Rows) -> _Parts:
+    if rows.axis_name is None:
+        return parts
     index = lax.axis_index(rows.axis_name)
     if rows.axis_index_groups is None:
         slots = int(lax.axis_size(rows.axis_name))
@@ -219,10 +295,10 @@ def all_reduce(summary: Summary, rows: Rows) -> Summary:
         slot_of = {i: s for g in rows.axis_index_groups for s, i in enumerate(g)}
         slot = jnp.asarray([slot_of[i] for i in sorted(slot_of)], index.dtype)[index]
     if slots > _MOST_SLOTS:
-        return _merge(summary, lambda tree: psum(tree, rows))
+        return _merge_over(functools.partial(psum, rows=rows), slots, parts)
     every = np.arange(slots, dtype=index.dtype)
-    slotted = jax.tree.map(lambda v: _place(v[None], every, slot), summary)
-    return merge(psum(slotted, rows))
+    flat, unpack = _packed(parts)
+    return _merge(unpack(_psum(_place(flat[None], every, slot), rows)))
 
 
 def _place(v: jax.Array, slots: np.ndarray, slot: jax.Array | np.ndarray) -> jax.Array:
@@ -236,19 +312,15 @@ def _summarize_blocks(
     x: jax.Array,
     weights: jax.Array | None,
     near: jax.Array | None,
-    axes: tuple[int, ...],
-    shards: int,
+    merged: Merged,
+    counts: dict[int, int],
     tiny: bool,
-) -> Summary:
-    """The summaries of blocks of rows, stacked in front."""
-    merged = Merged.of(target, axes, x, weights)
-    x, weights, axes = merged.view(x), merged.view(weights), merged.axes
-    counts = block_counts(target, x.shape, axes, shards)
-    if all(count == 1 for count in counts.values()):
-        near = merged.view(near)
-        parts = shifted.summarize(target, x, weights, axes, near=near, tiny=tiny)
-        return Summary(*(merged.stat(v)[None] for v in parts))
+) -> _Parts:
+    """The summaries of blocks of rows, stacked in front.
 
+    Arrays are merged views, whose axes are cut into so many blocks.
+    """
+    axes = merged.axes
     cut_axes = [a for a in axes if counts[a] > 1]
 
     def cut(v: Any) -> Any:
@@ -266,9 +338,8 @@ def _summarize_blocks(
 
     block_axes = [a + i for i, a in enumerate(cut_axes)]
     within = tuple(a + sum(c <= a for c in cut_axes) for a in axes)
-    near = cut(merged.view(near))
     parts = shifted.summarize(
-        target, cut(x), cut(weights), within, near=near, tiny=tiny
+        target, cut(x), cut(weights), within, near=cut(near), tiny=tiny
     )
     per_axis = [counts[a] for a in cut_axes]
 
@@ -279,7 +350,7 @@ def _summarize_blocks(
         stat = stat.reshape(math.prod(per_axis), *stat.shape[len(cut_axes) :])
         return merged.stat(stat, lead=1)
 
-    return Summary(*map(stack, parts))
+    return jax.tree.map(stack, _Parts(*parts))
 
 
 def _summarize_segments(
@@ -290,7 +361,7 @@ def _summarize_segments(
     axes: tuple[int, ...],
     shards: int,
     tiny: bool,
-) -> Summary:
+) -> _Parts:
     """The summaries of blocks of rows, each with all segments, stacked in front."""
 
     def split(v: jax.Array) -> jax.Array:
@@ -301,13 +372,14 @@ def _summarize_segments(
         # The same in every shard.
         return jnp.broadcast_to(v[None], (shards, *v.shape))
 
-    def summarize_shard(x, weights, ids) -> Summary:
+    def summarize_shard(x, weights, ids) -> _Parts:
         counts = segment_block_counts(x.shape, axes, ids.shape, segments.num)
         blocks = in_blocks(Segments(ids, segments.num), x.shape, counts)
         parts = shifted.summarize(target, x, weights, axes, blocks, tiny=tiny)
-        return Summary(*(v.reshape(-1, segments.num, *v.shape[1:]) for v in parts))
+        by_segment = lambda v: v.reshape(-1, segments.num, *v.shape[1:])
+        return jax.tree.map(by_segment, _Parts(*parts))
 
     parts = jax.vmap(summarize_shard)(
         split(x), None if weights is None else split(weights), split(segments.ids)
     )
-    return Summary(*(v.reshape(-1, *v.shape[2:]) for v in parts))
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), parts)

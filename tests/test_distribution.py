@@ -238,6 +238,20 @@ def test_more_devices_than_one_all_reduce_has_slots_for(kind, monkeypatch, rng):
 
 
 @pytest.mark.devices
+def test_groups_of_different_sizes_without_weights(rng):
+    x = rng.standard_normal((4, ROWS, FEATURES), np.float32) + 3
+    groups = ((0,), (1, 2, 3))
+    run = lambda x: jbn.moments(x, axis_name="d", axis_index_groups=groups)
+    got = jax.pmap(run, "d", devices=jax.devices()[:4])(x)
+    for group in groups:
+        rows = x[list(group)].reshape(-1, FEATURES).astype(np.float64)
+        for device in group:
+            np.testing.assert_array_equal(got.weight[device], len(rows))
+            np.testing.assert_allclose(got.mean[device], rows.mean(0), rtol=1e-6)
+            np.testing.assert_allclose(got.var[device], rows.var(0), rtol=1e-5)
+
+
+@pytest.mark.devices
 @pytest.mark.parametrize(
     "groups", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((0, 1, 2, 3),)]
 )

@@ -195,6 +195,17 @@ def test_merge_equals_the_whole(rng, sizes, offset):
     assert_moments(merge(*parts), oracle.moments(x), x, merged=True)
 
 
+@pytest.mark.parametrize("shards", [3, 40])
+def test_shards_that_weigh_alike_are_the_whole(rng, shards):
+    """In one all-reduce, and in two."""
+    x = rng.standard_normal((shards, 5, 3), np.float32) + 1e3 * np.arange(3)
+    x = (x + 3 * np.arange(shards)[:, None, None]).astype(np.float32)
+    got = jax.jit(jax.vmap(lambda x: jbn.moments(x, axis_name="i"), axis_name="i"))(x)
+    for shard in range(shards):
+        of_shard = jax.tree.map(lambda v, i=shard: v[i], got)
+        assert_moments(of_shard, wide_moments(x.reshape(-1, 3)), x)
+
+
 @on("one device")
 def test_merge_takes_many_parts(rng):
     x, parts = parts_of(rng, rng.integers(0, 6, 300))

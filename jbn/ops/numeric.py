@@ -73,9 +73,8 @@ def total_weight(
         counted = jnp.broadcast_to(counted, shape)
     # Along an axis of size 1, a weight stands for all rows of that axis.
     repeated = tuple(a for a in axes if counted.shape[a] != x.shape[a])
-    return total(counted, axes, segments).astype(dtype) * count(
-        x.shape, repeated, dtype
-    )
+    found = total(counted, axes, segments).astype(dtype)
+    return found * count(x.shape, repeated, dtype) if repeated else found
 
 
 def count(shape: tuple[Any, ...], axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
@@ -94,16 +93,15 @@ def center(
 ) -> jax.Array:
     """`x - mean` in wide arithmetic; 0 where a weightless `x` is not finite."""
     d = wide(x) - spread(mean, segments)
-    ignored = no_part(x, weights)
-    return d if ignored is None else where(ignored, 0, d)
+    part = takes_part(x, weights)
+    return d if part is None else where(part, d, 0)
 
 
-def no_part(x: jax.Array, weights: jax.Array | None) -> Bool[Array, "..."] | None:
-    """Whether an element is ignored entirely: weight zero and not finite."""
+def takes_part(x: jax.Array, weights: jax.Array | None) -> Bool[Array, "..."] | None:
+    """Whether an element has a weight or is finite; others are ignored entirely."""
     if weights is None:
         return None
-    weightless = ~weights if weights.dtype == bool else weights == 0
-    return weightless & ~jnp.isfinite(x)
+    return (weights if weights.dtype == bool else weights != 0) | jnp.isfinite(x)
 
 
 # Sums of weights near the largest float overflow, and their reciprocals underflow.
@@ -128,13 +126,13 @@ def scaled_up(total: Float[Array, "..."]) -> Float[Array, "..."]:
 def reciprocal(total: jax.Array) -> jax.Array:
     """`1 / total`, and 0 for a total of 0: averages over nothing are zero."""
     some = total > 0
-    return where(some, 1 / where(some, total, 1), 0)
+    return some.astype(total.dtype) / where(some, total, 1)
 
 
 def difference(square: jax.Array, of_mean: jax.Array) -> jax.Array:
     """The variance `square - of_mean`: not negative, and not NaN if it overflows."""
-    var = lax.max(square - of_mean, lax.full_like(square, 0))
-    return where(square == np.inf, square, var)
+    most = lax.full_like(of_mean, np.finfo(of_mean.dtype).max)
+    return lax.max(square - lax.min(of_mean, most), lax.full_like(square, 0))
 
 
 def coarse(shift: jax.Array) -> jax.Array:

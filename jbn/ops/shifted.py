@@ -35,12 +35,14 @@ def summarize(
     near: jax.Array | None = None,
     tiny: bool = False,
 ) -> tuple[
-    Float[Array, "..."],
+    Float[Array, "..."] | None,
     Inexact[Array, "..."],
     Inexact[Array, "..."],
     Float[Array, "..."],
 ]:
     """Computes `(weight, shift, offset, var)` of `x` over `axes`, kept at size 1.
+
+    The weight is `None` if there are neither weights nor segments.
 
     With <v> = sum(w * v) / sum(w), and a shift near the mean,
 
@@ -64,7 +66,8 @@ def summarize(
     """
     weights, down = numeric.scaled_down(weights)
     weight = numeric.total_weight(x, weights, axes, segments)
-    if weights is None and segments is None and is_static(x.shape):
+    even = weights is None and segments is None
+    if even and is_static(x.shape):
         rows = math.prod(x.shape[a] for a in axes)
         per_weight = np.asarray(1 / max(rows, 1), weight.dtype)
     else:
@@ -78,7 +81,7 @@ def summarize(
 
     if near is not None:
         shift = numeric.coarse(near)
-    elif weights is None and segments is None and is_static(x.shape):
+    elif even and is_static(x.shape):
         shift = numeric.coarse(_sample_mean(x, axes))
     else:
         # Use all rows, since any sample could be padding.
@@ -101,7 +104,7 @@ def summarize(
         lift = lift if segments is None else lift[None]
         offset, var = offset / lift, var / lift.real / lift.real
     weight = weight if down == 1 else numeric.scaled_up(weight)
-    return weight, shift, offset, var
+    return None if even else weight, shift, offset, var
 
 
 def _deviation(

@@ -218,4 +218,4 @@ def _pooled(groups: Summary, rows: Rows, axis: int) -> Summary:
     weight = jnp.broadcast_to(groups.weight, groups.var.shape)
     groups = groups._replace(weight=weight)
     whole = summary.merge(Summary(*(jnp.moveaxis(v, axis, 0) for v in groups)))
-    return whole if rows.axis_name is None else summary.all_reduce(whole, rows)
+    return summary.all_reduce(whole, rows)

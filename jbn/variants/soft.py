@@ -49,8 +49,8 @@ def mixed(call: Call, domain: AtRank, *, mix: str):
     y = table.back(_FORMULAS[mix](call, rows, mean, var, scale, bias, shift))
     if call.residual is not None:
         residual = numeric.wide(call.residual).astype(y.dtype)
-        ignored = numeric.no_part(call.residual, call.weights)
-        y = y + (residual if ignored is None else jnp.where(ignored, 0, residual))
+        part = numeric.takes_part(call.residual, call.weights)
+        y = y + (residual if part is None else jnp.where(part, residual, 0))
     if call.activation is not None:
         y = call.activation(y)
     return y.astype(call.dtype), call.updated(batch)
@@ -115,11 +115,11 @@ def _by_output(call, rows, mean, var, scale, bias, shift):
         d = numeric.center(x, shift[None], weights)
         y = d * soft.product(shares, gain.astype(d.dtype))
         y = y + soft.product(shares, moved.astype(d.dtype))
-        ignored = numeric.no_part(x, weights)
-        assert ignored is not None
+        part = numeric.takes_part(x, weights)
+        assert part is not None
         if call.weights is None:  # Ignored elements have no shares.
-            return jnp.where(ignored, 0, y)
-        return jnp.where(ignored, soft.product(shares, plain), y)
+            return jnp.where(part, y, 0)
+        return jnp.where(part, y, soft.product(shares, plain))
 
     return soft.each_block(block, *rows)
 
@@ -151,8 +151,8 @@ def _by_stats(call, rows, mean, var, scale, bias, shift):
         center = soft.product(p, offset)
         gain = gain_of(variance(p, center), call.epsilon.reshape(()), None)
         d = numeric.center(x, shift[None], weights) - center
-        ignored = numeric.no_part(x, weights)
-        d = d if ignored is None else jnp.where(ignored, 0, d)
+        part = numeric.takes_part(x, weights)
+        d = d if part is None else jnp.where(part, d, 0)
         y = d * gain.astype(d.dtype)
         y = y if scale is None else y * mixture(p, scale)
         return y if bias is None else y + mixture(p, bias)

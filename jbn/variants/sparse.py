@@ -145,9 +145,9 @@ def _sparse(call: Call):
     # Minus the background, so that elements that are not stored are zero.
     values = numeric.wide(stored.x)
     # The output of an ignored element is the bias.
-    ignored = numeric.no_part(stored.x, stored.weights)
-    assert ignored is not None
-    values = jnp.where(ignored, stored.spread(call.lay.squeeze(stats.mean)), values)
+    part = numeric.takes_part(stored.x, stored.weights)
+    assert part is not None
+    values = jnp.where(part, values, stored.spread(call.lay.squeeze(stats.mean)))
     values = values * stored.spread(call.lay.squeeze(slope))
     y = BCOO(
         (values.astype(call.dtype), x.indices),
