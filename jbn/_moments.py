@@ -273,14 +273,8 @@ def row_moments_tangent(
             sums[i] += total(v, rows.axes, segments)
     if rows.axis_name is not None:
         sums = summary.psum(sums, rows)
-    number = None
-    if weights is None and segments is None:
-        number = summary.number_of_rows(x.shape, rows)
-    if number is None:
-        weight = parts.weight if down == 1 else parts.weight * down
-        per_weight = numeric.reciprocal(weight)
-    else:
-        per_weight = np.asarray(1 / max(number, 1), parts.var.dtype)
+    weight = parts.weight if down == 1 else parts.weight * down
+    per_weight = numeric.reciprocal(weight)
     dmean = sums[0] * per_weight.astype(sums[0].dtype)
     return dmean, sums[1] * per_weight, sums[2] if dweights is not None else None
 

@@ -86,14 +86,14 @@ def summarize(
     if weights is not None or segments is not None:
         return all_reduce(Summary(*found), rows)
     weight = numeric.total_weight(x, None, rows.axes)
-    number = number_of_rows(x.shape, rows)
+    number = _number_of_rows(x.shape, rows)
     if number is None:
         return all_reduce(Summary(weight, *found), rows)
     weight = lax.full(weight.shape, number, weight.dtype)
     return Summary(weight, *_all_reduce(_Parts(None, *found), rows)[1:])
 
 
-def number_of_rows(shape: tuple[Any, ...], rows: Rows) -> int | None:
+def _number_of_rows(shape: tuple[Any, ...], rows: Rows) -> int | None:
     """The number of rows of arrays of this local shape, on all devices.
 
     `None` if it is symbolic, or if groups of devices differ in size.
