@@ -12,9 +12,10 @@ over each stream, in random order or sorted by class, by
 - stream: `jbn.tools.stream`.
 
 TENT's rate, and momentum and `tau` of `stream`, are chosen on other images, which were
-held out of the training set, in other corruptions. There are a multilayer perceptron on
-the embedded digits and, with `--data`, a `resnet8` on an archive of JPEG images with
-`{train,test}_{jpeg,offsets,labels}`.
+held out of the training set, in other corruptions and clean: the best mean of those
+settings that lose at most one point in any of these streams, or of all settings if
+none does. There are a multilayer perceptron on the embedded digits and, with `--data`,
+a `resnet8` on an archive of JPEG images with `{train,test}_{jpeg,offsets,labels}`.
 """
 
 import argparse
@@ -36,7 +37,10 @@ from jbn.tools import kinds, stream
 
 BATCH = 16
 ORDERS = ("random", "by class")
-MOMENTUM, TAU, RATES = (0.8, 0.9, 0.95, 0.98), (0.0, 30.0), (1e-4, 1e-3)
+MOMENTUM, RATES = (0.9, 0.95, 0.98, 0.99), (1e-5, 1e-4)
+# Without one, `tau` follows from the distance to the source.
+TAU = ({}, {"tau": 0.0}, {"tau": 500.0})
+MOST_LOST = 0.01  # of accuracy, in any held-out stream
 norm = functools.partial(BatchNorm, momentum=0.9)
 
 # ---- Data ---------------------------------------------------------------------------
@@ -188,31 +192,38 @@ def by_target(model, variables, batches, setting):
     return jax.lax.map(run, batches)
 
 
+def tent(variables, rate):
+    """TENT's optimizer: of scale and bias of the norms alone."""
+    still = optax.set_to_zero()
+    transforms = {"norm": optax.adam(rate), "weight": still, "bias": still}
+    return optax.multi_transform(transforms, kinds(variables))
+
+
 @functools.partial(jax.jit, static_argnums=0)
+def tent_step(model, variables, params, state, x, rate):
+    """Parameters and state after a step down the entropy of a batch; its logits."""
+
+    def entropy(params):
+        logits, _ = model.apply(
+            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        )
+        log = jax.nn.log_softmax(logits)
+        return -(jnp.exp(log) * log).sum(-1).mean(), logits
+
+    grads, logits = jax.grad(entropy, has_aux=True)(params)
+    updates, state = tent(variables, rate).update(grads, state, params)
+    return optax.apply_updates(params, updates), state, logits
+
+
 def by_tent(model, variables, batches, setting):
     """The same, with a step down the entropy of each batch after its prediction."""
-    still = optax.set_to_zero()
-    optimizer = optax.multi_transform(
-        {"norm": optax.adam(setting["rate"]), "weight": still, "bias": still},
-        kinds(variables),
-    )
-
-    def step(carry, x):
-        params, state = carry
-
-        def entropy(params):
-            logits, _ = model.apply(
-                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
-            )
-            log = jax.nn.log_softmax(logits)
-            return -(jnp.exp(log) * log).sum(-1).mean(), logits
-
-        grads, logits = jax.grad(entropy, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), logits
-
-    start = variables["params"], optimizer.init(variables["params"])
-    return jax.lax.scan(step, start, batches)[1]
+    rate, params, found = setting["rate"], variables["params"], []
+    state = tent(variables, rate).init(params)
+    # In a loop of XLA the gradients take seven times as long on a CPU.
+    for x in batches:
+        params, state, logits = tent_step(model, variables, params, state, x, rate)
+        found.append(logits)
+    return np.stack(found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -230,7 +241,7 @@ METHODS = {
     "TENT": (by_tent, [{"rate": r} for r in RATES], evidence.GREEN, "^"),
     "stream": (
         by_stream,
-        [{"momentum": m, "tau": t} for m, t in itertools.product(MOMENTUM, TAU)],
+        [{"momentum": m, **t} for m, t in itertools.product(MOMENTUM, TAU)],
         evidence.BLUE,
         "D",
     ),
@@ -250,15 +261,21 @@ def cases_of(kinds_):
 
 
 def choose(model, variables, images, labels):
-    """The best setting of each method, by its mean over streams."""
-    scores = {name: np.zeros(len(METHODS[name][1])) for name in ("TENT", "stream")}
-    for case, order in itertools.product(cases_of(CHOSEN_BY), ORDERS):
+    """The setting of each method: the best mean, first of those that lose little."""
+    cases = itertools.product([("clean", 0), *cases_of(CHOSEN_BY)], ORDERS)
+    gains = {name: [[] for _ in METHODS[name][1]] for name in METHODS}
+    for case, order in cases:
         data = streams(corrupted(images, *case, seed=7), labels, order)
-        for name, found in scores.items():
-            for i, setting in enumerate(METHODS[name][1]):
-                found[i] += accuracy(name, setting, model, variables, *data)
-    chosen = {name: METHODS[name][1][0] for name in METHODS}
-    return chosen | {n: METHODS[n][1][int(s.argmax())] for n, s in scores.items()}
+        base = accuracy("source", {}, model, variables, *data)
+        for name, found in gains.items():
+            for setting, of_setting in zip(METHODS[name][1], found, strict=True):
+                value = accuracy(name, setting, model, variables, *data)
+                of_setting.append(value - base)
+    score = lambda gains: (min(gains) >= -MOST_LOST, np.mean(gains))
+    return {
+        name: METHODS[name][1][max(range(len(found)), key=lambda i: score(found[i]))]
+        for name, found in gains.items()
+    }
 
 
 def measure(name, model, splits, seeds, epochs, flip, reported):
@@ -346,7 +363,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="an archive of JPEG images")
     parser.add_argument("--epochs", type=int, default=3, help="of `resnet8`")
-    parser.add_argument("--seeds", type=int, default=1, help="of `resnet8`")
+    parser.add_argument("--seeds", type=int, default=3, help="of `resnet8`")
     parser.add_argument("--images", type=int, default=1000, help="to classify")
     args = parser.parse_args()
     (images, labels), test = evidence.digits()
@@ -359,7 +376,8 @@ def main():
     if args.data:
         images, labels = evidence.load_images(args.data, "train")
         test = evidence.load_images(args.data, "test", args.images)
-        splits = (images[400:], labels[400:]), (images[:400], labels[:400]), test
+        held = 1000
+        splits = (images[held:], labels[held:]), (images[:held], labels[:held]), test
         model = resnet8(num_classes=int(labels.max()) + 1, norm=norm)
         results["images"] = measure(
             "images",

@@ -21,6 +21,7 @@ from jbn.tools._recalibrate import (
 from jbn.tools._stream import (
     Stream as Stream,
     StreamState as StreamState,
+    empirical_bayes as empirical_bayes,
     stream as stream,
 )
 from jbn.tools.fold_into import (

@@ -25,6 +25,11 @@ from jbn.typing import ArrayLike, BatchStats, Moments
 _OPTIONS = {"accumulate": True, "update_stats": True, "min_weight": np.inf}
 
 
+# A number, one for each feature, or these by the path of the layer.
+Tau = float | int | ArrayLike | Mapping[str, Any]
+TauRule = Callable[[Mapping[str, Moments], Mapping[str, BatchStats]], Any]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StreamState:
@@ -63,11 +68,55 @@ class Stream(NamedTuple):
     variables: Callable[[StreamState], Any]
 
 
+def empirical_bayes(
+    now: Mapping[str, Moments], source: Mapping[str, BatchStats]
+) -> jax.Array:
+    """`tau` of `stream` by how far the stream is from the source.
+
+    With d the distance of the mixture from the source, in standard deviations,
+
+        d**2 = average over layers of
+               sum(abs(mean - mean_source)**2 + (std - std_source)**2) / sum(var_source)
+        tau = 1 / d**2
+
+    where sums are over features; it is the squared Wasserstein distance of normal
+    distributions. An estimate from n examples errs by some 1 / n. If shifts are of
+    variance d**2, the best compromise weighs the stream by n / (n + 1 / d**2). So a
+    stream that only differs from the source by chance leaves its statistics in place.
+
+    Args:
+        now: Mean and variance of the mixture, by the path of the layer.
+        source: The same of the source.
+
+    Returns:
+        `tau`, a scalar; infinite if nothing has moved.
+
+    Example:
+        >>> now = {"norm": jbn.Moments(jnp.ones(2), jnp.full(2, 0.5), jnp.ones(2))}
+        >>> source = {"norm": jbn.BatchStats(jnp.zeros(2), jnp.ones(2))}
+        >>> empirical_bayes(now, source).item()
+        4.0
+
+    References:
+        Efron and Morris, "Stein's Estimation Rule and Its Competitors: An Empirical
+        Bayes Approach", 1973. https://doi.org/10.1080/01621459.1973.10481350
+    """
+    distances = []
+    for path, (_, mean, var) in now.items():
+        old = source[path]
+        moved = jnp.square(jnp.abs(mean - old.mean))
+        moved += jnp.square(jnp.sqrt(var) - jnp.sqrt(old.var))
+        # A layer without any variance has no scale to measure by.
+        total = old.var.sum()
+        distances.append(moved.sum() / jnp.where(total > 0, total, jnp.inf))
+    return len(distances) / jnp.sum(jnp.stack(distances))
+
+
 def stream(
     apply: Callable[[Any, Any], Any],
     *,
-    momentum: float | int | ArrayLike = 0.9,
-    tau: float | int | ArrayLike | Mapping[str, Any] = 0.0,
+    momentum: float | int | ArrayLike = 0.99,
+    tau: Tau | TauRule = empirical_bayes,
     shares: Callable[[Any], jax.Array] = jax.nn.softmax,
     where: Where = None,
     also: Also = None,
@@ -97,10 +146,12 @@ def stream(
             Linen, the first of the two that it returns) has the batch in front.
         momentum: Weight of the old statistics of a class after one more example of it.
             The memory is some `1 / (1 - momentum)` examples of each class.
-        tau: Draws the mixture towards the source's statistics for good, as `tau`
-            examples of these would, against as many as have been seen, at most those of
-            the memory; see `jbn.shrink`. A number, one for each feature, or a dict of
-            these by the path of the layer. May be traced.
+        tau: Draws the mixture towards the source's statistics, as `tau` examples of
+            these would, against as many as have been seen, at most those of the memory;
+            see `jbn.shrink`. A number, one for each feature, or a dict of these by the
+            path of the layer; or a function that returns one of these, of the mixtures
+            and the source's statistics, both by path. May be traced. By default it is
+            small if the stream is far from the source, see `empirical_bayes`.
         shares: Function of the outputs for a batch: the shares of the examples in the
             classes, non-negative and of shape (batch, classes). By default the outputs
             are logits. `lambda y: jax.nn.one_hot(y.argmax(-1), 10)` counts an example
@@ -212,16 +263,20 @@ def stream(
         """The state with the mixture of its classes in the variables."""
         # A class is remembered by so many examples at most.
         memory = jnp.minimum(state.seen, 1 / (1 - jnp.asarray(momentum, jnp.float32)))
-        found = {}
+        now = {}
         for path, classes in state.classes.items():
-            num, *features = classes.mean.shape
-            share = jnp.full((num, *features), 1 / num)
-            found[path] = jbn.shrink(
-                merge_stacked(Moments(share, classes.mean, classes.var)),
+            share = jnp.full(classes.mean.shape, 1 / len(state.seen))
+            now[path] = merge_stacked(Moments(share, classes.mean, classes.var))
+        towards = tau(now, state.source) if callable(tau) else tau
+        found = {
+            path: jbn.shrink(
+                moments,
                 state.source[path],
-                tau=_of_layer(tau, path),
-                effective_weight=jnp.full(features, memory.sum()),
+                tau=_of_layer(towards, path),
+                effective_weight=jnp.full(moments.mean.shape, memory.sum()),
             )
+            for path, moments in now.items()
+        }
         model = with_moments(_model(state.graph, state.variables), found, norms)
         if state.graph is not None:
             _, model = nnx.split(model)

@@ -21,7 +21,7 @@ import jbn.linen
 import jbn.nnx
 import jbn.training
 from jbn.models import MLP
-from jbn.tools import adapt, stream
+from jbn.tools import adapt, empirical_bayes, stream
 
 
 close = functools.partial(np.testing.assert_allclose, rtol=3e-5, atol=3e-5)
@@ -95,6 +95,8 @@ def expected(variables, batches, momentum, tau=0.0, shares=softmax):
         outputs.append(dense(norm(h, names[1]), "Dense_1"))
         p = shares(outputs[-1])
         seen += p.sum(0)
+        n = np.minimum(seen, 1 / (1 - momentum)).sum() if momentum < 1 else 1
+        mixtures = {}
         for name in names:
             for k in range(CLASSES):
                 if p[:, k].sum() == 0:
@@ -109,16 +111,29 @@ def expected(variables, batches, momentum, tau=0.0, shares=softmax):
                 classes[name][k] = mixture(*both, [keep, 1 - keep])
             mean, var = map(np.stack, zip(*classes[name], strict=True))
             mixed = mixture(mean, var, np.ones(CLASSES))
-            n = np.minimum(seen, 1 / (1 - momentum)).sum() if momentum < 1 else 1
-            s, a = source[name], n / (n + np.asarray(tau))
+            mixtures[name] = mixed
+        towards = tau(mixtures, source) if callable(tau) else tau
+        for name, mixed in mixtures.items():
+            own = towards[name] if isinstance(towards, dict) else towards
+            s, a = source[name], n / (n + np.asarray(own))
             mean = (1 - a) * s["mean"] + a * mixed[0]
             gap = a * (1 - a) * (mixed[0] - s["mean"]) ** 2
             now[name] = mean, (1 - a) * s["var"] + a * mixed[1] + gap
     return np.stack(outputs), now, seen
 
 
+def distance(mixtures, source):
+    """Of all layers from the source, in its standard deviations, squared."""
+    found = []
+    for name, (mean, var) in mixtures.items():
+        s = source[name]
+        off = (mean - s["mean"]) ** 2 + (np.sqrt(var) - np.sqrt(s["var"])) ** 2
+        found.append(off.sum() / s["var"].sum())
+    return np.mean(found)
+
+
 def run(variables, data, apply=apply, **options):
-    adapter = stream(apply, **options)
+    adapter = stream(apply, **{"momentum": 0.9, "tau": 0.0, **options})
     state = adapter.init(variables, data[0])
     state, outputs = jax.jit(lambda *args: jax.lax.scan(adapter.step, *args))(
         state, data
@@ -179,6 +194,37 @@ def test_tau_of_each_layer_and_feature_may_be_traced(variables, data):
         close(stats["BatchNorm_0"]["var"][i], want["BatchNorm_0"][1][i])
     _, want, _ = expected(variables, data[:1], 0.9)
     close(stats["BatchNorm_1"]["mean"], want["BatchNorm_1"][0])
+
+
+def test_by_default_tau_is_that_of_empirical_bayes(variables, data):
+    adapter = stream(apply)
+    state, outputs = jax.lax.scan(adapter.step, adapter.init(variables, data[0]), data)
+    tau = lambda mixtures, source: 1 / distance(mixtures, source)
+    want = expected(variables, data, 0.99, tau)
+    assert_as_expected((outputs, adapter.variables(state), state), want)
+
+
+def test_tau_as_a_function_of_the_statistics(variables, data):
+    gaps = lambda now, source, mean: {
+        path: 9 * abs(mean(now[path]) - mean(source[path])).sum() for path in now
+    }
+    found = run(variables, data, tau=lambda *a: gaps(*a, lambda stats: stats.mean))
+    # In `expected` a mixture is a tuple, and the source a dict.
+    mean = lambda stats: stats["mean"] if isinstance(stats, dict) else stats[0]
+    want = expected(variables, data, 0.9, lambda *a: gaps(*a, mean))
+    assert_as_expected(found, want)
+
+
+def test_a_stream_like_the_source_leaves_it_in_place():
+    stats = jbn.Moments(jnp.ones(2), jnp.asarray([1.0, 2.0]), jnp.asarray([0.0, 3.0]))
+    source = {"norm": jbn.BatchStats(stats.mean, stats.var)}
+    assert empirical_bayes({"norm": stats}, source) == jnp.inf
+    # The same distance in both directions, in a layer beside one that has no scale.
+    moved = stats._replace(mean=stats.mean + 3)
+    flat = jbn.Moments(jnp.ones(2), jnp.ones(2), jnp.zeros(2))
+    now = {"norm": moved, "flat": flat}
+    source["flat"] = jbn.BatchStats(jnp.zeros(2), jnp.zeros(2))
+    np.testing.assert_allclose(empirical_bayes(now, source), 2 / (18 / 3))
 
 
 def test_training_mode_is_the_same(variables, data):
