@@ -14,10 +14,10 @@ and edges. The methods differ in the norm layers only:
 - layer norm: each node by its own,
 - none.
 
-Each of ten stratified folds is the test set once, with 5 seeds (2 if there are more
-than 10,000 nodes). Each seed holds out another one of the nine remaining folds, to
-validate. For each test fold, rate and dropout are chosen by validation with the first
-seed, and the number of steps by validation with all.
+Each of ten stratified folds is the test set once, with 5 seeds. Each seed holds out
+another one of the nine remaining folds, to validate. For each test fold, rate and
+dropout are chosen by validation with the first seed, and the number of steps by
+validation with all.
 
 `--data` is a file or a folder of files, plain or gzip: first the number of graphs, then
 for each graph a line `nodes label`, and a line `tag degree neighbor ...` for each node.
@@ -50,7 +50,6 @@ BATCH, WIDTH, LAYERS, MOMENTUM = 32, 32, 3, 0.9
 STEPS, EVERY = 200, 20  # steps, and steps from one check to the next
 SETTINGS = {"rate": 0.01, "dropout": 0.5}, {"rate": 0.003, "dropout": 0.0}
 METHODS = "no mask", "masked", "by graph", "graph norm", "layer norm", "none"
-LARGE, FEW = 10_000, range(2)  # Data sets of more nodes get fewer seeds.
 WIDER = 4  # How much more padding there is in another evaluation.
 
 # ---- Data ---------------------------------------------------------------------------
@@ -477,8 +476,7 @@ def main():
         results = json.loads(path.read_text())["results"]
     for name, data in sorted(sets.items(), key=lambda pair: len(pair[1].tags)):
         started = time.process_time()
-        seeds = SEEDS if len(data.tags) <= LARGE else FEW
-        tests, steps = range(FOLDS), STEPS
+        seeds, tests, steps = SEEDS, range(FOLDS), STEPS
         if args.quick:
             seeds, tests, steps = seeds[:1], tests[:2], 2 * EVERY
         setup = prepare(data, tests, seeds, steps)

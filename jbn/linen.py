@@ -608,6 +608,21 @@ def _variable(
     return None
 
 
+def _param(
+    layer: BatchNorm, name: str, init: Callable[..., Any], shape: tuple[int, ...]
+) -> jax.Array:
+    """A parameter.
+
+    `layer.param` traces `init` to compare shapes, also where there is a value. That is
+    a third of the time of a call without `jit`.
+    """
+    if layer.has_variable("params", name):
+        value = nn.unbox(layer.get_variable("params", name))
+        if jnp.shape(value) == shape:
+            return value
+    return layer.param(name, init, shape, layer.param_dtype)
+
+
 def _numbers(
     layer: BatchNorm, use_running_average: bool | None, call: dict[str, Any]
 ) -> tuple[dict[str, Any], nn.Variable | None]:
@@ -679,15 +694,10 @@ def _thread(
     params = None
     if params_front is not None:
         shape = (*params_front, *features)
+        ones = scale_init or layer.scale_init
         params = Params(
-            layer.param(
-                "scale", scale_init or layer.scale_init, shape, layer.param_dtype
-            )
-            if layer.use_scale
-            else None,
-            layer.param("bias", layer.bias_init, shape, layer.param_dtype)
-            if layer.use_bias
-            else None,
+            _param(layer, "scale", ones, shape) if layer.use_scale else None,
+            _param(layer, "bias", layer.bias_init, shape) if layer.use_bias else None,
         )
     running = as_batch_stats({name: v.value for name, v in variables.items()})
     numbers, step = _numbers(layer, use_running_average, call)
