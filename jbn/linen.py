@@ -610,8 +610,8 @@ def _variable(
 
 def _param(
     layer: BatchNorm, name: str, init: Callable[..., Any], shape: tuple[int, ...]
-) -> jax.Array:
-    """A parameter.
+) -> Any:
+    """A parameter, of JAX or NumPy.
 
     `layer.param` traces `init` to compare shapes, also where there is a value. That is
     a third of the time of a call without `jit`.
