@@ -402,16 +402,16 @@ def _row_terms(
     shift = dbias - slope * dmean
     gain = d * rstd * (dscale - slope * rstd * dvar / 2)
     """
-    _, weights, segments, stats, scale, bias, *_ = of_element
+    x, weights, segments, stats, scale, bias, *_ = of_element
     wide = stats.mean.dtype
     dmean, half_dvar = _stats_tangent(form.rows, of_element, tangents)
-    # Multiply per-feature values before they are broadcast to the rows, unless scale
-    # and bias already vary by row.
-    by_row = segments is None and any(
-        v is not None and v.shape != stats.mean.shape for v in (scale, bias)
+    # Multiply small values before they are broadcast to the rows, unless scale or bias
+    # has an entry for each element.
+    by_element = segments is None and any(
+        v is not None and v.shape == x.shape for v in (scale, bias)
     )
     each_row = functools.partial(_each_row, operands=of_element)
-    early, late = (each_row, lambda v: v) if by_row else (lambda v: v, each_row)
+    early, late = (each_row, lambda v: v) if by_element else (lambda v: v, each_row)
     dshift = dgain = None
     if tangents.bias is not None:
         dshift = early(tangents.bias.astype(wide))

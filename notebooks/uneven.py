@@ -591,7 +591,8 @@ assert trimmed[GOOD] > 90 > 30 > untrimmed[GOOD]
 # A trained network meets brighter images, without labels. They come sorted by class, in
 # batches of 16, so the statistics of a batch are those of a class or two. `stream`
 # keeps running statistics of each class, moves those of the classes that an image is
-# predicted to be of, and normalizes by the mixture of all.
+# predicted to be of, and normalizes by the mixture of all: the further it is from the
+# statistics of training, the more so.
 
 # %%
 from jbn import tools
@@ -606,7 +607,7 @@ sorted_rows = np.argsort(data.test.label, kind="stable")[: 22 * 16]
 answers = data.test.label[sorted_rows]
 batches = data.test.image[sorted_rows].reshape(22, 16, 8, 8, 1).astype(np.float32)
 apply = lambda v, x: model.apply(v, x, train=False, mutable=["batch_stats"])
-adapter = tools.stream(apply, momentum=0.9, tau=30)
+adapter = tools.stream(apply, momentum=0.9)
 
 
 by_running = lambda x: model.apply(trained, x, train=False)

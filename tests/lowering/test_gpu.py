@@ -218,3 +218,10 @@ def test_sharded_features_stay_where_they_are(rng, as_on_a_gpu):
     want = jax.jit(lambda x, ct: layer(x, None, ct))(x, ct)
     close(got, want, 1e-2)
     assert "all-to-all(" not in (compiled.as_text() or "")
+
+
+def test_sums_around_an_axis_that_is_kept_have_no_blocks():
+    gpu = Target("gpu", 1)
+    assert Blocks.of(gpu, (256, 256, 64), (0, 1)) is not None
+    assert Blocks.of(gpu, (256, 256, 64), (0,)) is not None
+    assert Blocks.of(gpu, (256, 16, 256, 64), (0, 2)) is None

@@ -517,3 +517,17 @@ def test_the_message_speaks_of_classes():
     with pytest.raises(ValueError, match=r"`params\.scale`") as raised:
         run(labels=LABELS, params=jbn.init((3, 5))[0])
     assert "domain" not in str(raised.value)
+
+
+def test_a_label_for_each_image_saves_no_scale_for_each_pixel():
+    shape, classes = (16, 32, 32, 16), 4
+    _, stats = jbn.init(shape[-1])
+    params = Params(*jnp.ones((2, classes, shape[-1])))
+    x, labels = jnp.ones(shape), jnp.zeros(shape[0], int)
+
+    def loss(x, params, ct):
+        return (ct * train(x, params, stats, labels=labels)[0]).sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(x, params, x).compile()
+    analysis: Any = program.memory_analysis()
+    assert analysis.temp_size_in_bytes < 0.1 * x.nbytes
