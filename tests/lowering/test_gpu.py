@@ -221,7 +221,6 @@ def test_sharded_features_stay_where_they_are(rng, as_on_a_gpu):
 
 
 def test_sums_around_an_axis_that_is_kept_have_no_blocks():
-    gpu = Target("gpu", 1)
-    assert Blocks.of(gpu, (256, 256, 64), (0, 1)) is not None
-    assert Blocks.of(gpu, (256, 256, 64), (0,)) is not None
-    assert Blocks.of(gpu, (256, 16, 256, 64), (0, 2)) is None
+    assert Blocks.of(ONE_GPU, (256, 256, 64), (0, 1)) is not None
+    assert Blocks.of(ONE_GPU, (256, 256, 64), (0,)) is not None
+    assert Blocks.of(ONE_GPU, (256, 16, 256, 64), (0, 2)) is None
