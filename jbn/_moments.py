@@ -287,4 +287,5 @@ def nonzero(tangent):
 
 def as_moments(parts: Summary) -> Moments:
     """The moments of a summary, with the mean rounded."""
+    assert parts.weight is not None
     return Moments(parts.weight, parts.shift + parts.offset, parts.var)

@@ -33,16 +33,9 @@ class Summary(NamedTuple):
 
     A mean of 1e4 standard deviations, rounded to float32, is off by 1e-3 of one. That
     is harmless in an output, but not in the distance of two means that are merged.
+
+    Within this file `weight` is `None` while all parts have the same weight.
     """
-
-    weight: Float[Array, "..."]
-    shift: Inexact[Array, "..."]
-    offset: Inexact[Array, "..."]
-    var: Float[Array, "..."]
-
-
-class _Parts(NamedTuple):
-    """A summary, or several of them; no weight if all parts weigh alike."""
 
     weight: Float[Array, "..."] | None
     shift: Inexact[Array, "..."]
@@ -86,27 +79,22 @@ def summarize(
     if weights is not None or segments is not None:
         return all_reduce(Summary(*found), rows)
     weight = numeric.total_weight(x, None, rows.axes)
-    number = _number_of_rows(x.shape, rows)
-    if number is None:
+    devices = _devices(rows)
+    if devices is None:
         return all_reduce(Summary(weight, *found), rows)
-    weight = lax.full(weight.shape, number, weight.dtype)
-    return Summary(weight, *_all_reduce(_Parts(None, *found), rows)[1:])
+    if devices > 1:  # All have as many rows.
+        weight = weight * np.asarray(devices, weight.dtype)
+    return all_reduce(Summary(None, *found), rows)._replace(weight=weight)
 
 
-def _number_of_rows(shape: tuple[Any, ...], rows: Rows) -> int | None:
-    """The number of rows of arrays of this local shape, on all devices.
-
-    `None` if it is symbolic, or if groups of devices differ in size.
-    """
-    number = math.prod(shape[a] for a in rows.axes)
-    if not isinstance(number, int):
-        return None
+def _devices(rows: Rows) -> int | None:
+    """How many devices share the rows; `None` if groups of them differ in size."""
     if rows.axis_name is None:
-        return number
+        return 1
     if rows.axis_index_groups is None:
-        return number * int(lax.axis_size(rows.axis_name))
+        return int(lax.axis_size(rows.axis_name))
     sizes = {len(group) for group in rows.axis_index_groups}
-    return number * sizes.pop() if len(sizes) == 1 else None
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _summarize(
@@ -147,7 +135,7 @@ def _summarize(
     return listed(lax.cond(jnp.all(near), lambda: summary, again))
 
 
-def _again(first: _Parts, whole: Callable[[], _Parts]) -> _Parts:
+def _again(first: Summary, whole: Callable[[], Summary]) -> Summary:
     """The summary, repeated without the guess."""
     return whole()._replace(weight=first.weight)
 
@@ -161,7 +149,7 @@ def _summarize_all(
     *,
     axes: tuple[int, ...],
     tiny: bool,
-) -> _Parts:
+) -> Summary:
     """Summarizes rows in blocks, and merges the blocks.
 
     Blocks keep sums short, and therefore accurate. If the compiler shards `x`, each
@@ -177,17 +165,17 @@ def _summarize_all(
             parts = shifted.summarize(
                 target, x, weights, merged.axes, near=near, tiny=tiny
             )
-            return jax.tree.map(merged.stat, _Parts(*parts))
+            return jax.tree.map(merged.stat, Summary(*parts))
         summary = _summarize_blocks(target, x, weights, near, merged, counts, tiny)
     else:
         summary = _summarize_segments(target, x, weights, segments, axes, shards, tiny)
     if shards == 1:
-        return _merge(summary)
+        return merge(summary)
     per_shard = summary.var.shape[0] // shards
     summary = jax.tree.map(
         lambda v: v.reshape(shards, per_shard, *v.shape[1:]), summary
     )
-    summary = _merge(jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), summary))
+    summary = merge(jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), summary))
     if 1 < shards <= _MOST_SLOTS:
         # The compiler turns this sum over shards into one all-reduce, and keeps the
         # merge local.
@@ -195,7 +183,7 @@ def _summarize_all(
         summary = jax.tree.map(
             lambda v: _place(v[None], index[:, None], index[None]).sum(1), summary
         )
-    return _merge(summary)
+    return merge(summary)
 
 
 def merge(parts: Summary) -> Summary:
@@ -204,12 +192,6 @@ def merge(parts: Summary) -> Summary:
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
     sample variances", 1979.
     """
-    weight, *others = _merge(_Parts(*parts))
-    assert weight is not None
-    return Summary(weight, *others)
-
-
-def _merge(parts: _Parts) -> _Parts:
     number = parts.var.shape[0]
     if number > 1:
         total = lambda tree: jax.tree.map(lambda v: inline.total(v, (0,)), tree)
@@ -252,11 +234,11 @@ def _packed(tree: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
     return jnp.concatenate(parts), unpack
 
 
-def _merge_over(total: Callable[[Any], Any], number: int, parts: _Parts) -> _Parts:
-    """Merges so many summaries, over which `total` sums."""
-    weight, share = None, np.asarray(1 / number, parts.var.dtype)
+def _merge_over(total: Callable[[Any], Any], number: int, parts: Summary) -> Summary:
+    """Merges `number` summaries; `total` sums over them."""
+    weight = None
     if parts.weight is None:
-        weigh = lambda v: v * share.astype(v.dtype)
+        weigh = lambda v: v * np.asarray(1 / number, v.dtype)
         shift = total(weigh(parts.shift))
     else:
         # Means near the largest float would overflow when multiplied by their weight.
@@ -273,19 +255,13 @@ def _merge_over(total: Callable[[Any], Any], number: int, parts: _Parts) -> _Par
     square = parts.var + numeric.abs_square(offset)
     offset, square = total((weigh(offset), weigh(square)))
     var = numeric.difference(square, numeric.abs_square(offset))
-    return _Parts(weight, shift, offset, var)
+    return Summary(weight, shift, offset, var)
 
 
 def all_reduce(summary: Summary, rows: Rows) -> Summary:
     """Merges the summaries of all devices (or of all in the same group)."""
-    weight, *others = _all_reduce(_Parts(*summary), rows)
-    assert weight is not None
-    return Summary(weight, *others)
-
-
-def _all_reduce(parts: _Parts, rows: Rows) -> _Parts:
     if rows.axis_name is None:
-        return parts
+        return summary
     index = lax.axis_index(rows.axis_name)
     if rows.axis_index_groups is None:
         slots = int(lax.axis_size(rows.axis_name))
@@ -295,10 +271,10 @@ def _all_reduce(parts: _Parts, rows: Rows) -> _Parts:
         slot_of = {i: s for g in rows.axis_index_groups for s, i in enumerate(g)}
         slot = jnp.asarray([slot_of[i] for i in sorted(slot_of)], index.dtype)[index]
     if slots > _MOST_SLOTS:
-        return _merge_over(functools.partial(psum, rows=rows), slots, parts)
+        return _merge_over(functools.partial(psum, rows=rows), slots, summary)
     every = np.arange(slots, dtype=index.dtype)
-    flat, unpack = _packed(parts)
-    return _merge(unpack(_psum(_place(flat[None], every, slot), rows)))
+    flat, unpack = _packed(summary)
+    return merge(unpack(_psum(_place(flat[None], every, slot), rows)))
 
 
 def _place(v: jax.Array, slots: np.ndarray, slot: jax.Array | np.ndarray) -> jax.Array:
@@ -315,7 +291,7 @@ def _summarize_blocks(
     merged: Merged,
     counts: dict[int, int],
     tiny: bool,
-) -> _Parts:
+) -> Summary:
     """The summaries of blocks of rows, stacked in front.
 
     Arrays are merged views, whose axes are cut into so many blocks.
@@ -350,7 +326,7 @@ def _summarize_blocks(
         stat = stat.reshape(math.prod(per_axis), *stat.shape[len(cut_axes) :])
         return merged.stat(stat, lead=1)
 
-    return jax.tree.map(stack, _Parts(*parts))
+    return jax.tree.map(stack, Summary(*parts))
 
 
 def _summarize_segments(
@@ -361,7 +337,7 @@ def _summarize_segments(
     axes: tuple[int, ...],
     shards: int,
     tiny: bool,
-) -> _Parts:
+) -> Summary:
     """The summaries of blocks of rows, each with all segments, stacked in front."""
 
     def split(v: jax.Array) -> jax.Array:
@@ -372,12 +348,12 @@ def _summarize_segments(
         # The same in every shard.
         return jnp.broadcast_to(v[None], (shards, *v.shape))
 
-    def summarize_shard(x, weights, ids) -> _Parts:
+    def summarize_shard(x, weights, ids) -> Summary:
         counts = segment_block_counts(x.shape, axes, ids.shape, segments.num)
         blocks = in_blocks(Segments(ids, segments.num), x.shape, counts)
         parts = shifted.summarize(target, x, weights, axes, blocks, tiny=tiny)
         by_segment = lambda v: v.reshape(-1, segments.num, *v.shape[1:])
-        return jax.tree.map(by_segment, _Parts(*parts))
+        return jax.tree.map(by_segment, Summary(*parts))
 
     parts = jax.vmap(summarize_shard)(
         split(x), None if weights is None else split(weights), split(segments.ids)

@@ -215,7 +215,8 @@ def _over_devices(rows: Rows, size: int) -> AxisGroups | None:
 def _pooled(groups: Summary, rows: Rows, axis: int) -> Summary:
     """Merges all groups on all devices."""
     # Weights that are the same in all groups have one entry.
+    assert groups.weight is not None
     weight = jnp.broadcast_to(groups.weight, groups.var.shape)
     groups = groups._replace(weight=weight)
-    whole = summary.merge(Summary(*(jnp.moveaxis(v, axis, 0) for v in groups)))
+    whole = summary.merge(jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), groups))
     return summary.all_reduce(whole, rows)
