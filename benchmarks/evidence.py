@@ -105,7 +105,7 @@ def load(path):
 
 
 def held_out(images, labels, number):
-    """Images and labels of a training set without so many of them, and these."""
+    """Splits a training set at random: all but `number` examples, and the others."""
     index = np.random.default_rng(0).permutation(len(labels))
     cut = lambda i: (images[i], labels[i].astype(np.int32))
     return cut(index[number:]), cut(index[:number])

@@ -193,7 +193,7 @@ def by_target(model, variables, batches, setting):
 
 
 def tent(variables, rate):
-    """TENT's optimizer: of scale and bias of the norms alone."""
+    """TENT's optimizer, which updates only scale and bias of the norms."""
     still = optax.set_to_zero()
     transforms = {"norm": optax.adam(rate), "weight": still, "bias": still}
     return optax.multi_transform(transforms, kinds(variables))
@@ -216,7 +216,7 @@ def tent_step(model, variables, params, state, x, rate):
 
 
 def by_tent(model, variables, batches, setting):
-    """The same, with a step down the entropy of each batch after its prediction."""
+    """As `by_target`, with a step down the entropy of each batch afterwards."""
     rate, params, found = setting["rate"], variables["params"], []
     state = tent(variables, rate).init(params)
     # In a loop of XLA the gradients take seven times as long on a CPU.
@@ -261,19 +261,24 @@ def cases_of(kinds_):
 
 
 def choose(model, variables, images, labels):
-    """The setting of each method: the best mean, first of those that lose little."""
+    """The setting of each method with the best mean, if possible one that loses little.
+
+    A method with one setting is not run.
+    """
     cases = itertools.product([("clean", 0), *cases_of(CHOSEN_BY)], ORDERS)
-    gains = {name: [[] for _ in METHODS[name][1]] for name in METHODS}
+    grids = {name: grid for name, (_, grid, *_) in METHODS.items() if len(grid) > 1}
+    gains = {name: [[] for _ in grid] for name, grid in grids.items()}
     for case, order in cases:
         data = streams(corrupted(images, *case, seed=7), labels, order)
         base = accuracy("source", {}, model, variables, *data)
         for name, found in gains.items():
-            for setting, of_setting in zip(METHODS[name][1], found, strict=True):
+            for setting, of_setting in zip(grids[name], found, strict=True):
                 value = accuracy(name, setting, model, variables, *data)
                 of_setting.append(value - base)
     score = lambda gains: (min(gains) >= -MOST_LOST, np.mean(gains))
-    return {
-        name: METHODS[name][1][max(range(len(found)), key=lambda i: score(found[i]))]
+    chosen = {name: METHODS[name][1][0] for name in METHODS}
+    return chosen | {
+        name: grids[name][max(range(len(found)), key=lambda i: score(found[i]))]
         for name, found in gains.items()
     }
 

@@ -434,7 +434,7 @@ def _row_terms(
 def _stats_tangent(
     rows: Rows | None, operands: Operands, tangents: Operands
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The derivative of the mean, and half that of the variance with epsilon."""
+    """Computes `dmean` and `(dvar + depsilon) / 2`."""
     x, weights, segments, stats, *_ = operands
     dmean = half_dvar = None
     if rows is None:

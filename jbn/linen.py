@@ -611,7 +611,7 @@ def _variable(
 def _param(
     layer: BatchNorm, name: str, init: Callable[..., Any], shape: tuple[int, ...]
 ) -> Any:
-    """A parameter, of JAX or NumPy.
+    """The value of a parameter: an array of JAX or NumPy.
 
     `layer.param` traces `init` to compare shapes, also where there is a value. That is
     a third of the time of a call without `jit`.

@@ -1,4 +1,4 @@
-"""The number of blocks of rows: for short sums, for sums on one device, for a cache."""
+"""How many blocks to split rows into: short, on one device each, or within a cache."""
 
 import math
 

@@ -18,8 +18,8 @@ from jbn.lowering.passes import rematerialized
 from jbn.ops import numeric
 
 
-# A block has at least so many rows for each domain: then the sums of all blocks are
-# small beside the rows.
+# Least number of rows of a block for each domain. It limits the memory of the sums of
+# all blocks to a fraction of that of the rows.
 _ROWS_PER_DOMAIN = 8
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 import jbn
 from jbn._moments import merge_stacked
+from jbn.ops import numeric
 from jbn.running import make_rule, update
 from jbn.tools._adapt import running
 from jbn.tools._convert import convert_nnx, swapping
@@ -71,7 +72,7 @@ class Stream(NamedTuple):
 def empirical_bayes(
     now: Mapping[str, Moments], source: Mapping[str, BatchStats]
 ) -> jax.Array:
-    """`tau` of `stream` by how far the stream is from the source.
+    """Computes `tau` for `stream` from the distance between stream and source.
 
     With d the distance of the mixture from the source, in standard deviations,
 
@@ -80,9 +81,10 @@ def empirical_bayes(
         tau = 1 / d**2
 
     where sums are over features; it is the squared Wasserstein distance of normal
-    distributions. An estimate from n examples errs by some 1 / n. If shifts are of
-    variance d**2, the best compromise weighs the stream by n / (n + 1 / d**2). So a
-    stream that only differs from the source by chance leaves its statistics in place.
+    distributions. The mean of n examples has a squared error of about 1 / n variances.
+    If shifts have a variance of d**2, the best estimate gives the stream a weight of
+    n / (n + 1 / d**2). So the source's statistics change little if the stream differs
+    from it only by chance.
 
     Args:
         now: Mean and variance of the mixture, by the path of the layer.
@@ -104,8 +106,8 @@ def empirical_bayes(
     distances = []
     for path, (_, mean, var) in now.items():
         old = source[path]
-        moved = jnp.square(jnp.abs(mean - old.mean))
-        moved += jnp.square(jnp.sqrt(var) - jnp.sqrt(old.var))
+        moved = numeric.abs_square(mean - old.mean)
+        moved += numeric.abs_square(jnp.sqrt(var) - jnp.sqrt(old.var))
         # A layer without any variance has no scale to measure by.
         total = old.var.sum()
         distances.append(moved.sum() / jnp.where(total > 0, total, jnp.inf))
@@ -146,12 +148,13 @@ def stream(
             Linen, the first of the two that it returns) has the batch in front.
         momentum: Weight of the old statistics of a class after one more example of it.
             The memory is some `1 / (1 - momentum)` examples of each class.
-        tau: Draws the mixture towards the source's statistics, as `tau` examples of
-            these would, against as many as have been seen, at most those of the memory;
+        tau: Weight of the source's statistics, in examples. The weight of the mixture
+            is the number of examples so far, or that of the memory if it is smaller;
             see `jbn.shrink`. A number, one for each feature, or a dict of these by the
-            path of the layer; or a function that returns one of these, of the mixtures
-            and the source's statistics, both by path. May be traced. By default it is
-            small if the stream is far from the source, see `empirical_bayes`.
+            path of the layer. Or a function that returns one of these; it is called
+            with the statistics of the mixture and of the source, both by path. May be
+            traced. By default, the further the stream is from the source, the smaller
+            is `tau`; see `empirical_bayes`.
         shares: Function of the outputs for a batch: the shares of the examples in the
             classes, non-negative and of shape (batch, classes). By default the outputs
             are logits. `lambda y: jax.nn.one_hot(y.argmax(-1), 10)` counts an example

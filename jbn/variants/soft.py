@@ -231,7 +231,7 @@ def _variance_jvp(primals, tangents):
 def _refined(rows: Rows, tiny: bool, moments: Moments, *arrays) -> Moments:
     """The moments, taken again where the means are many standard deviations apart.
 
-    The derivative is that of the given ones, which are the same up to rounding.
+    This changes them by rounding errors only, so their derivative stays as it is.
     """
     x, shares, weights, shift = arrays
     near = _near(moments.mean, moments.var, shift, moments.weight > 0)

@@ -137,7 +137,7 @@ class NnxCopied(nnx.Module):
 
 
 class _NnxTorch(nnx.Module):
-    """PyTorch's names, epsilon and momentum of its own; its calls are up to others."""
+    """A batch norm with PyTorch's attribute names; subclasses define `__call__`."""
 
     def __init__(self, size, *, rngs):
         self.running_mean = nnx.BatchStat(jnp.zeros(size))
